@@ -1,0 +1,109 @@
+"""Causal attention behind one function: the flash-attn package where it runs, else PyTorch's scaled dot product attention."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_core.errors import UserError
+
+Backend = Literal["flash", "sdpa"]
+
+
+def choose_backend(requested: Literal["auto", "flash", "sdpa"], device: torch.device, dtype: torch.dtype) -> Backend:
+    """Picks the attention implementation; flash-attn needs CUDA (compute capability 8.0 or newer) and bf16 or fp16.
+
+    Raises:
+        UserError: flash was asked for by name and cannot run here.
+    """
+    if requested == "sdpa":
+        return "sdpa"
+    obstacles = []
+    if device.type != "cuda":
+        obstacles.append(f"device is {device.type}, not cuda")
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        obstacles.append("the GPU is older than compute capability 8.0")
+    if dtype not in (torch.bfloat16, torch.float16):
+        obstacles.append(f"precision is {dtype}, not bf16 or fp16")
+    if find_spec("flash_attn") is None:
+        obstacles.append("the package flash-attn is not installed (pip install 'textmill[gpu]')")
+    if not obstacles:
+        return "flash"
+    if requested == "flash":
+        raise UserError(f"--attention flash: {'; '.join(obstacles)}; use --attention auto or sdpa")
+    return "sdpa"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a batch begin, for attention that stays inside them.
+
+    Built once per batch from the input ids; every block shares it.
+    """
+
+    ids: Tensor  # (B, T) number of the document each token belongs to, counted from 0 in each window
+    positions: Tensor  # (B, T) position of each token in its document
+
+    @classmethod
+    def from_inputs(cls, inputs: Tensor, eot_id: int) -> "Documents":
+        """A document begins at its leading end-of-text token; a window may begin inside one. inputs: (B, T)."""
+        starts = inputs == eot_id
+        index = torch.arange(inputs.shape[1], device=inputs.device)
+        last_start = torch.where(starts, index, 0).cummax(dim=1).values
+        return cls(ids=starts.cumsum(dim=1), positions=index - last_start)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(B, 1, T, T), true where a query may look: same document and not the future."""
+        same = self.ids[:, None, :, None] == self.ids[:, None, None, :]
+        return same.tril()
+
+    @cached_property
+    def sequence_starts(self) -> tuple[Tensor, int]:
+        """Cumulative document starts over the flattened batch (int32) and the longest document, for flash-attn's varlen call."""
+        starts = torch.nonzero((self.positions == 0).flatten()).flatten()
+        bounds = F.pad(starts, (0, 1), value=self.ids.numel()).to(torch.int32)
+        return bounds, int(bounds.diff().max())
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend, documents: Documents | None = None) -> Tensor:
+    """Attention of each token to itself and the tokens before it, of its own document only where `documents` is given.
+
+    q: (B, T, H, D), k and v: (B, T, KV, D) with KV dividing H. Returns (B, T, H, D).
+    """
+    if backend == "flash":
+        return _flash_attention(q, k, v, documents)
+    mask = documents.mask if documents is not None else None
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),  # (B, H, T, D)
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func  # a GPU extra: not installed on CPU machines
+
+    if documents is None:
+        out: Tensor = flash_attn_func(q, k, v, causal=True)
+        return out
+    bounds, longest = documents.sequence_starts
+    packed = flash_attn_varlen_func(
+        q.flatten(0, 1),  # (B*T, H, D)
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        causal=True,
+    )
+    return packed.view_as(q)

@@ -1,0 +1,89 @@
+"""Which checkpoints a run directory holds, told by their manifests alone.
+
+`checkpoint_step_<N>.pt` is written first, its manifest `checkpoint_step_<N>.pt.json` with size and SHA-256 last: a checkpoint
+without a manifest does not exist. Truth is the highest step whose file matches its manifest; `latest.json` only says which that was.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_core.errors import DataError
+from llm_core.files import fsync_directory, read_json, verify_file
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"checkpoint_step_(\d+)\.pt\.json")
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """What the manifest of one checkpoint says."""
+
+    checkpoint_id: str
+    run_id: str
+    step: int
+    tokens_seen: int
+    val_loss: float | None
+    sha256: str
+    bytes: int
+    path: Path
+
+    @classmethod
+    def read(cls, manifest_path: Path) -> "CheckpointRecord":
+        """Raises DataError where the manifest is damaged or of another format."""
+        value = read_json(manifest_path)
+        try:
+            if value["format_version"] != FORMAT_VERSION:
+                raise DataError(f"{manifest_path}: format {value['format_version']}, this version reads format {FORMAT_VERSION}")
+            names = ("checkpoint_id", "run_id", "step", "tokens_seen", "val_loss", "sha256", "bytes")
+            return cls(**{name: value[name] for name in names}, path=manifest_path.with_name(value["file"]))
+        except KeyError as error:
+            raise DataError(f"{manifest_path}: damaged, field {error} is missing") from None
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / f"checkpoint_step_{step}.pt"
+
+
+def manifest_path(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + ".json")
+
+
+def checkpoint_manifests(run_dir: Path) -> list[Path]:
+    """The manifests in a run directory, of the newest checkpoint first, unread."""
+    found = [(int(match[1]), path) for path in run_dir.glob("*.json") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_valid(run_dir: Path) -> tuple[CheckpointRecord | None, list[str]]:
+    """The newest checkpoint that verifies, and why each newer one was passed over."""
+    damaged = []
+    for path in checkpoint_manifests(run_dir):
+        try:
+            record = CheckpointRecord.read(path)
+            verify_file(record.path, record.sha256)
+        except DataError as error:
+            damaged.append(str(error))
+        else:
+            return record, damaged
+    return None, damaged
+
+
+def prune_checkpoints(run_dir: Path, keep: int) -> list[Path]:
+    """Deletes all but the newest `keep` checkpoints and the best validated one; the manifest goes first. Returns what was deleted."""
+    records = []
+    for path in checkpoint_manifests(run_dir):
+        try:
+            records.append(CheckpointRecord.read(path))
+        except DataError:
+            continue  # damaged ones are evidence, not clutter
+    validated = [record for record in records if record.val_loss is not None]
+    best = min(validated, key=lambda record: (record.val_loss, -record.step), default=None)
+    deleted = []
+    for record in records[keep:]:
+        if record != best:
+            manifest_path(record.path).unlink(missing_ok=True)
+            fsync_directory(run_dir)
+            record.path.unlink(missing_ok=True)
+            deleted.append(record.path)
+    return deleted

@@ -1,0 +1,51 @@
+"""From a stage's configuration class to its command line, with errors that a person can act on."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+from llm_core.errors import TextmillError
+
+Options = TypeVar("Options", bound=BaseModel)
+
+
+def describe_invalid(error: ValidationError, prefix: str = "--") -> str:
+    """One line per wrong option: its name, the value given and what would be right."""
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
+        message = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{prefix}{name} {problem['input']}: {message}" if name else message)
+    return "\n".join(lines)
+
+
+def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | None = None) -> Options:
+    """Reads `--field value` for each field of `options`; a wrong flag ends the program with code 2."""
+
+    class Settings(options, BaseSettings):  # type: ignore[misc, valid-type]
+        __doc__ = options.__doc__
+        model_config = SettingsConfigDict(cli_implicit_flags=True, cli_prog_name=prog, cli_hide_none_type=True)
+
+        @classmethod
+        def settings_customise_sources(cls, *args: Any, **sources: Any) -> tuple[()]:
+            """The command line alone: an environment variable named like a field must not change a run."""
+            return ()
+
+    try:
+        parsed = CliApp.run(Settings, list(sys.argv[1:] if arguments is None else arguments))
+    except ValidationError as error:
+        print(f"{prog}: error:\n{describe_invalid(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return options.model_validate(parsed.model_dump())
+
+
+def run_tool(main: Callable[[], None], prog: str) -> None:
+    """Runs `main`, turning our own errors into one message and their exit code."""
+    try:
+        main()
+    except TextmillError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,75 @@
+"""The totals of a snapshot: where every byte that was read has gone."""
+
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llm_core.corpus.readers import KEPT
+
+HARMLESS = frozenset({KEPT, "duplicate", "blank"})
+"""Every other status of a file or document is a quarantine: something is wrong with what was fed in."""
+
+LISTED_QUARANTINES = 100
+
+
+def byte_totals(files: pa.Table, documents: pa.Table) -> dict[str, Any]:
+    """`bytes_read` = `bytes_kept` + the sum of `bytes_dropped` (by reason), from counts made independently while reading."""
+    by_status = _sums(documents, "status")
+    kept = by_status.pop(KEPT, 0)
+    dropped = Counter(by_status)
+    for reason in ("byte_order_mark", "jsonl_envelope"):
+        dropped[reason] += pc.sum(files[reason]).as_py()
+    # A file without documents is dropped whole, under its own status.
+    for row in files.filter(pc.equal(files["documents"], 0)).to_pylist():
+        dropped[row["status"]] += row["bytes"] - row["byte_order_mark"] - row["jsonl_envelope"]
+    by_split = _sums(documents.filter(pc.equal(documents["status"], KEPT)), "split")
+    return {
+        "bytes_read": pc.sum(files["bytes"]).as_py(),
+        "bytes_kept": kept,
+        "bytes_dropped": {reason: size for reason, size in dropped.items() if size},
+        "train_bytes": by_split.get("train", 0),
+        "val_bytes": by_split.get("val", 0),
+    }
+
+
+def file_changes(files: pa.Table, previous: pa.Table | None) -> dict[str, int]:
+    """How the files differ from those of the previous snapshot, by content."""
+    before = _contents(previous) if previous is not None else {}
+    now = _contents(files)
+    unchanged = sum(before.get(path) == content for path, content in now.items())
+    added = len(now.keys() - before.keys())
+    return {
+        "files_added": added,
+        "files_changed": len(now) - unchanged - added,
+        "files_removed": len(before.keys() - now.keys()),
+        "files_unchanged": unchanged,
+    }
+
+
+def quarantine(files: pa.Table, documents: pa.Table) -> dict[str, Any]:
+    """Which files and .jsonl lines were set aside and why: the first ones listed, all of them counted."""
+    entries = [
+        {"path": row["path"], "reason": row["status"], "detail": row["detail"] or "no text in it"}
+        for row in files.filter(pc.equal(files["documents"], 0)).to_pylist()
+    ]
+    harmless = pc.is_in(documents["status"], value_set=pa.array(sorted(HARMLESS)))
+    entries += [
+        {"path": row["path"], "reason": row["status"], "detail": f"line at byte {row['start']}"}
+        for row in documents.filter(pc.invert(harmless)).to_pylist()
+    ]
+    return {
+        "quarantined": entries[:LISTED_QUARANTINES],
+        "quarantined_by_reason": dict(Counter(entry["reason"] for entry in entries)),
+    }
+
+
+def _sums(documents: pa.Table, key: str) -> dict[str, int]:
+    grouped = documents.group_by(key).aggregate([("bytes", "sum")])
+    return dict(zip(grouped[key].to_pylist(), grouped["bytes_sum"].to_pylist(), strict=True))
+
+
+def _contents(files: pa.Table) -> dict[str, tuple[str, str]]:
+    columns = (files[name].to_pylist() for name in ("path", "sha256", "status"))
+    return {path: (sha256, status) for path, sha256, status in zip(*columns, strict=True)}

@@ -1,0 +1,102 @@
+"""What lies in a folder: the files that can be read, in one fixed order, and nothing outside of it."""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from llm_core.errors import UserError
+
+Format = Literal["text", "jsonl"]
+
+_FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "jsonl"}
+
+
+def format_of(path: str) -> Format | None:
+    """Format of a file by its name, compressed or not; None for a name we do not read."""
+    return _FORMATS.get(os.path.splitext(path.lower().removesuffix(".gz"))[1])
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What changes when a file's content does; equal stamps spare us opening the file."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Stamp":
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@dataclass
+class Folder:
+    """Readable files with their stamps, sorted by path (posix, relative), and counts of what was passed over."""
+
+    files: dict[str, Stamp] = field(default_factory=dict)
+    ignored: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def walk(input_dir: Path) -> Folder:
+    """Looks through `input_dir` and its subfolders without opening a file.
+
+    Hidden names, FIFOs, sockets and devices are skipped. A link to a file inside the folder is read under the link's name;
+    links that leave the folder and links to folders (their target is walked anyway) are skipped.
+
+    Raises:
+        UserError: the folder is missing or cannot be listed.
+    """
+    if not input_dir.is_dir():
+        raise UserError(f"--input_dir {input_dir}: no such folder; create it and put .txt, .md or .jsonl files into it")
+    root = os.path.realpath(input_dir)
+    found = Folder()
+    for path, entry in _entries(root, "", found.skipped):
+        if format_of(path) is None:
+            found.ignored += 1
+            continue
+        try:
+            status = entry.stat()
+        except OSError:  # a dangling link, or removed a moment ago
+            found.skipped["vanished"] += 1
+            continue
+        if entry.is_symlink() and not os.path.realpath(entry.path).startswith(root + os.sep):
+            found.skipped["link_out_of_folder"] += 1
+        elif not stat.S_ISREG(status.st_mode):
+            found.skipped["not_a_regular_file"] += 1
+        else:
+            found.files[path] = Stamp.of(status)
+    found.files = dict(sorted(found.files.items()))
+    return found
+
+
+def _entries(directory: str, prefix: str, skipped: Counter[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Every entry that is neither hidden nor a folder, with its path from the root."""
+    try:
+        entries = list(os.scandir(directory))
+    except OSError as error:
+        raise UserError(f"--input_dir: cannot list {directory} ({error.strerror}); make it readable or move it away") from None
+    for entry in entries:
+        path = prefix + entry.name
+        if entry.name.startswith("."):
+            skipped["hidden"] += 1
+        elif not _is_unicode(entry.name):
+            skipped["name_not_utf8"] += 1
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _entries(entry.path, path + "/", skipped)
+        elif entry.is_dir():
+            skipped["link_to_folder"] += 1
+        else:
+            yield path, entry
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # the system hands undecodable bytes over as lone surrogates
+        return False
+    return True

@@ -1,0 +1,143 @@
+"""The process's place among the ranks that torchrun started, and its device, threads and signals."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm_core.config import TrainConfig
+from llm_core.errors import UserError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""A rank that waits longer for the others gives up: they are dead or stopped. Gloo's own default is half an hour."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is. A plain `python -m llm_core.train` is rank 0 of 1, without a process group."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    threads: int
+
+    @classmethod
+    def alone(cls, device: str = "auto", threads: int = 0) -> "Ranks":
+        """A process by itself, with all cores of the machine unless `threads` says otherwise."""
+        return cls(0, 1, 0, 1, choose_device(device, 0), threads or len(os.sched_getaffinity(0)))
+
+    @property
+    def is_main(self) -> bool:
+        """Only the main rank writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Adds `tensor` over all ranks in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def main_first_error(self, error: Exception | None) -> None:
+        """Lets every rank fail when the main rank failed at what it does alone, so that none waits for it forever."""
+        failed = torch.tensor(float(error is not None), device=self.device)
+        if self.sum(failed).item():
+            raise error if error is not None else RuntimeError("another rank failed; its message stands above")
+
+
+def choose_device(requested: str, local_rank: int) -> torch.device:
+    """Raises UserError where CUDA was asked for by name and there is none."""
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU; use --device auto or cpu")
+    if requested == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def join_ranks(config: TrainConfig, run_dir: Path) -> Iterator[Ranks]:
+    """Sets up device, threads and, under torchrun, the process group; leaves the group at the end."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = choose_device(config.device, local_rank)
+    # torchrun forces one thread per process; without a number of our own a machine's cores are shared evenly.
+    threads = config.threads_per_process or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    if world_size > 1:
+        init_method = "env://"
+        if world_size == local_world_size and sys.platform == "linux":
+            init_method = _meet_on_this_machine(run_dir)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=init_method,
+            rank=rank,
+            world_size=world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    try:
+        yield Ranks(rank, world_size, local_rank, local_world_size, device, threads)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _meet_on_this_machine(run_dir: Path) -> str:
+    """Ranks of one machine meet in a file and talk over loopback: no port is open to the network.
+
+    The file's name is their torchrun's, by process id and start time, so that it is never one that a killed run left behind.
+    """
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, "lo")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for left_behind in run_dir.glob(".ranks-*"):
+        if not Path(f"/proc/{left_behind.name.split('-')[1]}").exists():
+            left_behind.unlink(missing_ok=True)
+    parent = os.getppid()
+    started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return (run_dir.resolve() / f".ranks-{parent}-{started}-{attempt}").as_uri()
+
+
+def die_with_parent(sent: signal.Signals = signal.SIGTERM) -> None:
+    """Asks Linux to send this process a signal when its parent dies: a killed torchrun must leave no rank behind."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(sent), 0, 0, 0)
+
+
+class StopRequest:
+    """Notices SIGINT and SIGTERM without interrupting the step; the loop asks at the end of each step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._notice) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

@@ -1,0 +1,98 @@
+"""Held-out loss, perplexity and bits per byte."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_core.dataset import TokenStream, Windows
+from llm_core.distributed import Ranks
+from llm_core.loss import IGNORE_INDEX
+from llm_core.model import Transformer
+from llm_core.precision import Precision, autocast
+from llm_core.shards import DatasetManifest
+from llm_core.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sums over the targets of a held-out text; special tokens count as targets of the loss but not as text."""
+
+    nll: float  # nats over all targets
+    targets: int
+    text_nll: float  # nats over the targets that stand for text
+    text_bytes: float  # UTF-8 bytes of that text
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood per token, in nats."""
+        return self.nll / self.targets
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """nats / (ln 2 * bytes) of the predicted text: comparable between tokenizers."""
+        return self.text_nll / (math.log(2) * self.text_bytes)
+
+
+def token_bytes(tokenizer: Tokenizer, manifest: DatasetManifest) -> Tensor:
+    """(V,) fp64: UTF-8 bytes that each token stands for, 0 for special ones.
+
+    A WordPiece token does not know the white space before it, so there every token stands for the mean of the validation text.
+    """
+    sizes = torch.from_numpy(tokenizer.token_bytes()).double()
+    if tokenizer.tokenizer_type == "wordpiece":
+        val = manifest.splits["val"]
+        sizes[sizes > 0] = val.bytes / (val.tokens - val.documents)
+    return sizes
+
+
+def evaluate(
+    model: Transformer,
+    windows: Windows,
+    token_bytes: Tensor,
+    *,
+    max_tokens: int,
+    batch_size: int,
+    ranks: Ranks,
+    precision: Precision = "fp32",
+) -> HeldOut:
+    """Runs the model over the first `max_tokens` tokens of `windows` (0: all), the windows shared out among the ranks.
+
+    token_bytes: (V,) fp64, UTF-8 bytes that each token stands for, 0 for special tokens.
+    Leaves the model's mode and the random state as they were.
+    """
+    count = len(windows) if max_tokens == 0 else min(len(windows), -(-max_tokens // windows.max_length))
+    mine = np.arange(count, dtype=np.int64)[ranks.rank :: ranks.world_size]
+    token_bytes = token_bytes.to(ranks.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, len(mine), batch_size):
+                inputs, targets = (t.to(ranks.device) for t in windows.batch(mine[start : start + batch_size]))
+                with autocast(precision, ranks.device):
+                    nll = model(inputs, targets, per_token=True).double()
+                valid = targets != IGNORE_INDEX
+                size = token_bytes[targets.clamp(min=0)] * valid
+                sums += torch.stack((nll.sum(), valid.sum().double(), nll[size > 0].sum(), size.sum()))
+    finally:
+        model.train(was_training)
+    nll_total, targets_total, text_nll, text_bytes = ranks.sum(sums).tolist()
+    return HeldOut(nll_total, int(targets_total), text_nll, text_bytes)
+
+
+def unigram_baseline(train: TokenStream, windows: Windows, token_bytes: Tensor, max_tokens: int, count_tokens: int = 1 << 26) -> HeldOut:
+    """The same text predicted by token frequencies alone, add-one smoothed, counted on the first `count_tokens` training tokens."""
+    counts = np.bincount(train.read(0, count_tokens), minlength=len(token_bytes)).astype(np.float64) + 1
+    cost = -np.log(counts / counts.sum())
+    stop = len(windows.stream) if max_tokens == 0 else -(-max_tokens // windows.max_length) * windows.max_length + 1
+    targets = windows.stream.read(1, stop)
+    nll, size = cost[targets], token_bytes.numpy()[targets]
+    return HeldOut(float(nll.sum()), len(targets), float(nll[size > 0].sum()), float(size.sum()))

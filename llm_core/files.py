@@ -1,0 +1,120 @@
+"""Files that appear whole or not at all, and ids made from content.
+
+The order is always: temporary name in the same folder, write, flush, fsync, rename, fsync of the folder.
+A reader therefore sees the old file or the new one, never a part.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from llm_core.errors import DataError
+
+ID_LENGTH = 16
+"""Hex digits of an artifact id: 64 bits of a SHA-256, enough for billions of artifacts."""
+
+_BLOCK = 1 << 20
+
+
+class HashingWriter:
+    """A binary file object that hashes and counts what passes through it."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._hash = hashlib.sha256()
+        self.bytes_written = 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self.bytes_written += memoryview(data).nbytes
+        return self._raw.write(data)
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+def fsync_directory(directory: Path) -> None:
+    """Makes a rename inside `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[HashingWriter]:
+    """Opens a file that takes its name only when the block ends without an error.
+
+    Raises:
+        OSError: the disk refused a write; the previous file at `path`, if any, is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as raw:
+            writer = HashingWriter(raw)
+            yield writer
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> str:
+    """Writes `value` atomically as sorted, indented JSON and returns the file's SHA-256."""
+    with atomic_writer(path) as file:
+        file.write((json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+        return file.sha256()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        DataError: the file is missing or is not a JSON object; the message names it.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); restore it or delete it to rebuild") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_file(path: Path, sha256: str) -> None:
+    """Checks a file against the digest its manifest holds.
+
+    Raises:
+        DataError: the file is missing or its bytes differ.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: the manifest names this file, but it is missing")
+    found = sha256_file(path)
+    if found != sha256:
+        raise DataError(f"{path}: damaged (SHA-256 {found[:12]}..., the manifest says {sha256[:12]}...)")
+
+
+def content_id(*parts: Any) -> str:
+    """Id of an artifact: a hash of everything that determines it, given as JSON-serialisable parts."""
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:ID_LENGTH]

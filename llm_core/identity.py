@@ -1,0 +1,24 @@
+"""Ids of trained artifacts: hashes of everything that determines them, computed without loading any of it."""
+
+from llm_core.config import EvaluateConfig, TrainConfig
+from llm_core.files import content_id
+
+# Each is raised when the same inputs begin to give another result.
+TRAINING_VERSION = 1
+EVALUATION_VERSION = 1
+EXPORT_VERSION = 1
+
+
+def run_id(dataset_id: str, tokenizer_id: str, config: TrainConfig) -> str:
+    """The training run that a resolved configuration makes of a dataset."""
+    return content_id("run", TRAINING_VERSION, dataset_id, tokenizer_id, config.identity())
+
+
+def evaluation_id(checkpoint_id: str, dataset_id: str, config: EvaluateConfig) -> str:
+    """The judgement of a checkpoint on the held-out text of a dataset."""
+    return content_id("evaluation", EVALUATION_VERSION, checkpoint_id, dataset_id, config.identity())
+
+
+def model_id(checkpoint_id: str) -> str:
+    """The exported form of a checkpoint."""
+    return content_id("model", EXPORT_VERSION, checkpoint_id)

@@ -1,0 +1,85 @@
+"""Judges a finished checkpoint: held-out metrics beside a baseline, and samples of what it writes, kept beside the checkpoint."""
+
+from pathlib import Path
+import torch
+
+from llm_core.checkpoint import load_model
+from llm_core.checkpoint_files import CheckpointRecord, manifest_path
+from llm_core.config import EvaluateConfig
+from llm_core.dataset import Windows
+from llm_core.distributed import Ranks
+from llm_core.errors import UserError
+from llm_core.evaluate import evaluate, token_bytes, unigram_baseline
+from llm_core.evaluation_file import Evaluation, Sample, evaluation_path
+from llm_core.files import write_json
+from llm_core.generate import generate
+from llm_core.identity import evaluation_id
+from llm_core.model import Transformer
+from llm_core.runlog import now
+from llm_core.shards import load_manifest
+from llm_core.tokenizer import Tokenizer
+
+
+def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig) -> Evaluation:
+    """Evaluates one checkpoint on the current dataset and writes the result beside it, at `evaluation_path`.
+
+    Raises:
+        DataError: the checkpoint or a shard is damaged.
+        UserError: the checkpoint was trained with another tokenizer than the dataset has.
+    """
+    record = CheckpointRecord.read(manifest_path(path))
+    manifest = load_manifest(data_dir)
+    model, state = load_model(path)
+    if state["tokenizer_id"] != manifest.tokenizer.tokenizer_id:
+        raise UserError(
+            f"{path}: trained with tokenizer {state['tokenizer_id']}, but {data_dir} has {manifest.tokenizer.tokenizer_id}; "
+            "prepare the data with the tokenizer of the checkpoint"
+        )
+    ranks = Ranks.alone()
+    torch.set_num_threads(ranks.threads)
+    model.to(ranks.device)
+    tokenizer = Tokenizer.load(data_dir / manifest.tokenizer.file)
+    windows = Windows.open(data_dir, manifest, "val", model.config.max_length, 0)
+    sizes = token_bytes(tokenizer, manifest)
+    held_out = evaluate(
+        model, windows, sizes, max_tokens=config.max_eval_tokens, batch_size=config.eval_batch_size, ranks=ranks
+    )
+    train = Windows.open(data_dir, manifest, "train", model.config.max_length, 0).stream
+    unigram = unigram_baseline(train, windows, sizes, config.max_eval_tokens)
+    values = {
+        "loss": held_out.loss,
+        "perplexity": held_out.perplexity,
+        "bits_per_byte": held_out.bits_per_byte,
+        "unigram_bits_per_byte": unigram.bits_per_byte,
+        "tokens": held_out.targets,
+        "bytes": held_out.text_bytes,
+    }
+    result: Evaluation = {
+        "format_version": 1,
+        "evaluation_id": evaluation_id(record.checkpoint_id, manifest.dataset_id, config),
+        "checkpoint_id": record.checkpoint_id,
+        "run_id": record.run_id,
+        "step": record.step,
+        "dataset_id": manifest.dataset_id,
+        "config": config.model_dump(mode="json"),
+        "created_at": now(),
+        "metrics": [{"metric": name, "split": "val", "source": "all", "value": value} for name, value in values.items()],
+        "samples": _samples(model, tokenizer, config),
+    }
+    write_json(evaluation_path(record, manifest.dataset_id, config), result)
+    return result
+
+
+def _samples(model: Transformer, tokenizer: Tokenizer, config: EvaluateConfig) -> list[Sample]:
+    samples: list[Sample] = []
+    for prompt in config.sample_prompts:
+        tokens = generate(
+            model,
+            tokenizer.encode(prompt).tolist(),
+            config.sample_tokens,
+            temperature=config.sample_temperature,
+            top_k=config.sample_top_k,
+            seed=config.sample_seed,
+        )
+        samples.append({"prompt": prompt, "continuation": tokenizer.decode(list(tokens))})
+    return samples

@@ -1,0 +1,231 @@
+"""A decoder-only transformer of the Llama family, in one reading order: norm, rotary positions, attention, MLP, block, model.
+
+Pre-normalization (Xiong et al. 2020), RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), SwiGLU
+(Shazeer 2020) and grouped-query attention (Ainslie et al. 2023). No biases.
+
+Shapes in comments: B windows, T tokens, C hidden size, H query heads, K key-value heads, D head width, F MLP width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llm_core.attention import Backend, Documents, causal_attention
+from llm_core.config import ModelConfig
+from llm_core.loss import nll_sum, token_nll
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32 and cast back after the weight."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+def rotary_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, each (max_length, D) in fp32, the half-split layout of Llama."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    angles = torch.outer(torch.arange(config.max_length, dtype=torch.float32, device=device), config.rope_theta**-exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates each pair (x[i], x[i + D/2]) by its position's angle, in fp32. x: (B, T, H, D); cos, sin: (..., T, 1, D)."""
+    x32 = x.float()
+    first, second = x32.chunk(2, dim=-1)
+    return torch.addcmul(x32 * cos, torch.cat((-second, first), dim=-1), sin).type_as(x)
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, one slot per layer, filled from the left."""
+
+    keys: Tensor  # (layers, B, max_length, K, D)
+    values: Tensor
+    length: int = 0
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
+        shape = (config.num_layers, batch, config.max_length, config.num_kv_heads, config.head_dim)
+        return cls(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (B, T, K, D) behind the known ones and returns all of them."""
+        end = self.length + k.shape[1]
+        self.keys[layer, :, self.length : end] = k
+        self.values[layer, :, self.length : end] = v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention; query, key and value come from one matrix product."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], backend: Backend, documents: Documents | None, cache: KVCache | None
+    ) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H+2K, D)
+        q, k, v = qkv.split(self.heads, dim=2)
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        if cache is None:
+            y = causal_attention(q, k, v, backend, documents)  # (B, T, H, D)
+        else:
+            k, v = cache.append(self.layer, k, v)
+            y = _attend_to_cache(q, k, v)
+        return self.out(y.flatten(2))
+
+
+def _attend_to_cache(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last T tokens' queries against all S >= T keys. q: (B, T, H, D), k and v: (B, S, K, D)."""
+    new, known = q.shape[1], k.shape[1]
+    mask = torch.ones(new, known, dtype=torch.bool, device=q.device).tril(known - new) if new > 1 else None
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=q.shape[2] != k.shape[2]
+    )
+    return y.transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)); gate and up come from one matrix product."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        backend: Backend,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        x = x + self._drop(self.attention(self.attention_norm(x), rotary, backend, documents, cache))
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class Transformer(nn.Module):
+    """The whole decoder. Called with targets it returns the loss; `logits` serves decoding."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, eot_id: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.eot_id = eot_id
+        self.backend: Backend = "sdpa"
+        self.gradient_checkpointing = False
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        cos, sin = rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draws every weight from one seed.
+
+        | weights                           | distribution                        |
+        |-----------------------------------|-------------------------------------|
+        | embedding, head, qkv, gate_up     | normal, std 0.02                    |
+        | attention out, mlp down           | normal, std 0.02 / sqrt(2 * layers) |
+        | norms                             | one                                 |
+
+        The residual stream sums 2 * layers outputs; the smaller std keeps its variance independent of depth (GPT-2).
+        """
+        generator = torch.Generator(device=self.embedding.weight.device).manual_seed(seed)
+        residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(1.0)
+            else:
+                std = residual_std if name.endswith(("attention.out.weight", "mlp.down.weight")) else 0.02
+                parameter.normal_(0.0, std, generator=generator)
+
+    def hidden(self, inputs: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states (B, T, C) of token ids (B, T); with a cache, T new tokens behind the known ones."""
+        start = cache.length if cache is not None else 0
+        documents = None
+        if self.config.document_masking and cache is None:
+            documents = Documents.from_inputs(inputs, self.eot_id)
+            rotary = (self.cos[documents.positions].unsqueeze(2), self.sin[documents.positions].unsqueeze(2))  # (B, T, 1, D)
+        else:
+            span = slice(start, start + inputs.shape[1])
+            rotary = (self.cos[span].unsqueeze(1), self.sin[span].unsqueeze(1))  # (T, 1, D)
+        x = self.embedding(inputs)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, rotary, self.backend, documents, use_reentrant=False)
+            else:
+                x = block(x, rotary, self.backend, documents, cache)
+        if cache is not None:
+            cache.length += inputs.shape[1]
+        return self.norm(x)
+
+    def logits(self, inputs: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T, V) scores of the true vocabulary: the padded rows of the head never take part."""
+        return F.linear(self.hidden(inputs, cache), self.head.weight[: self.config.vocab_size])
+
+    def forward(self, inputs: Tensor, targets: Tensor, per_token: bool = False) -> Tensor:
+        """Negative log-likelihood of `targets` in nats, fp32: its sum (), or (B, T) without gradients where `per_token`.
+
+        inputs and targets: (B, T); a target of IGNORE_INDEX counts as 0.
+        """
+        nll = token_nll if per_token else nll_sum
+        return nll(self.hidden(inputs), self.head.weight[: self.config.vocab_size], targets)
+
+    def num_parameters(self) -> int:
+        """Trainable parameters, a tied matrix counted once, padding rows included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token: 6 per matmul parameter (head included, embedding look-up excluded) plus attention.
+
+        Attention's two products cost 12 * layers * hidden_size * length forward and backward, halved for causality.
+        """
+        matmul = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith("embedding"))
+        if self.config.tie_embeddings:
+            matmul += self.embedding.weight.numel()
+        return 6 * matmul + 6 * self.config.num_layers * self.config.hidden_size * self.config.max_length

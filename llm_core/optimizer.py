@@ -1,0 +1,51 @@
+"""Parameter groups, AdamW and the learning rate."""
+
+import math
+
+import torch
+from torch import nn
+
+from llm_core.config import TrainConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Splits the parameters in two: matrices with weight decay, norms and the embedding without.
+
+    The embedding is left out on purpose: decay shrinks the rows of rare tokens at every step, seen or not. A matrix shared with the
+    head counts as the embedding. Every parameter stands in exactly one group, a shared one once.
+    """
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if parameter.dim() >= 2 and "embedding" not in name else plain).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) with fp32 state, all parameters of a group in one fused call."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=learning_rate(0, config),
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of 0-based optimizer step `step`: a pure function, never stored state.
+
+    Linear warm-up that starts above 0, then the schedule's decay, which reaches min_lr at the last step and stays there.
+    """
+    peak, lowest, warmup = config.learning_rate, config.min_lr, config.warmup_steps
+    assert lowest is not None and warmup is not None, "learning_rate needs a resolved configuration"
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    last = config.max_steps - 1
+    decay_start = warmup if config.lr_schedule != "wsd" else max(warmup, last - round(config.decay_fraction * config.max_steps))
+    if step >= last:
+        return lowest
+    if step <= decay_start:
+        return peak
+    progress = (step - decay_start) / (last - decay_start)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_schedule == "cosine" else 1 - progress
+    return lowest + (peak - lowest) * shape

@@ -1,0 +1,102 @@
+"""What a run tells about itself: metrics.jsonl, run.json, console lines and an optional listener. Main rank only."""
+
+import datetime
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from llm_core.errors import UserError
+from llm_core.files import atomic_writer, write_json
+
+Record = dict[str, Any]
+Listener = Callable[[Record], None]
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+class RunLog:
+    """Owns one run directory while it lives: the lock, the metrics and the state file.
+
+    metrics.jsonl holds one JSON object a line, `kind` "train" for each optimizer step and "eval" for each validation.
+    run.json says what the run is and how it stands; it is rewritten whole at every change of state.
+    """
+
+    def __init__(self, run_dir: Path, listener: Listener | None = None) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir = run_dir
+        self._listener = listener
+        self._lock = _lock_directory(run_dir)
+        self._state: Record = {}
+        self._metrics: IO[str] | None = None
+
+    def begin(self, state: Record, step: int) -> None:
+        """Starts at `step`: lines of later steps, written before an interruption, are dropped, since they will come again."""
+        path = self.run_dir / "metrics.jsonl"
+        _drop_after(path, step)
+        self._metrics = open(path, "a", encoding="utf-8", buffering=1)
+        self.update(state)
+
+    def update(self, changes: Record) -> None:
+        """Changes fields of run.json."""
+        self._state |= changes
+        write_json(self.run_dir / "run.json", self._state)
+
+    def fail(self, error: Exception) -> None:
+        """Marks the run as failed, if it had begun."""
+        if self._state:
+            self.update({"status": "failed", "error": str(error), "finished_at": now()})
+
+    def record(self, record: Record) -> None:
+        """Appends one line to metrics.jsonl and hands it to the listener."""
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(record | {"time": now()}) + "\n")
+        if self._listener is not None:
+            self._listener(record)
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        self._lock.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The lines of metrics.jsonl; a last line that a killed process left torn is not one."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            records.append(json.loads(line))
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    records = read_metrics(path)
+    kept = [record for record in records if record["step"] <= step]
+    with atomic_writer(path) as file:
+        file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def _lock_directory(run_dir: Path) -> IO[str]:
+    """Takes the run directory for this process; the kernel gives it back when the process ends, however it ends."""
+    lock = open(run_dir / ".lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise UserError(f"--save_dir {run_dir}: another training (process {holder}) is writing here; wait for it or stop it") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock

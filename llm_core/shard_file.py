@@ -1,0 +1,155 @@
+"""One token shard: an immutable file named by its content, and the facts of its rows beside it.
+
+dataset/<shard_id>.arrow    Arrow IPC, one uncompressed record batch: document_id, bytes, tokens (large_list<uint16|uint32>).
+                            A row's tokens are the end-of-text id and then the document, so that the values of the whole
+                            column lie in one piece: "eot doc eot doc ..."
+dataset/<shard_id>.parquet  document_id, token_start, token_count (both in those values, end-of-text included), bytes
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from llm_core.errors import DataError
+from llm_core.files import ID_LENGTH, atomic_writer, verify_file
+from llm_core.tables import parquet_bytes
+from llm_core.tokenizer import Ids, Tokenizer
+
+FORMAT_VERSION = 1
+
+_REMEDY = "delete it and run python -m llm_core.data_prep_tool again, which makes it anew"
+
+
+class ShardEntry(BaseModel):
+    """One shard in a manifest; tokens, documents and bytes are those of the whole shard, `removed_rows` included."""
+
+    model_config = ConfigDict(frozen=True)
+
+    shard_id: str
+    file: str
+    sha256: str
+    file_bytes: int
+    facts_file: str
+    facts_sha256: str
+    split: str
+    tokens: int
+    documents: int
+    bytes: int
+    removed_rows: list[int] = []
+
+
+class ShardWriter:
+    """Collects the encoded documents of one shard in memory and publishes them as one immutable file."""
+
+    def __init__(self, split: str, tokenizer: Tokenizer) -> None:
+        self._split = split
+        self._end_of_text = np.array([tokenizer.eot_id], dtype=tokenizer.dtype)
+        self._metadata = {
+            "format_version": str(FORMAT_VERSION),
+            "tokenizer_id": tokenizer.tokenizer_id,
+            "vocab_size": str(tokenizer.vocab_size),
+            "split": split,
+        }
+        self._document_ids: list[str] = []
+        self._sizes: list[int] = []
+        self._tokens: list[Ids] = []
+        self.bytes = 0
+
+    def add(self, document_id: str, size: int, tokens: Ids) -> None:
+        """Appends a document of `size` UTF-8 bytes."""
+        self._document_ids.append(document_id)
+        self._sizes.append(size)
+        self._tokens += [self._end_of_text, tokens]
+        self.bytes += size
+
+    def publish(self, processed_dir: Path) -> ShardEntry:
+        """Writes both files and ends the writer; files that are there already, from an interrupted build, are left alone."""
+        counts = np.array([len(tokens) + 1 for tokens in self._tokens[1::2]], dtype=np.int64)
+        ends = np.cumsum(counts)
+        document_ids, sizes = pa.array(self._document_ids, pa.string()), pa.array(self._sizes, pa.int64())
+        content = self._arrow_file(document_ids, sizes, ends)
+        facts = parquet_bytes(
+            pa.table({"document_id": document_ids, "token_start": ends - counts, "token_count": counts, "bytes": sizes})
+        )
+        sha256 = hashlib.sha256(content).hexdigest()
+        shard_id = sha256[:ID_LENGTH]
+        entry = ShardEntry(
+            shard_id=shard_id,
+            file=f"dataset/{shard_id}.arrow",
+            sha256=sha256,
+            file_bytes=content.size,
+            facts_file=f"dataset/{shard_id}.parquet",
+            facts_sha256=hashlib.sha256(facts).hexdigest(),
+            split=self._split,
+            tokens=int(ends[-1]),
+            documents=len(counts),
+            bytes=self.bytes,
+        )
+        _write_once(processed_dir / entry.facts_file, entry.facts_sha256, facts)
+        _write_once(processed_dir / entry.file, entry.sha256, content)
+        return entry
+
+    def _arrow_file(self, document_ids: pa.Array, sizes: pa.Array, ends: npt.NDArray[np.int64]) -> pa.Buffer:
+        values = pa.array(np.concatenate(self._tokens))
+        self._tokens.clear()  # the largest part of the memory, and now there twice
+        tokens = pa.LargeListArray.from_arrays(np.concatenate([[0], ends]), values)
+        batch = pa.record_batch({"document_id": document_ids, "bytes": sizes, "tokens": tokens})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, batch.schema.with_metadata(self._metadata)) as writer:
+            writer.write_batch(batch.replace_schema_metadata(self._metadata))
+        return sink.getvalue()
+
+
+def open_tokens(processed_dir: Path, shard: ShardEntry, verify: bool = True) -> Ids:
+    """All tokens [tokens] of a shard, removed rows included: a memory-mapped view, nothing is copied.
+
+    `verify` reads the file once, to compare its SHA-256 and to check every id against the vocabulary.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds an id outside of its vocabulary.
+    """
+    path = processed_dir / shard.file
+    if verify:
+        _verify(path, shard.sha256)
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        tokens: Ids = reader.get_batch(0).column("tokens").values.to_numpy(zero_copy_only=True)
+        vocab_size = int(reader.schema.metadata[b"vocab_size"])
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not readable as a token shard ({error}); {_REMEDY}") from None
+    if len(tokens) != shard.tokens:
+        raise DataError(f"{path}: holds {len(tokens)} tokens, the manifest says {shard.tokens}; {_REMEDY}")
+    if verify and int(tokens.max()) >= vocab_size:
+        raise DataError(f"{path}: token id {tokens.max()} does not exist in its vocabulary of {vocab_size}; {_REMEDY}")
+    return tokens
+
+
+def read_facts(processed_dir: Path, shard: ShardEntry) -> pa.Table:
+    """The facts of a shard's rows: document_id, token_start, token_count, bytes.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    path = processed_dir / shard.facts_file
+    _verify(path, shard.facts_sha256)
+    return pq.read_table(path)
+
+
+def _verify(path: Path, sha256: str) -> None:
+    try:
+        verify_file(path, sha256)
+    except DataError as error:
+        raise DataError(f"{error}; {_REMEDY}") from None
+
+
+def _write_once(path: Path, sha256: str, content: bytes | pa.Buffer) -> None:
+    try:
+        verify_file(path, sha256)
+    except DataError:
+        with atomic_writer(path) as file:
+            file.write(content)

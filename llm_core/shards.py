@@ -1,0 +1,300 @@
+"""The dataset: which shards, and which of their rows, make up one version of the tokenized text.
+
+    manifests/<dataset_id>.json  one dataset version: its tokenizer, its shards with their digests, its totals
+    metadata.json                the current version, with the window length and stride in use
+
+New text makes new shards; text that has gone is listed in a shard's `removed_rows`. Manifests are written last: an interrupted
+build leaves the previous version valid. Windows are cut when shards are read: max_length and stride change no file of tokens.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llm_core.config import ShardConfig
+from llm_core.corpus import Snapshot, iter_texts
+from llm_core.errors import DataError, UserError
+from llm_core.files import content_id, read_json, write_json
+from llm_core.shard_file import ShardEntry, ShardWriter, open_tokens, read_facts
+from llm_core.tokenizer import Ids, Tokenizer
+from llm_core.tokenizer_training import TokenizerArtifact
+
+__all__ = [
+    "DatasetManifest",
+    "ShardEntry",
+    "build_dataset",
+    "kept_documents",
+    "kept_runs",
+    "load_manifest",
+    "open_tokens",
+    "read_facts",
+]
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+
+_BATCH_BYTES = 4 << 20
+"""Text handed to the encoding threads at once."""
+
+
+class TokenizerEntry(BaseModel):
+    """The tokenizer of a dataset; `file` is relative to the processed directory."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokenizer_id: str
+    file: str
+    sha256: str
+    tokenizer_type: str
+    vocab_size: int
+    eot_id: int
+
+
+class SplitTotals(BaseModel):
+    """What a split holds without its removed rows; tokens include one end-of-text per document."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens: int
+    documents: int
+    bytes: int
+
+
+class DatasetManifest(BaseModel):
+    """One dataset version, and the windows that its user asked for (these stand in metadata.json only)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format_version: int = FORMAT_VERSION
+    dataset_id: str
+    snapshot_id: str
+    parent_dataset_id: str | None
+    tokenizer: TokenizerEntry
+    dtype: str
+    config: dict[str, Any]
+    splits: dict[str, SplitTotals]
+    shards: list[ShardEntry]
+    max_length: int
+    stride: int
+
+
+def load_manifest(processed_dir: Path, dataset_id: str | None = None) -> DatasetManifest:
+    """The current dataset, or an earlier version of it (with the current window length and stride).
+
+    Raises:
+        UserError: there is no prepared data in `processed_dir`.
+        DataError: the manifest is missing, damaged or of another format version.
+    """
+    path = processed_dir / "metadata.json"
+    if not path.is_file():
+        raise UserError(
+            f"--data_dir {processed_dir}: no prepared data (metadata.json is missing);"
+            f" make it with: python -m llm_core.data_prep_tool --input_dir <your text> --output_dir {processed_dir}"
+        )
+    content = read_json(path)
+    if dataset_id is not None:
+        windows = {name: content.get(name) for name in ("max_length", "stride")}
+        path = processed_dir / "manifests" / f"{dataset_id}.json"
+        content = read_json(path) | windows
+    if content.get("format_version") != FORMAT_VERSION:
+        raise DataError(f"{path}: format version {content.get('format_version')}, this program reads {FORMAT_VERSION}")
+    try:
+        return DatasetManifest.model_validate(content)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DataError(f"{path}: not a dataset manifest ({where}: {error.errors()[0]['msg']}); prepare the data again") from None
+
+
+def kept_runs(processed_dir: Path, manifest: DatasetManifest, split: str) -> Iterator[Ids]:
+    """The tokens of a split in order, as memory-mapped views [tokens] that leave out removed rows; verifies each shard.
+
+    Raises:
+        DataError: a shard is missing or damaged.
+    """
+    for shard in manifest.shards:
+        if shard.split != split:
+            continue
+        tokens = open_tokens(processed_dir, shard)
+        if not shard.removed_rows:
+            yield tokens
+            continue
+        facts = read_facts(processed_dir, shard)
+        starts, counts = facts["token_start"].to_numpy(), facts["token_count"].to_numpy()
+        # The bounds of what is kept: from the end of one removed row to the start of the next.
+        begins = [0, *(starts + counts)[shard.removed_rows]]
+        ends = [*starts[shard.removed_rows], len(tokens)]
+        yield from (tokens[begin:end] for begin, end in zip(begins, ends, strict=True) if begin < end)
+
+
+def kept_documents(processed_dir: Path, manifest: DatasetManifest, split: str) -> tuple[pa.ChunkedArray, npt.NDArray[np.int64]]:
+    """Ids [documents] of a split in the order of its tokens, and their token counts [documents], end-of-text included."""
+    ids, counts = [], []
+    for shard in manifest.shards:
+        if shard.split == split:
+            facts = _without(read_facts(processed_dir, shard), shard.removed_rows)
+            ids += facts["document_id"].chunks
+            counts.append(facts["token_count"].to_numpy())
+    return pa.chunked_array(ids, pa.string()), np.concatenate([np.empty(0, np.int64), *counts])
+
+
+def build_dataset(
+    snapshot: Snapshot,
+    artifact: TokenizerArtifact,
+    input_dir: Path,
+    processed_dir: Path,
+    config: ShardConfig,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DatasetManifest:
+    """Tokenizes what the current dataset lacks and publishes the next version; `on_progress` gets (done, all) bytes of text.
+
+    Shards of the current dataset are kept if their tokenizer is the same. If nothing is new, nothing is written.
+
+    Raises:
+        DataError: the text changed since the snapshot, or metadata.json is damaged.
+    """
+    tokenizer = artifact.tokenizer
+    current = load_manifest(processed_dir) if (processed_dir / "metadata.json").is_file() else None
+    parent = current if current and current.tokenizer.tokenizer_id == tokenizer.tokenizer_id else None
+
+    documents = snapshot.kept_documents()
+    shards: list[ShardEntry] = []
+    missing = []
+    for split in SPLITS:
+        wanted = documents.filter(pc.equal(documents["split"], split))
+        reused, stored_ids = _reuse(processed_dir, parent, split, wanted["document_id"])
+        shards += reused
+        missing.append(wanted.filter(pc.invert(pc.is_in(wanted["document_id"], value_set=stored_ids))))
+    to_encode = pa.concat_tables(missing).sort_by([(name, "ascending") for name in ("path", "start", "text_start")])
+    texts = iter_texts(input_dir, to_encode, snapshot.text_field)
+    shards += _encode(to_encode, texts, tokenizer, processed_dir, config, on_progress)
+    shards.sort(key=lambda shard: SPLITS.index(shard.split))  # stable: within a split the oldest come first
+
+    dataset_id = content_id(
+        FORMAT_VERSION, tokenizer.tokenizer_id, [(shard.shard_id, shard.split, shard.removed_rows) for shard in shards]
+    )
+    manifest = DatasetManifest(
+        dataset_id=dataset_id,
+        snapshot_id=snapshot.snapshot_id,
+        parent_dataset_id=current.dataset_id if current else None,
+        tokenizer=TokenizerEntry(
+            tokenizer_id=tokenizer.tokenizer_id,
+            file=artifact.file,
+            sha256=artifact.sha256,
+            tokenizer_type=tokenizer.tokenizer_type,
+            vocab_size=tokenizer.vocab_size,
+            eot_id=tokenizer.eot_id,
+        ),
+        dtype=tokenizer.dtype.name,
+        config=config.identity(),
+        splits={split: _totals(processed_dir, shards, split) for split in SPLITS},
+        shards=shards,
+        max_length=config.max_length,
+        stride=config.stride,
+    )
+    return _publish(processed_dir, manifest, current)
+
+
+def _publish(processed_dir: Path, manifest: DatasetManifest, current: DatasetManifest | None) -> DatasetManifest:
+    """Writes the manifest and makes it current; a version that exists already keeps the manifest it has."""
+    windows = {"max_length": manifest.max_length, "stride": manifest.stride}
+    path = processed_dir / "manifests" / f"{manifest.dataset_id}.json"
+    if path.is_file() and current:
+        manifest = load_manifest(processed_dir, manifest.dataset_id).model_copy(update=windows)
+    else:
+        write_json(path, manifest.model_dump(exclude=set(windows)))
+    if manifest != current:
+        write_json(processed_dir / "metadata.json", manifest.model_dump())
+    return manifest
+
+
+def _reuse(
+    processed_dir: Path, parent: DatasetManifest | None, split: str, wanted_ids: pa.ChunkedArray
+) -> tuple[list[ShardEntry], pa.Array]:
+    """Shards of the parent that hold wanted documents, the rows of others marked as removed; and all ids in these shards."""
+    shards, stored = [], [pa.array([], pa.string())]
+    for shard in parent.shards if parent else []:
+        if shard.split != split or not _is_whole(processed_dir / shard.file, shard.file_bytes):
+            continue
+        try:
+            ids = read_facts(processed_dir, shard)["document_id"].combine_chunks()
+        except DataError:  # its documents are encoded again
+            continue
+        removed = np.flatnonzero(~pc.is_in(ids, value_set=wanted_ids).to_numpy(zero_copy_only=False)).tolist()
+        if len(removed) < shard.documents:
+            shards.append(shard.model_copy(update={"removed_rows": removed}))
+            stored.append(ids)
+    return shards, pa.concat_arrays(stored)
+
+
+def _encode(
+    documents: pa.Table,
+    texts: Iterator[str],
+    tokenizer: Tokenizer,
+    processed_dir: Path,
+    config: ShardConfig,
+    on_progress: Callable[[int, int], None] | None,
+) -> list[ShardEntry]:
+    """Encodes documents into new shards, in one pass over the text with one open shard per split.
+
+    What goes into which shard follows from the sizes of the texts alone: no number of workers changes a byte.
+    """
+    threads = config.num_workers or len(os.sched_getaffinity(0))
+    all_bytes = pc.sum(documents["bytes"]).as_py() or 0
+    done_bytes = 0
+    shards: list[ShardEntry] = []
+    open_shards: dict[str, ShardWriter] = {}
+    for batch in _batches(documents.select(["document_id", "split", "bytes"])):
+        encoded = tokenizer.encode_batch([next(texts) for _ in batch], threads)
+        for (document_id, split, size), tokens in zip(batch, encoded, strict=True):
+            if split in open_shards and open_shards[split].bytes + size > config.shard_bytes:
+                shards.append(open_shards.pop(split).publish(processed_dir))
+            writer = open_shards.setdefault(split, ShardWriter(split, tokenizer))
+            writer.add(document_id, size, tokens)
+            done_bytes += size
+        if on_progress:
+            on_progress(done_bytes, all_bytes)
+    return shards + [open_shards[split].publish(processed_dir) for split in SPLITS if split in open_shards]
+
+
+def _batches(documents: pa.Table) -> Iterator[list[tuple[str, str, int]]]:
+    """Rows in runs of about `_BATCH_BYTES` of text."""
+    batch: list[tuple[str, str, int]] = []
+    pending = 0
+    for columns in documents.to_batches(max_chunksize=4096):
+        for row in zip(*(column.to_pylist() for column in columns.columns), strict=True):
+            batch.append(row)
+            pending += row[2]
+            if pending >= _BATCH_BYTES:
+                yield batch
+                batch, pending = [], 0
+    if batch:
+        yield batch
+
+
+def _totals(processed_dir: Path, shards: list[ShardEntry], split: str) -> SplitTotals:
+    tokens = documents = size = 0
+    for shard in shards:
+        if shard.split == split:
+            removed = read_facts(processed_dir, shard).take(shard.removed_rows) if shard.removed_rows else None
+            tokens += shard.tokens - (pc.sum(removed["token_count"]).as_py() if removed else 0)
+            documents += shard.documents - len(shard.removed_rows)
+            size += shard.bytes - (pc.sum(removed["bytes"]).as_py() if removed else 0)
+    return SplitTotals(tokens=tokens, documents=documents, bytes=size)
+
+
+def _without(facts: pa.Table, removed_rows: list[int]) -> pa.Table:
+    kept = np.ones(facts.num_rows, dtype=bool)
+    kept[removed_rows] = False
+    return facts.filter(pa.array(kept))
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    """Whether the file is there at its full size; its digest is compared when its tokens are opened."""
+    return path.is_file() and path.stat().st_size == size

@@ -1,0 +1,193 @@
+"""Text to token ids and back: one small interface over the three tokenizer types.
+
+A tokenizer is one file in Hugging Face's tokenizer.json format, and that file alone decides the ids. Byte-level types (bpe and
+tiktoken) are encoded by tiktoken's engine, several times as fast as `tokenizers`, with the same ids: the pre-tokenizing
+patterns below mean the same to both regular-expression engines (tests compare every code point and generated strings).
+Special tokens are never parsed out of text: `<|endoftext|>` in a document is ordinary text.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from llm_core.errors import DataError
+from llm_core.files import ID_LENGTH, atomic_writer
+
+# Contractions are spelled out (U+017F, the long s, included): case-insensitive groups fold differently in the two engines.
+# No possessive quantifiers: after {1,3} Oniguruma reads "+" as "repeat".
+_CONTRACTION = "'(?:[sS\u017fdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])"
+_O200K_END = f"(?:{_CONTRACTION})?"
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CL100K_PATTERN = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+O200K_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _O200K_END + "|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _O200K_END + "|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# tiktoken's engine gives up on a run of about a million whitespace characters; `tokenizers` does not.
+_ENDLESS = 200_000
+_ENDLESS_WHITESPACE = re.compile(rf"\s{{{_ENDLESS}}}")
+
+Ids = npt.NDArray[Any]
+"""Token ids: uint16 where the vocabulary fits (at most 65,536 tokens), uint32 elsewhere."""
+
+
+def id_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest dtype that holds every id of a vocabulary."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def byte_characters() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2's table): printable Latin-1 for itself,
+    the other bytes shifted to U+0100 and up."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    shifted = itertools.count(0x100)
+    return [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]
+
+
+def byte_level_tokenizer(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
+    """The pipeline of both byte-level types: split by `pattern`, nothing normalized, nothing added, nothing lost."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+class Tokenizer:
+    """Encodes and decodes with one tokenizer.json.
+
+    Threads may share it, and do in `encode_batch`.
+    """
+
+    def __init__(self, serialized: bytes, source: str = "tokenizer.json") -> None:
+        """Builds both engines from the bytes of a tokenizer.json.
+
+        Raises:
+            DataError: it is not a tokenizer that this program makes; the message names `source`.
+        """
+        self._serialized = serialized
+        try:
+            description = json.loads(serialized)
+            self._reference = tokenizers.Tokenizer.from_buffer(serialized)
+            self._reference.encode_special_tokens = True
+            self.special_tokens: list[str] = [
+                token["content"] for token in sorted(description["added_tokens"], key=lambda token: token["id"])
+            ]
+            vocab: dict[str, int] = self._reference.get_vocab(with_added_tokens=True)
+            if sorted(vocab.values()) != list(range(len(vocab))):
+                raise ValueError("its ids have holes")
+            self._special_ids = {token: vocab[token] for token in self.special_tokens}
+            self.vocab_size = len(vocab)
+            self.eot_id = self._special_ids[self.special_tokens[0]]
+            self._pieces = self._piece_bytes(vocab, description["model"]["type"])
+            self._engine = self._byte_level_engine(description) if description["model"]["type"] == "BPE" else None
+        except Exception as error:  # `tokenizers` raises plain Exception
+            raise DataError(f"{source}: not a tokenizer this program understands ({error})") from None
+        self.dtype = id_dtype(self.vocab_size)
+        self.tokenizer_id = hashlib.sha256(serialized).hexdigest()[:ID_LENGTH]
+        # A ready encoding keeps its ranks as ids, so that its special tokens stand behind them; a trained one begins with them.
+        self.tokenizer_type = "wordpiece" if self._engine is None else "tiktoken" if self.eot_id else "bpe"
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Reads a tokenizer.json.
+
+        Raises:
+            DataError: it is missing or not understood.
+        """
+        try:
+            return cls(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; make it with: python -m llm_core.data_prep_tool") from None
+
+    def save(self, path: Path) -> None:
+        """Writes the tokenizer.json atomically, byte for byte as it was loaded or trained."""
+        with atomic_writer(path) as file:
+            file.write(self._serialized)
+
+    def encode(self, text: str) -> Ids:
+        """Token ids [tokens] of a text, all of it taken as ordinary text; no special token is added."""
+        if self._engine is None or (len(text) >= _ENDLESS and _ENDLESS_WHITESPACE.search(text)):
+            return np.array(self._reference.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
+        return self._engine.encode_to_numpy(text, disallowed_special=()).astype(self.dtype, copy=False)
+
+    def encode_batch(self, texts: Sequence[str], threads: int) -> list[Ids]:
+        """`encode` of each text, on `threads` threads."""
+        if threads == 1 or len(texts) == 1:
+            return [self.encode(text) for text in texts]
+        # A few runs of texts per thread: the cost of handing one over is that of encoding a kilobyte.
+        step = max(1, len(texts) // (8 * threads))
+        runs = [texts[start : start + step] for start in range(0, len(texts), step)]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(itertools.chain.from_iterable(pool.map(self._encode_run, runs)))
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        """Text of token ids [tokens]; exact for byte-level types, where a part of a character becomes U+FFFD."""
+        numbers = np.asarray(ids, dtype=np.int64).tolist()
+        if self._engine is None:
+            return str(self._reference.decode(numbers, skip_special_tokens=False))
+        return b"".join([self._pieces[number] for number in numbers]).decode(errors="replace")
+
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """UTF-8 bytes [vocab_size] that each token adds to the text, 0 for special tokens.
+
+        Exact for byte-level types: the sum over a text's tokens is its length. WordPiece forgets whitespace.
+        """
+        lengths = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+        lengths[list(self._special_ids.values())] = 0
+        return lengths
+
+    def _encode_run(self, texts: Sequence[str]) -> list[Ids]:
+        if self._engine is None:  # only its batch call releases the interpreter lock
+            encodings = self._reference.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        return [self.encode(text) for text in texts]
+
+    def _piece_bytes(self, vocab: dict[str, int], model_type: str) -> list[bytes]:
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+        pieces = [b""] * len(vocab)
+        for token, number in vocab.items():
+            if token in self._special_ids:
+                pieces[number] = token.encode()
+            elif model_type == "BPE":
+                pieces[number] = bytes(byte_of[character] for character in token)
+            else:
+                pieces[number] = token.removeprefix("##").encode()
+        return pieces
+
+    def _byte_level_engine(self, description: dict[str, Any]) -> tiktoken.Encoding:
+        """tiktoken's engine; ranks are ids, which therefore must grow in the order of the merges."""
+        pattern = description["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        expected = json.loads(byte_level_tokenizer(models.BPE(), pattern).to_str())
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            if description[part] != expected[part]:
+                raise ValueError(f"its {part} is not the one of a byte-level tokenizer")
+        model = description["model"]
+        if model["dropout"] or model["ignore_merges"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+            raise ValueError("its model has options that are not used here")
+        ranks = {piece: number for number, piece in enumerate(self._pieces) if number not in self._special_ids.values()}
+        merged = [model["vocab"][left + right] for left, right in model["merges"]]
+        if any(following <= rank for rank, following in itertools.pairwise(merged)):
+            raise ValueError("its merges are not in the order of their ids")
+        if len(ranks) != 256 + len(merged) or any(bytes([byte]) not in ranks for byte in range(256)):
+            raise ValueError("its vocabulary is not 256 bytes and one token per merge")
+        # It never finds a special token, none being allowed in `encode`; without any, its search for them is slow.
+        return tiktoken.Encoding("textmill", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._special_ids)

@@ -1,0 +1,254 @@
+"""Making a tokenizer, and keeping it: the same text and configuration give the same bytes.
+
+tokenizers/<tokenizer_id>.json         every tokenizer made, in Hugging Face's format
+tokenizers/<tokenizer_id>.report.json  what it was made from and how well it compresses
+tokenizer.json                         a copy of the current one; written last
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from llm_core.config import TokenizerConfig
+from llm_core.corpus import Snapshot, iter_texts
+from llm_core.errors import DataError, UserError
+from llm_core.files import ID_LENGTH, read_json, sha256_file, write_json
+from llm_core.tiktoken_ranks import ready_tokenizer
+from llm_core.tokenizer import CL100K_PATTERN, Tokenizer, byte_characters, byte_level_tokenizer
+
+UNKNOWN = "[UNK]"
+"""WordPiece's token for a word with a character outside of its alphabet."""
+
+_MEASURED_BYTES = 16 << 20
+
+Texts = Callable[[], Iterator[str]]
+"""Starts a new pass over the same texts."""
+
+
+@dataclass(frozen=True)
+class TokenizerArtifact:
+    """A tokenizer in the store."""
+
+    tokenizer: Tokenizer
+    report: dict[str, Any]
+    sha256: str
+    reused: bool
+
+    @property
+    def tokenizer_id(self) -> str:
+        return self.tokenizer.tokenizer_id
+
+    @property
+    def file(self) -> str:
+        """Path relative to the processed directory."""
+        return f"tokenizers/{self.tokenizer_id}.json"
+
+
+def prepare_tokenizer(snapshot: Snapshot, input_dir: Path, processed_dir: Path, config: TokenizerConfig) -> TokenizerArtifact:
+    """The tokenizer for a snapshot, made only if there is none yet.
+
+    The current tokenizer is frozen: it stays while its configuration does, whatever text arrives, because a new one makes
+    every token and every trained model incomparable. A changed configuration or `retrain_tokenizer` makes a new one.
+
+    Raises:
+        UserError: the configuration does not fit the text.
+        DataError: the current tokenizer.json is damaged, or the text changed since the snapshot.
+    """
+    identity = tokenizer_identity(config)
+    current = processed_dir / "tokenizer.json"
+    current_id = sha256_file(current)[:ID_LENGTH] if current.is_file() else None
+    store = processed_dir / "tokenizers"
+    if current_id and not config.retrain_tokenizer and not (store / f"{current_id}.report.json").is_file():
+        raise DataError(
+            f"{current}: not a tokenizer made here, or damaged; copy the right one over it from {store}, or make a new one"
+            " with --retrain_tokenizer"
+        )
+    # The current one first: it stays even if another of the same configuration was made from just this text.
+    for report_path in sorted(store.glob("*.report.json"), key=lambda path: (path.name != f"{current_id}.report.json", path)):
+        report = read_json(report_path)
+        frozen = report["tokenizer_id"] == current_id and not config.retrain_tokenizer
+        # Training again on the same text could only give the same bytes.
+        if report["config"] == identity and (frozen or report["snapshot_id"] == snapshot.snapshot_id):
+            copies = (store / f"{report['tokenizer_id']}.json", current)
+            if kept := _load_and_mend(copies, report["sha256"]):
+                return TokenizerArtifact(kept, report, report["sha256"], reused=True)
+
+    documents = snapshot.kept_documents()
+    train = documents.filter(pa.compute.equal(documents["split"], "train"))
+    sample = _sample(train, config.tokenizer_train_bytes, config.tokenizer_seed)
+    tokenizer = train_tokenizer(lambda: iter_texts(input_dir, sample, snapshot.text_field), config)
+    path = store / f"{tokenizer.tokenizer_id}.json"
+    tokenizer.save(path)
+    measured = _sample(documents, _MEASURED_BYTES, config.tokenizer_seed)
+    report = {
+        "tokenizer_id": tokenizer.tokenizer_id,
+        "tokenizer_type": tokenizer.tokenizer_type,
+        "vocab_size": tokenizer.vocab_size,
+        "sha256": sha256_file(path),
+        "config": identity,
+        "snapshot_id": snapshot.snapshot_id,
+        "train_bytes": 0 if config.tokenizer_type == "tiktoken" else pa.compute.sum(sample["bytes"]).as_py(),
+        **_measure(tokenizer, iter_texts(input_dir, measured, snapshot.text_field)),
+    }
+    write_json(store / f"{tokenizer.tokenizer_id}.report.json", report)
+    tokenizer.save(current)
+    return TokenizerArtifact(tokenizer, report, report["sha256"], reused=False)
+
+
+def current_tokenizer(processed_dir: Path) -> TokenizerArtifact:
+    """The tokenizer in use.
+
+    Raises:
+        DataError: there is none yet, or it is damaged.
+    """
+    tokenizer = Tokenizer.load(processed_dir / "tokenizer.json")
+    report = read_json(processed_dir / "tokenizers" / f"{tokenizer.tokenizer_id}.report.json")
+    return TokenizerArtifact(tokenizer, report, report["sha256"], reused=True)
+
+
+def _load_and_mend(copies: tuple[Path, Path], sha256: str) -> Tokenizer | None:
+    """Loads an intact copy and makes the other one like it; None if both are lost."""
+    intact = [path for path in copies if path.is_file() and sha256_file(path) == sha256]
+    if not intact:
+        return None
+    tokenizer = Tokenizer.load(intact[0])
+    for path in copies:
+        if path not in intact:
+            tokenizer.save(path)
+    return tokenizer
+
+
+def tokenizer_identity(config: TokenizerConfig) -> dict[str, Any]:
+    """The fields that decide the tokenizer of the chosen type; a ranks file enters by content."""
+    identity = config.identity()
+    ranks_path = identity.pop("tiktoken_ranks")
+    if config.tokenizer_type == "tiktoken":
+        for name in ("vocab_size", "tokenizer_train_bytes", "tokenizer_seed"):
+            del identity[name]
+        if ranks_path is not None and Path(ranks_path).is_file():
+            identity["tiktoken_ranks_sha256"] = sha256_file(Path(ranks_path))
+    else:
+        del identity["tiktoken_encoding"]
+    return identity
+
+
+def train_tokenizer(texts: Texts, config: TokenizerConfig) -> Tokenizer:
+    """Learns a bpe or wordpiece vocabulary from `texts`, or loads the ready tiktoken encoding.
+
+    Raises:
+        UserError: the vocabulary size or a special token does not fit.
+    """
+    _check_special_tokens(config)
+    if config.tokenizer_type == "tiktoken":
+        return Tokenizer(ready_tokenizer(config).to_str(pretty=True).encode())
+    trained = _train_bpe(texts, config) if config.tokenizer_type == "bpe" else _train_wordpiece(texts, config)
+    size = trained.get_vocab_size(with_added_tokens=True)
+    if size != config.vocab_size:
+        raise UserError(
+            f"--vocab_size {config.vocab_size}: the text yields {size} tokens; give --vocab_size {size}"
+            + (" or less, or add text to --input_dir" if size < config.vocab_size else " or more")
+        )
+    return Tokenizer(trained.to_str(pretty=True).encode())
+
+
+def _check_special_tokens(config: TokenizerConfig) -> None:
+    """A special token must be out of reach of ordinary text: it spans several pre-tokens, and merges stay within one."""
+    pre_tokenizer = _words() if config.tokenizer_type == "wordpiece" else _byte_level(models.BPE()).pre_tokenizer
+    for token in config.special_tokens:
+        plain = not token.isascii() or token.strip() != token or token.startswith("##")
+        if plain or len(pre_tokenizer.pre_tokenize_str(token)) < 2:
+            raise UserError(f"--special_tokens {token!r}: ordinary text could be taken for it; write it like <|name|>")
+    if len(set(config.special_tokens)) < len(config.special_tokens) or UNKNOWN in config.special_tokens:
+        raise UserError(f"--special_tokens {config.special_tokens}: one of them stands twice, or is {UNKNOWN}")
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    return byte_level_tokenizer(model, CL100K_PATTERN)
+
+
+def _train_bpe(texts: Texts, config: TokenizerConfig) -> tokenizers.Tokenizer:
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=2,  # a pair seen once is a memory, not a rule
+        special_tokens=config.special_tokens,
+        initial_alphabet=byte_characters(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    return tokenizer
+
+
+def _words() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.BertPreTokenizer()
+
+
+def _train_wordpiece(texts: Texts, config: TokenizerConfig) -> tokenizers.Tokenizer:
+    """WordPiece over words and punctuation, case and accents kept; whitespace and control characters are lost.
+
+    `tokenizers` numbers the inner characters (`##e`) in the order of a hash map, which then decides ties: two trainings differ.
+    Given to the trainer as special tokens, in sorted order, they have fixed ids; a second model then has the real ones only.
+    """
+    normalizer = normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=False, lowercase=False)
+    counts: Counter[str] = Counter()
+    for text in texts():
+        counts.update(normalizer.normalize_str(text))
+    characters = (character for character in counts if not character.isspace())
+    # Each character stands in the vocabulary twice; half of it is left to longer pieces. Rarer characters become [UNK].
+    alphabet = sorted(sorted(characters, key=lambda character: (-counts[character], character))[: config.vocab_size // 4])
+    special_tokens = [*config.special_tokens, UNKNOWN]
+
+    learner = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    learner.normalizer = normalizer
+    learner.pre_tokenizer = _words()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=2,
+        special_tokens=special_tokens + ["##" + character for character in alphabet],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts(), trainer)
+
+    vocab = learner.get_vocab(with_added_tokens=True)
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab=vocab, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = _words()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer.add_special_tokens(special_tokens)
+    return tokenizer
+
+
+def _sample(documents: pa.Table, max_bytes: int, seed: int) -> pa.Table:
+    """Documents of at most `max_bytes` in all (at least one), drawn by `seed`, in their own order."""
+    sizes = documents["bytes"].to_numpy()
+    drawn = np.random.default_rng(seed).permutation(len(sizes))
+    count = max(1, int(np.searchsorted(np.cumsum(sizes[drawn]), max_bytes, side="right")))
+    return documents.take(np.sort(drawn[:count]))
+
+
+def _measure(tokenizer: Tokenizer, texts: Iterator[str]) -> dict[str, Any]:
+    """How the tokenizer does on real text; more bytes per token and fewer tokens per word are better."""
+    used = np.zeros(tokenizer.vocab_size, dtype=bool)
+    size = words = tokens = 0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        used[ids] = True
+        size += len(text.encode())
+        words += len(text.split())
+        tokens += len(ids)
+    return {
+        "measured_bytes": size,
+        "bytes_per_token": size / tokens,
+        "tokens_per_word": tokens / words,
+        "vocab_used": float(used.mean()),
+    }

@@ -1,0 +1,179 @@
+"""The training tool: `python -m llm_core.train ...`, or the same under torchrun for several processes and machines."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+if __name__ == "__main__" and not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a plain file
+
+import torch
+from pydantic import Field
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from llm_core.checkpoint import TrainingState
+from llm_core.cli import parse_options
+from llm_core.config import TrainConfig
+from llm_core.dataset import Windows
+from llm_core.distributed import Ranks, StopRequest, join_ranks
+from llm_core.errors import Preempted, TextmillError
+from llm_core.evaluate import token_bytes
+from llm_core.files import write_json
+from llm_core.runlog import Listener, RunLog, now
+from llm_core.shards import DatasetManifest, load_manifest
+from llm_core.tokenizer import Tokenizer
+from llm_core.trainer import Trainer, TrainingData, find_resume_state
+from llm_core.usage import write_document_steps
+from llm_core.version import code_version, git_commit
+
+PROG = "python -m llm_core.train"
+
+
+class TrainOptions(TrainConfig):
+    """Train a decoder language model on prepared data."""
+
+    data_dir: str = Field("processed_data", description="Folder written by the data preparation.")
+    save_dir: str = Field("checkpoints", description="Folder for checkpoints, metrics and the run's state.")
+    checkpoint: str | None = Field(None, description="Resume from this checkpoint_step_<N>.pt.")
+    resume: Literal["never", "auto"] = Field("never", description="auto: continue from the newest checkpoint in save_dir that verifies.")
+
+
+def open_data(data_dir: Path, manifest: DatasetManifest, config: TrainConfig) -> TrainingData:
+    """Opens both splits as the resolved configuration wants them. Validation windows never overlap."""
+    assert config.max_length is not None and config.stride is not None
+    tokenizer = Tokenizer.load(data_dir / manifest.tokenizer.file)
+    return TrainingData(
+        dataset_id=manifest.dataset_id,
+        tokenizer_id=manifest.tokenizer.tokenizer_id,
+        vocab_size=manifest.tokenizer.vocab_size,
+        eot_id=manifest.tokenizer.eot_id,
+        train=Windows.open(data_dir, manifest, "train", config.max_length, config.stride),
+        val=Windows.open(data_dir, manifest, "val", config.max_length, 0),
+        token_bytes=token_bytes(tokenizer, manifest),
+    )
+
+
+def train(
+    config: TrainConfig,
+    data_dir: Path,
+    run_dir: Path,
+    *,
+    checkpoint: str | None = None,
+    resume: Literal["never", "auto"] = "never",
+    listener: Listener | None = None,
+) -> None:
+    """Trains in this process, as one of the ranks that torchrun started or alone.
+
+    Raises:
+        Preempted: the run was asked to stop; its state is saved and `resume="auto"` goes on.
+        TextmillError: options, data or checkpoints do not fit; the message says what to do.
+    """
+    manifest = load_manifest(data_dir)
+    config = config.resolved(manifest.max_length, manifest.stride)
+    with join_ranks(config, run_dir) as ranks, StopRequest() as stop:
+        data = open_data(data_dir, manifest, config)
+        with _run_log(run_dir, ranks, listener) as log:
+            found = find_resume_state(run_dir, checkpoint, resume)
+            trainer = Trainer(config, data, run_dir, ranks, log, stop)
+            if found is not None:
+                trainer.restore(*found)
+            if log is not None:
+                _announce(log, trainer, manifest, found)
+            finished = trainer.run()
+            if log is not None:
+                if finished:
+                    write_document_steps(run_dir / "document_steps.parquet", data_dir, manifest, data.train, config)
+                log.update({"status": "finished" if finished else "preempted", "finished_at": now()})
+    if not finished:
+        raise Preempted(f"stopped on request at step {trainer.step}/{config.max_steps}; saved in {run_dir}, --resume auto goes on")
+
+
+@contextmanager
+def _run_log(run_dir: Path, ranks: Ranks, listener: Listener | None) -> Iterator[RunLog | None]:
+    """The run's log on the main rank, None elsewhere; an error that ends the run is written into its state."""
+    if not ranks.is_main:
+        yield None
+        return
+    log = RunLog(run_dir, listener)
+    try:
+        yield log
+    except Exception as error:
+        log.fail(error)
+        raise
+    finally:
+        log.close()
+
+
+def _announce(log: RunLog, trainer: Trainer, manifest: DatasetManifest, resumed: tuple[Path, TrainingState] | None) -> None:
+    """Writes what this run is, to its files and to the console."""
+    config, model, ranks = trainer.config, trainer.model, trainer.ranks
+    write_json(log.run_dir / "config.json", config.model_dump(mode="json"))
+    accumulation = config.batch_size // (trainer.micro_batch_size * ranks.world_size)
+    log.begin(
+        {
+            "format_version": 1,
+            "run_id": trainer.run_id,
+            "dataset_id": manifest.dataset_id,
+            "tokenizer_id": manifest.tokenizer.tokenizer_id,
+            "parent_run_id": None,
+            "config": config.model_dump(mode="json"),
+            "seed": config.seed,
+            "code_version": code_version(),
+            "git_commit": git_commit(),
+            "status": "running",
+            "started_at": now(),
+            "finished_at": None,
+            "error": None,
+            "resumed_from_step": trainer.step,
+            "steps_done": trainer.step,
+            "tokens_seen": trainer.tokens_seen,
+            "skipped_steps": trainer.skipped_steps,
+            "parameters": model.num_parameters(),
+            "flops_per_token": model.flops_per_token(),
+            "world_size": ranks.world_size,
+            "threads": ranks.threads,
+            "device": str(ranks.device),
+            "precision": trainer.precision,
+            "attention": model.backend,
+            "micro_batch_size": trainer.micro_batch_size,
+            "accumulation_steps": accumulation,
+            "torch_version": torch.__version__,
+        },
+        step=trainer.step,
+    )
+    windows = len(trainer.data.train)
+    epochs = config.max_steps * config.batch_size / windows
+    log.say(
+        f"run {trainer.run_id}: {model.num_parameters():,} parameters, {windows:,} windows of {config.max_length} tokens, "
+        f"{config.max_steps} steps of {config.batch_size} windows ({epochs:.2f} epochs)\n"
+        f"{ranks.world_size} rank(s) on {ranks.device.type} with {ranks.threads} thread(s), {trainer.precision}, attention {model.backend}, "
+        f"micro batch {trainer.micro_batch_size} x {accumulation}"
+    )
+    if resumed is not None:
+        log.say(f"resumed from {resumed[0]} at step {trainer.step}")
+
+
+@record
+def main(listener: Listener | None = None) -> None:
+    options = parse_options(TrainOptions, PROG)
+    try:
+        train(
+            options.part(TrainConfig),
+            Path(options.data_dir),
+            Path(options.save_dir),
+            checkpoint=options.checkpoint,
+            resume=options.resume,
+            listener=listener,
+        )
+    except TextmillError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{PROG}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

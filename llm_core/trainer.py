@@ -1,0 +1,371 @@
+"""The training loop: one optimizer step as a pure sequence, and around it validation, checkpoints, metrics and the way out."""
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llm_core.attention import choose_backend
+from llm_core.checkpoint import TrainingState, load_checkpoint, require_same, save_checkpoint
+from llm_core.checkpoint_files import newest_valid, prune_checkpoints
+from llm_core.config import ModelConfig, TrainConfig
+from llm_core.dataset import Windows
+from llm_core.distributed import Ranks, StopRequest
+from llm_core.errors import DataError, UserError
+from llm_core.evaluate import HeldOut, evaluate
+from llm_core.identity import run_id
+from llm_core.model import Transformer
+from llm_core.optimizer import build_optimizer, learning_rate
+from llm_core.order import Indices, rank_micro_batches, windows_of_step
+from llm_core.precision import DTYPES, autocast, resolve_precision
+from llm_core.runlog import RunLog
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run reads: the windows of both splits and the facts of the dataset they come from."""
+
+    dataset_id: str
+    tokenizer_id: str
+    vocab_size: int
+    eot_id: int
+    train: Windows
+    val: Windows
+    token_bytes: Tensor  # (V,) fp64, UTF-8 bytes of each token, 0 for special tokens
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank."""
+
+    loss: float  # mean NLL per target over the global batch, nats
+    grad_norm: float  # global norm before clipping
+    learning_rate: float
+    skipped: bool  # gradients were not finite, nothing was updated
+    stop: bool  # some rank was asked to stop
+
+
+class Trainer:
+    """Trains one model on one dataset and leaves a run directory that can always be resumed.
+
+    Every rank makes the same decisions from the same numbers; only the main rank has a `log` and writes.
+    `config` is resolved (`TrainConfig.resolved`).
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: TrainingData, run_dir: Path, ranks: Ranks, log: RunLog | None, stop: StopRequest
+    ) -> None:
+        self.config, self.data, self.ranks, self.log, self.stop = config, data, ranks, log, stop
+        self.run_dir = run_dir
+        self.run_id = run_id(data.dataset_id, data.tokenizer_id, config)
+        self.micro_batch_size = _micro_batch_size(config, ranks.world_size)
+        self.precision = resolve_precision(config, ranks.device)
+
+        self.model = Transformer(ModelConfig.of(config, data.vocab_size), data.eot_id)
+        self.model.init_weights(config.seed)
+        self.model.to(ranks.device)
+        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.model.backend = choose_backend(config.attention, ranks.device, DTYPES[self.precision])
+        self.optimizer = build_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
+        if config.compile_model:
+            _compile_blocks(self.model, ranks.device)
+        self.module: nn.Module = self.model
+        if ranks.world_size > 1:
+            self.module = DistributedDataParallel(
+                self.model,
+                device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                forward_sync_buffers=False,  # the rotary tables are the same everywhere
+            )
+        self.step = 0  # optimizer steps done
+        self.tokens_seen = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self.best_val_loss: float | None = None
+        self.last_validation: tuple[int, HeldOut] | None = None
+
+    # One step.
+
+    def train_step(self) -> StepResult:
+        """Runs optimizer step number `self.step` on its global batch."""
+        config, ranks = self.config, self.ranks
+        torch.manual_seed(_step_seed(config.seed, self.step, ranks.rank))  # dropout
+        windows = windows_of_step(self.step, config.batch_size, len(self.data.train), config.seed)
+        targets = self.data.train.num_targets(windows)
+        rate = learning_rate(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+        self.optimizer.zero_grad(set_to_none=True)
+        nll = self._accumulate_gradients(windows, targets)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf, foreach=True)
+
+        totals = ranks.sum(torch.stack((nll, torch.tensor(float(self.stop.requested), device=ranks.device))))
+        loss, stops, grad_norm = totals[0].item() / targets, totals[1].item(), norm.item()
+        skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
+        if not skipped:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+        self.step += 1
+        self.tokens_seen += targets
+        self.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= config.max_skipped_steps:
+            raise DataError(
+                f"step {self.step}: loss {loss}, gradient norm {grad_norm}; {self.skipped_in_a_row} steps in a row were not finite. "
+                f"The last one read the windows {windows.tolist()}; lower --learning_rate or look at their text"
+            )
+        return StepResult(loss, grad_norm, rate, skipped, stop=stops > 0)
+
+    def _accumulate_gradients(self, windows: Indices, targets: int) -> Tensor:
+        """Adds up the gradients of this rank's micro-batches and returns their summed NLL, fp32."""
+        micro_batches = rank_micro_batches(windows, self.micro_batch_size, self.ranks.rank, self.ranks.world_size)
+        nll = torch.zeros((), device=self.ranks.device)
+        for number, micro_batch in enumerate(micro_batches):
+            inputs, labels = self._to_device(self.data.train.batch(micro_batch))
+            with self._gradient_sync(last=number == len(micro_batches) - 1):
+                with autocast(self.precision, self.ranks.device):
+                    micro_nll = self.module(inputs, labels)
+                # DDP averages over the ranks; the loss is the mean over all targets of all ranks.
+                self.scaler.scale(micro_nll * (self.ranks.world_size / targets)).backward()
+            nll += micro_nll.detach()
+        return nll
+
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients travel once per step: with the last micro-batch."""
+        if last or not isinstance(self.module, DistributedDataParallel):
+            return nullcontext()
+        return self.module.no_sync()
+
+    def _to_device(self, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        device = self.ranks.device
+        if device.type == "cpu":
+            return tensors
+        inputs, targets = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+        return inputs, targets
+
+    # The loop.
+
+    def run(self) -> bool:
+        """Trains to max_steps. Returns False when it was asked to stop before that; the state is then saved."""
+        config = self.config
+        saved_step = self.step
+        clock = _Throughput(skip=2 if config.compile_model else 1)
+        while self.step < config.max_steps:
+            tokens_before = self.tokens_seen
+            result = self.train_step()
+            clock.add(self.tokens_seen - tokens_before)
+            self._report(result, clock)
+            ending = result.stop or self.step == config.max_steps
+            if self.step == config.max_steps or (config.eval_interval and self.step % config.eval_interval == 0):
+                self.validate()
+                clock.pause()
+            if ending or (config.save_interval and self.step % config.save_interval == 0):
+                self.save()
+                saved_step = self.step
+                clock.pause()
+            if result.stop and self.step < config.max_steps:
+                return False
+        if saved_step == 0:
+            self.save()
+        return True
+
+    def validate(self) -> HeldOut:
+        """Held-out loss on the first eval_tokens of the validation split; the same tokens each time."""
+        held_out = evaluate(
+            self.model,
+            self.data.val,
+            self.data.token_bytes,
+            max_tokens=self.config.eval_tokens,
+            batch_size=self.micro_batch_size,
+            ranks=self.ranks,
+            precision=self.precision,
+        )
+        self.last_validation = (self.step, held_out)
+        self.best_val_loss = held_out.loss if self.best_val_loss is None else min(self.best_val_loss, held_out.loss)
+        if self.log is not None:
+            numbers = {"val_loss": held_out.loss, "val_bits_per_byte": held_out.bits_per_byte}
+            self.log.record({"kind": "eval", "step": self.step, "tokens": self.tokens_seen} | numbers)
+            self.log.say(
+                f"step {self.step}/{self.config.max_steps} | validation loss {held_out.loss:.4f} | {held_out.bits_per_byte:.4f} bits per byte"
+            )
+        return held_out
+
+    def _report(self, result: StepResult, clock: "_Throughput") -> None:
+        if self.log is None:
+            return
+        record = {
+            "kind": "train",
+            "step": self.step,
+            "tokens": self.tokens_seen,
+            "loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": clock.rate,
+            "skipped": int(result.skipped),
+        }
+        # JSON has no NaN; a step that was skipped is marked as such.
+        self.log.record({name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()})
+        if self.step % self.config.log_interval == 0 or self.step in (1, self.config.max_steps) or result.skipped:
+            left = (self.config.max_steps - self.step) * clock.seconds_per_step
+            self.log.say(
+                f"step {self.step}/{self.config.max_steps} | loss {result.loss:.4f} | lr {result.learning_rate:.2e} | "
+                f"grad norm {result.grad_norm:.2f} | {clock.rate:,.0f} tokens/s | {_duration(left)} left"
+                + (" | SKIPPED: not finite" if result.skipped else "")
+            )
+
+    # State.
+
+    def save(self) -> None:
+        """Writes a checkpoint on the main rank; every rank returns after it is on disk, or fails with it."""
+        error: Exception | None = None
+        if self.log is not None:
+            try:
+                validated = self.last_validation
+                val_loss = validated[1].loss if validated is not None and validated[0] == self.step else None
+                record = save_checkpoint(self.run_dir, self.state(), val_loss)
+                prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
+                self.log.update({"steps_done": self.step, "tokens_seen": self.tokens_seen, "skipped_steps": self.skipped_steps})
+                self.log.say(f"step {self.step}/{self.config.max_steps} | saved {record.path} ({record.bytes / 1e6:.1f} MB)")
+            except Exception as failure:
+                error = failure
+        self.ranks.main_first_error(error)
+
+    def state(self) -> TrainingState:
+        """Everything that `restore` needs. Keys are those of the bare model; a tied matrix is stored once."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "best_val_loss": self.best_val_loss,
+            "run_id": self.run_id,
+            "dataset_id": self.data.dataset_id,
+            "tokenizer_id": self.data.tokenizer_id,
+            "eot_id": self.data.eot_id,
+            "model_config": self.model.config.model_dump(mode="json"),
+            "train_config": self.config.identity(),
+        }
+
+    def restore(self, path: Path, state: TrainingState) -> None:
+        """Takes over a saved state.
+
+        Raises:
+            UserError: the checkpoint is of another model, configuration or dataset; the message names what differs.
+        """
+        present = self.state()
+        require_same(path, state["model_config"], present["model_config"])
+        ids = ("dataset_id", "tokenizer_id")
+        require_same(
+            path,
+            state["train_config"] | {name: state[name] for name in ids},
+            present["train_config"] | {name: present[name] for name in ids},
+        )
+        self.model.load_state_dict(state["model"], strict=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+        self.best_val_loss = state["best_val_loss"]
+
+
+class _Throughput:
+    """Tokens per second of training alone: pauses for validation and saving and the first steps do not count."""
+
+    def __init__(self, skip: int) -> None:
+        self._skip = skip
+        self._since = time.perf_counter()
+        self._recent: list[tuple[int, float]] = []
+
+    def add(self, tokens: int) -> None:
+        elapsed = time.perf_counter() - self._since
+        self._since = time.perf_counter()
+        if self._skip:
+            self._skip -= 1
+        else:
+            self._recent = [*self._recent[-49:], (tokens, elapsed)]
+
+    def pause(self) -> None:
+        self._since = time.perf_counter()
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second over the last 50 steps, 0 before there is a figure."""
+        seconds = sum(elapsed for _, elapsed in self._recent)
+        return sum(tokens for tokens, _ in self._recent) / seconds if seconds else 0.0
+
+    @property
+    def seconds_per_step(self) -> float:
+        return sum(elapsed for _, elapsed in self._recent) / len(self._recent) if self._recent else 0.0
+
+
+def find_resume_state(run_dir: Path, checkpoint: str | None, resume: str) -> tuple[Path, TrainingState] | None:
+    """The state a run starts from: the named checkpoint, with resume "auto" the newest that verifies, else None.
+
+    Raises:
+        UserError: the run directory already holds checkpoints and nothing was said about them.
+        DataError: the named checkpoint is damaged, or there are checkpoints and all of them are.
+    """
+    if checkpoint is not None:
+        path = Path(checkpoint)
+        return path, load_checkpoint(path)
+    record, damaged = newest_valid(run_dir)
+    if resume == "never":
+        if record is not None or damaged:
+            raise UserError(
+                f"--save_dir {run_dir}: holds the checkpoints of an earlier run; "
+                "continue it with --resume auto or --checkpoint, or choose another folder"
+            )
+        return None
+    if record is None:
+        if damaged:
+            raise DataError(f"--resume auto: no checkpoint in {run_dir} is whole: {'; '.join(damaged)}")
+        return None
+    for message in damaged:
+        print(f"resume: passed over a checkpoint: {message}", flush=True)
+    return record.path, load_checkpoint(record.path)
+
+
+def _micro_batch_size(config: TrainConfig, world_size: int) -> int:
+    batch, micro = config.batch_size, config.micro_batch_size
+    if micro is None:
+        if batch % world_size:
+            raise UserError(f"--batch_size {batch} does not divide among {world_size} ranks; use a multiple of {world_size}")
+        return batch // world_size
+    if batch % (micro * world_size):
+        raise UserError(
+            f"--batch_size {batch} is not a multiple of --micro_batch_size {micro} x {world_size} ranks = {micro * world_size}"
+        )
+    return micro
+
+
+def _compile_blocks(model: Transformer, device: torch.device) -> None:
+    """Compiles each block in place, so that parameter names stay; on a CPU only deterministic kernels repeat bit for bit."""
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    for block in model.blocks:
+        block.compile()
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {seconds:02d}s"

@@ -1,0 +1,63 @@
+"""evaluation: how good the checkpoint is on text it has not seen."""
+
+from pathlib import Path
+
+import dagster as dg
+
+from llm_core.checkpoint_files import CheckpointRecord, manifest_path
+from llm_core.config import EvaluateConfig
+from llm_core.evaluation_file import Evaluation, evaluation_path, metric, read_evaluation
+from llm_core.shards import DatasetManifest, load_manifest
+from pipeline.assets.checkpoint import checkpoint
+from pipeline.assets.common import MODEL, OWNERS
+from pipeline.current import get_current, set_current
+from pipeline.plots import bits_per_byte_bars
+from pipeline.release import released_checkpoint
+from pipeline.resources import CatalogResource, Storage
+
+
+class EvaluationConfig(EvaluateConfig, dg.Config):
+    """How a checkpoint is judged on the held-out text."""
+
+
+@dg.asset(deps=[checkpoint], kinds={"pytorch"}, group_name=MODEL, owners=OWNERS)
+def evaluation(config: EvaluationConfig, storage: Storage, catalog: CatalogResource) -> dg.MaterializeResult:
+    """Loss, perplexity and bits per byte of held-out text, beside a unigram baseline and the released model, and samples."""
+    record = CheckpointRecord.read(manifest_path(get_current(storage.current_checkpoint, "checkpoint")))
+    manifest = load_manifest(storage.processed)
+    path, result = _judge(record, manifest, storage, config.part(EvaluateConfig), catalog)
+    set_current(storage.current_evaluation, path)
+
+    compared = {"this model": metric(result, "bits_per_byte"), "unigram baseline": metric(result, "unigram_bits_per_byte")}
+    released = released_checkpoint(storage, manifest.tokenizer.tokenizer_id)
+    if released is not None and released.checkpoint_id != record.checkpoint_id:
+        _, released_result = _judge(released, manifest, storage, config.part(EvaluateConfig), catalog)
+        compared["released model"] = metric(released_result, "bits_per_byte")
+    samples = "\n\n".join(f"**{sample['prompt']}**{sample['continuation']}" for sample in result["samples"])
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(result["evaluation_id"]),
+        metadata={
+            "checkpoint_id": record.checkpoint_id,
+            "loss": metric(result, "loss"),
+            "perplexity": metric(result, "perplexity"),
+            "bits_per_byte": metric(result, "bits_per_byte"),
+            "unigram_bits_per_byte": metric(result, "unigram_bits_per_byte"),
+            "tokens": int(metric(result, "tokens")),
+            "comparison": bits_per_byte_bars(compared),
+            "samples": dg.MetadataValue.md(samples),
+            "file": dg.MetadataValue.path(path),
+        },
+    )
+
+
+def _judge(
+    record: CheckpointRecord, manifest: DatasetManifest, storage: Storage, config: EvaluateConfig, catalog: CatalogResource
+) -> tuple[Path, Evaluation]:
+    """Evaluates a checkpoint on the current dataset, or reads what was found before."""
+    path = evaluation_path(record, manifest.dataset_id, config)
+    if not path.exists():
+        from llm_core.judge import evaluate_checkpoint  # imports torch
+
+        evaluate_checkpoint(record.path, storage.processed, config)
+    catalog.open().record_evaluation(path)
+    return path, read_evaluation(path)

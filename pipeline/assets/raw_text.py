@@ -1,0 +1,46 @@
+"""raw_text: the folder of raw text as a snapshot of documents."""
+
+import dagster as dg
+
+from llm_core.config import CorpusConfig
+from llm_core.corpus import take_snapshot
+from pipeline.assets.common import DATA, OWNERS
+from pipeline.assets.sample_corpus import sample_corpus
+from pipeline.current import set_current
+from pipeline.resources import CatalogResource, Storage
+
+
+class RawTextConfig(CorpusConfig, dg.Config):
+    """How files become documents."""
+
+
+@dg.asset(deps=[sample_corpus], kinds={"text", "parquet"}, group_name=DATA, owners=OWNERS)
+def raw_text(
+    context: dg.AssetExecutionContext, config: RawTextConfig, storage: Storage, catalog: CatalogResource
+) -> dg.MaterializeResult:
+    """The documents of the raw text folder, found by content: cleaned, deduplicated, split into train and validation.
+
+    Unchanged files are not opened again. Files that are not clean UTF-8 text are set aside with a reason, never repaired.
+    """
+    storage.raw_text.mkdir(parents=True, exist_ok=True)
+    snapshot = take_snapshot(storage.raw_text, storage.processed, config.part(CorpusConfig))
+    catalog.open().record_snapshot(storage.processed, snapshot.snapshot_id)
+    set_current(storage.current_snapshot, storage.current_snapshot.with_name(f"{snapshot.snapshot_id}.json"))
+    summary = snapshot.summary
+    for file in summary["quarantined"]:
+        context.log.warning(f"set aside {file['path']}: {file['reason']} ({file['detail']})")
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(snapshot.snapshot_id),
+        metadata={
+            "snapshot_id": snapshot.snapshot_id,
+            "files": summary["files"],
+            "documents": summary["documents"],
+            "train_bytes": summary["train_bytes"],
+            "validation_bytes": summary["val_bytes"],
+            "bytes_dropped": summary["bytes_dropped"],
+            "quarantined": summary["quarantined"],
+            "files_added": summary["files_added"],
+            "files_changed": summary["files_changed"],
+            "files_removed": summary["files_removed"],
+        },
+    )

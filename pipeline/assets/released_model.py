@@ -1,0 +1,63 @@
+"""released_model: the best model so far, as a Hugging Face directory."""
+
+import dagster as dg
+
+from llm_core.checkpoint_files import CheckpointRecord, manifest_path
+from llm_core.config import ReleaseConfig
+from llm_core.evaluation_file import metric, read_evaluation
+from llm_core.files import read_json
+from llm_core.shards import load_manifest
+from pipeline.assets.common import MODEL, OWNERS
+from pipeline.assets.evaluation import evaluation
+from pipeline.current import get_current
+from pipeline.release import decide, release, released_model as find_released_model
+from pipeline.report import locations, report_table
+from pipeline.resources import CatalogResource, Storage
+
+
+class ReleasedModelConfig(ReleaseConfig, dg.Config):
+    """When a checkpoint becomes the released model."""
+
+
+@dg.asset(deps=[evaluation], kinds={"huggingface"}, group_name=MODEL, owners=OWNERS)
+def released_model(
+    context: dg.AssetExecutionContext, config: ReleasedModelConfig, storage: Storage, catalog: CatalogResource
+) -> dg.MaterializeResult:
+    """The checkpoint as a Hugging Face Llama, if it beats the released one on the same text; otherwise the old release stays."""
+    record = CheckpointRecord.read(manifest_path(get_current(storage.current_checkpoint, "checkpoint")))
+    result = read_evaluation(get_current(storage.current_evaluation, "evaluation"))
+    run = read_json(record.path.parent / "run.json")
+    verdict = decide(storage, run, result, config.part(ReleaseConfig))
+    if verdict.promoted:
+        directory = release(storage, record, run, result, verdict)
+        catalog.open().record_model(directory)
+    else:
+        context.log.warning(f"not released: {verdict.reason}")
+
+    released = find_released_model(storage)
+    assert released is not None, "the first checkpoint is always released"
+    manifest = load_manifest(storage.processed)
+    rows: dict[str, object] = {
+        "documents": sum(split.documents for split in manifest.splits.values()),
+        "training tokens": manifest.splits["train"].tokens,
+        "parameters": run["parameters"],
+        "steps": record.step,
+        "bits per byte": metric(result, "bits_per_byte"),
+        "unigram bits per byte": metric(result, "unigram_bits_per_byte"),
+        "released": f"{'yes' if verdict.promoted else 'no'}: {verdict.reason}",
+        "sample": "".join(result["samples"][0].values()).replace("\n", " ")[:100],
+        **locations(storage),
+        "released model": storage.models / released["model_id"],
+    }
+    print(report_table(f"textmill: run {record.run_id}", rows), flush=True)
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(released["model_id"]),
+        metadata={
+            "model_id": released["model_id"],
+            "promoted": verdict.promoted,
+            "reason": verdict.reason,
+            "checkpoint_id": released["checkpoint_id"],
+            "bits_per_byte": released["metrics"]["bits_per_byte"],
+            "directory": dg.MetadataValue.path(storage.models / released["model_id"]),
+        },
+    )

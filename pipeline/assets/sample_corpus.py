@@ -1,0 +1,25 @@
+"""sample_corpus: text for a first run, without a download."""
+
+import dagster as dg
+from pydantic import Field
+
+from llm_core.sample_corpus import write_sample_corpus
+from pipeline.assets.common import DATA, OWNERS
+from pipeline.resources import Storage
+
+
+class SampleCorpusConfig(dg.Config):
+    """How much sample text is wanted."""
+
+    at_least_bytes: int = Field(6_000_000, ge=100_000, le=20_000_000, description="Bytes of text to write.")
+
+
+@dg.asset(kinds={"python", "text"}, group_name=DATA, owners=OWNERS)
+def sample_corpus(config: SampleCorpusConfig, storage: Storage) -> dg.MaterializeResult:
+    """English technical prose out of the Python installation itself: the language reference and docstrings.
+
+    Written to `sample_corpus/` in the raw text folder; delete that folder to train on your own text alone.
+    """
+    directory = storage.raw_text / "sample_corpus"
+    files, size = write_sample_corpus(directory, config.at_least_bytes)
+    return dg.MaterializeResult(metadata={"files": files, "bytes": size, "folder": dg.MetadataValue.path(directory)})

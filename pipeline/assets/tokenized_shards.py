@@ -1,0 +1,44 @@
+"""tokenized_shards: the text as token ids, ready to train on."""
+
+import dagster as dg
+
+from llm_core.config import ShardConfig
+from llm_core.corpus import load_snapshot
+from llm_core.shards import build_dataset
+from llm_core.tokenizer_training import current_tokenizer
+from pipeline.assets.common import DATA, OWNERS
+from pipeline.assets.trained_tokenizer import trained_tokenizer
+from pipeline.current import get_current
+from pipeline.resources import CatalogResource, Storage
+
+
+class TokenizedShardsConfig(ShardConfig, dg.Config):
+    """How token ids are stored and cut into windows."""
+
+
+@dg.asset(deps=[trained_tokenizer], kinds={"arrow"}, group_name=DATA, owners=OWNERS)
+def tokenized_shards(config: TokenizedShardsConfig, storage: Storage, catalog: CatalogResource) -> dg.MaterializeResult:
+    """Immutable Arrow shards of token ids and the manifest that makes them one dataset version.
+
+    Only documents that no shard holds yet are read and encoded; removed documents are masked, not rewritten.
+    """
+    snapshot = load_snapshot(storage.processed, get_current(storage.current_snapshot, "raw_text").stem)
+    artifact = current_tokenizer(storage.processed)
+    manifest = build_dataset(snapshot, artifact, storage.raw_text, storage.processed, config.part(ShardConfig))
+    catalog.open().record_dataset(storage.processed, manifest.dataset_id)
+    train, val = manifest.splits["train"], manifest.splits["val"]
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(manifest.dataset_id),
+        metadata={
+            "dataset_id": manifest.dataset_id,
+            "train_tokens": train.tokens,
+            "validation_tokens": val.tokens,
+            "documents": train.documents + val.documents,
+            "bytes_per_token": train.bytes / train.tokens,
+            "shards": len(manifest.shards),
+            "dtype": manifest.dtype,
+            "max_length": config.max_length,
+            "stride": config.stride,
+            "manifest": dg.MetadataValue.path(storage.processed / "manifests" / f"{manifest.dataset_id}.json"),
+        },
+    )

@@ -1,0 +1,39 @@
+"""trained_tokenizer: text to token ids."""
+
+import dagster as dg
+
+from llm_core.config import TokenizerConfig
+from llm_core.corpus import load_snapshot
+from llm_core.tokenizer_training import prepare_tokenizer
+from pipeline.assets.common import DATA, OWNERS
+from pipeline.assets.raw_text import raw_text
+from pipeline.current import get_current
+from pipeline.resources import CatalogResource, Storage
+
+
+class TrainedTokenizerConfig(TokenizerConfig, dg.Config):
+    """How text becomes token ids."""
+
+
+@dg.asset(deps=[raw_text], kinds={"huggingface"}, group_name=DATA, owners=OWNERS)
+def trained_tokenizer(config: TrainedTokenizerConfig, storage: Storage, catalog: CatalogResource) -> dg.MaterializeResult:
+    """A byte-level BPE or WordPiece vocabulary trained on the text, or a ready tiktoken encoding, as one tokenizer.json.
+
+    Frozen when new text lands: it is trained again when its configuration changes or when asked to (`retrain_tokenizer`).
+    """
+    snapshot = load_snapshot(storage.processed, get_current(storage.current_snapshot, "raw_text").stem)
+    artifact = prepare_tokenizer(snapshot, storage.raw_text, storage.processed, config.part(TokenizerConfig))
+    catalog.open().record_tokenizer(storage.processed, artifact.tokenizer_id)
+    report = artifact.report
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(artifact.tokenizer_id),
+        metadata={
+            "tokenizer_id": artifact.tokenizer_id,
+            "tokenizer_type": report["tokenizer_type"],
+            "vocab_size": report["vocab_size"],
+            "bytes_per_token": report["bytes_per_token"],
+            "tokens_per_word": report["tokens_per_word"],
+            "vocabulary_used": report["vocab_used"],
+            "file": dg.MetadataValue.path(storage.processed / artifact.file),
+        },
+    )

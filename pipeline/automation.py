@@ -1,0 +1,61 @@
+"""Jobs: what is run by hand, from CI and by schedules."""
+
+import dagster as dg
+
+from pipeline.assets.checkpoint import checkpoint
+from pipeline.assets.evaluation import evaluation
+from pipeline.assets.raw_text import raw_text
+from pipeline.assets.released_model import released_model
+from pipeline.assets.sample_corpus import sample_corpus
+from pipeline.assets.tokenized_shards import tokenized_shards
+from pipeline.assets.trained_tokenizer import trained_tokenizer
+
+PREPARATION = [raw_text, trained_tokenizer, tokenized_shards]
+LINEAGE = [*PREPARATION, checkpoint, evaluation, released_model]
+
+# The steps of one job follow each other, and the heavy one trains in processes of its own: a process per step would only add
+# seconds of start-up to each.
+_EXECUTOR = dg.in_process_executor
+
+# Small enough for a first look on two CPU cores: a few minutes from text to model.
+QUICKSTART_CONFIG = {
+    "ops": {
+        "trained_tokenizer": {"config": {"vocab_size": 4096}},
+        "tokenized_shards": {"config": {"max_length": 256}},
+        "checkpoint": {
+            "config": {
+                "hidden_size": 192,
+                "num_layers": 4,
+                "num_heads": 6,
+                "num_kv_heads": 2,
+                "batch_size": 16,
+                "max_steps": 400,
+                "learning_rate": 3e-3,
+                "eval_interval": 100,
+                "eval_tokens": 32768,
+                "save_interval": 200,
+            }
+        },
+        "evaluation": {"config": {"eval_batch_size": 16}},
+    }
+}
+
+quickstart = dg.define_asset_job(
+    "quickstart",
+    selection=[sample_corpus, *LINEAGE],
+    config=QUICKSTART_CONFIG,
+    executor_def=_EXECUTOR,
+    description="The whole lineage on the sample corpus: a first model in a few minutes, without a download.",
+)
+pretrain = dg.define_asset_job(
+    "pretrain",
+    selection=LINEAGE,
+    executor_def=_EXECUTOR,
+    description="From your raw text to a released model; whatever is unchanged is reused.",
+)
+prepare_data = dg.define_asset_job(
+    "prepare_data",
+    selection=PREPARATION,
+    executor_def=_EXECUTOR,
+    description="From your raw text to token shards, without training.",
+)

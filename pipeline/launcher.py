@@ -1,0 +1,93 @@
+"""Runs torchrun as a child process that cannot outlive its parent, and ends it in good order."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+# The training process gets what it needs to find Python, CUDA and the network, and no secret of the orchestrator's.
+_ALLOWED = {"PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "CC", "CXX"}
+_ALLOWED_PREFIXES = ("LC_", "CUDA_", "NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "TRITON_", "OMP_", "MKL_", "NVIDIA_")
+
+
+def training_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the training: an allow-list of this process's variables, and `extra`."""
+    kept = {name: value for name, value in os.environ.items() if name in _ALLOWED or name.startswith(_ALLOWED_PREFIXES)}
+    # Each worker makes its own store: a killed rank's restart then finds the meeting point free.
+    return kept | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | dict(extra)
+
+
+def torchrun_arguments(module: str, nproc_per_node: int, run_dir: Path, options: Sequence[str]) -> list[str]:
+    """torchrun on this machine alone: its processes meet in a file, no port is open to the network."""
+    meeting_point = run_dir.resolve() / ".torchrun"
+    meeting_point.unlink(missing_ok=True)
+    return [
+        "--nnodes=1",
+        f"--nproc_per_node={nproc_per_node}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={meeting_point}",
+        "--rdzv-conf=store_type=file",
+        "--max-restarts=0",  # a retry resumes from the checkpoint, from outside
+        "-m",
+        module,
+        *options,
+    ]
+
+
+class TorchrunProcess:
+    """One torchrun with its ranks. Leaving the `with` block ends whatever is still running."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log_path: Path, grace_seconds: float) -> None:
+        self.command = [sys.executable, "-m", "pipeline.torchrun", *arguments]
+        self.log_path = log_path
+        self._grace_seconds = grace_seconds
+        self._log = open(log_path, "ab")
+        self._process = subprocess.Popen(
+            self.command, env=dict(environment), stdout=self._log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
+
+    def __enter__(self) -> "TorchrunProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.stop()
+        finally:
+            self._log.close()
+
+    def wait(self, poll_seconds: float) -> Iterator[None]:
+        """Yields about every `poll_seconds` while the training runs."""
+        while True:
+            try:
+                self._process.wait(timeout=poll_seconds)
+                return
+            except subprocess.TimeoutExpired:
+                yield
+
+    @property
+    def exit_code(self) -> int:
+        code = self._process.poll()
+        assert code is not None, "the training still runs"
+        return code
+
+    def stop(self) -> None:
+        """Asks the ranks to save and end; kills what is left when the grace period is over."""
+        if self._process.poll() is not None:
+            return
+        torchrun = psutil.Process(self._process.pid)
+        ranks = torchrun.children(recursive=True)
+        # The ranks are asked directly: torchrun itself would give them no more than 30 seconds to save.
+        for process in ranks or [torchrun]:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=self._grace_seconds)
+        # Ranks have process groups of their own: killing torchrun's would not reach them.
+        for process in [torchrun, *ranks]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()

@@ -1,0 +1,74 @@
+"""What the assets share: where things lie, the catalog, and how training is launched."""
+
+import os
+from pathlib import Path
+
+import dagster as dg
+from pydantic import Field
+
+from pipeline.catalog.catalog import Catalog
+
+
+class Storage(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """The folders of one textmill home; every path the pipeline uses comes from here."""
+
+    home: str = Field(
+        default_factory=lambda: os.environ.get("TEXTMILL_HOME", "data"), description="Root of everything textmill writes."
+    )
+    raw_text_dir: str | None = Field(None, description="Folder of the raw text; default: raw_text_data under the home.")
+
+    @property
+    def root(self) -> Path:
+        return Path(self.home).resolve()
+
+    @property
+    def raw_text(self) -> Path:
+        return Path(self.raw_text_dir).resolve() if self.raw_text_dir else self.root / "raw_text_data"
+
+    @property
+    def processed(self) -> Path:
+        return self.root / "processed_data"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def current_snapshot(self) -> Path:
+        """Pointer to the snapshot taken last."""
+        return self.processed / "snapshots" / "current.json"
+
+    @property
+    def current_checkpoint(self) -> Path:
+        """Pointer to the checkpoint that the last training ended with."""
+        return self.checkpoints / "current_checkpoint.json"
+
+    @property
+    def current_evaluation(self) -> Path:
+        """Pointer to the last evaluation."""
+        return self.checkpoints / "current_evaluation.json"
+
+    @property
+    def released(self) -> Path:
+        """Pointer to the released model."""
+        return self.models / "released.json"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+
+class CatalogResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Opens the DuckDB catalog of a storage; connections are short, so several steps can write in turn."""
+
+    storage: dg.ResourceDependency[Storage]
+
+    def open(self) -> Catalog:
+        return Catalog(self.storage.root / "catalog.duckdb")
+
+
+class Torchrun(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """How the training processes are started, watched and stopped."""
+
+    stop_seconds: float = Field(110.0, gt=0, description="Seconds a cancelled training has to save before it is killed.")
+    report_seconds: float = Field(5.0, gt=0, description="Seconds between two progress reports while it trains.")

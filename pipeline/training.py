@@ -1,0 +1,88 @@
+"""Runs one training under Dagster: launches torchrun, passes its progress on, and judges how it ended."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster import AssetExecutionContext, PipesTempFileContextInjector, PipesTempFileMessageReader, open_pipes_session
+
+from llm_core.checkpoint_files import CheckpointRecord, newest_valid
+from llm_core.config import TrainConfig
+from llm_core.files import read_json
+from pipeline.launcher import TorchrunProcess, torchrun_arguments, training_environment
+from pipeline.resources import Torchrun
+
+
+def option_list(config: TrainConfig) -> list[str]:
+    """The configuration as the command line that a person would type; fields at their default are left out."""
+    options = []
+    for name, value in config.model_dump(exclude_defaults=True).items():
+        if isinstance(value, bool):
+            options.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            options += [f"--{name}", str(value)]
+    return options
+
+
+def finished_checkpoint(run_dir: Path) -> CheckpointRecord | None:
+    """The last checkpoint of a run that has reached its last step, if it is whole."""
+    if not (run_dir / "run.json").exists():
+        return None
+    state = read_json(run_dir / "run.json")
+    newest, _ = newest_valid(run_dir)
+    done = state["status"] == "finished" and newest is not None and newest.step == state["config"]["max_steps"]
+    return newest if done else None
+
+
+def run_training(
+    context: AssetExecutionContext, torchrun: Torchrun, config: TrainConfig, nproc_per_node: int, data_dir: Path, run_dir: Path
+) -> CheckpointRecord:
+    """Trains to the end in `run_dir`, resuming what an earlier attempt left there, and returns the last checkpoint.
+
+    Raises:
+        dagster.Failure: the training ended early; the description says why and what to do.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    options = ["--data_dir", str(data_dir), "--save_dir", str(run_dir), "--resume", "auto", *option_list(config)]
+    with open_pipes_session(context, PipesTempFileContextInjector(), PipesTempFileMessageReader()) as session:
+        process = TorchrunProcess(
+            torchrun_arguments("pipeline.training_rank", nproc_per_node, run_dir, options),
+            training_environment(session.get_bootstrap_env_vars()),
+            log_path=run_dir / "training.log",
+            grace_seconds=torchrun.stop_seconds,
+        )
+        with process:
+            context.log.info(f"training: {' '.join(process.command)}\noutput: {process.log_path}")
+            reported = 0
+            for _ in process.wait(torchrun.report_seconds):
+                messages = session.get_custom_messages()
+                _report(context, messages[reported:], config.max_steps)
+                reported = len(messages)
+    record = finished_checkpoint(run_dir) if process.exit_code == 0 else None
+    if record is None:
+        raise _failure(run_dir, process)
+    return record
+
+
+def _report(context: AssetExecutionContext, records: Any, max_steps: int) -> None:
+    """Logs the newest training step and every validation; as observations they draw the asset page's live plots."""
+    train = [record for record in records if record["kind"] == "train"]
+    for record in [*train[-1:], *(record for record in records if record["kind"] == "eval")]:
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        if record["kind"] == "train" and record["tokens_per_second"]:
+            tokens_per_step = record["tokens"] / record["step"]
+            numbers["seconds_left"] = (max_steps - record["step"]) * tokens_per_step / record["tokens_per_second"]
+        context.log_event(dg.AssetObservation(asset_key=context.asset_key, metadata=numbers))
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name not in ("step", "tokens", "skipped"))
+        context.log.info(f"step {record['step']}/{max_steps}: {shown}")
+
+
+def _failure(run_dir: Path, process: TorchrunProcess) -> dg.Failure:
+    state = read_json(run_dir / "run.json") if (run_dir / "run.json").exists() else {"status": "not started"}
+    last_lines = process.log_path.read_text(errors="replace").splitlines()[-40:]
+    reason = state.get("error") or f"the training ended with code {process.exit_code} and state {state['status']!r}"
+    return dg.Failure(
+        description=f"{reason}\nCheckpoints are kept in {run_dir}; running the job again resumes from the newest one.",
+        metadata={"last output": dg.MetadataValue.md("```\n" + "\n".join(last_lines) + "\n```"), "log": str(process.log_path)},
+        allow_retries=state["status"] != "preempted",
+    )

@@ -1,0 +1,32 @@
+"""What torchrun runs under Dagster: `llm_core.train`, whose main rank reports its progress through Dagster Pipes."""
+
+import os
+import time
+from contextlib import nullcontext
+
+from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, open_dagster_pipes
+
+from llm_core import train
+from llm_core.runlog import Record
+
+_SECONDS_BETWEEN_MESSAGES = 2.0
+
+
+def main() -> None:
+    reports = os.environ.get("RANK") == "0" and DAGSTER_PIPES_CONTEXT_ENV_VAR in os.environ
+    with open_dagster_pipes() if reports else nullcontext() as pipes:
+        last_sent = 0.0
+
+        def send(record: Record) -> None:
+            """Passes a validation on at once, a training step now and then: the message file is no place for every step."""
+            nonlocal last_sent
+            if record["kind"] == "train" and time.monotonic() - last_sent < _SECONDS_BETWEEN_MESSAGES:
+                return
+            last_sent = time.monotonic()
+            pipes.report_custom_message(record)
+
+        train.main(listener=send if reports else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Text and prepared data that many tests read; nobody writes to them."""
+
+from itertools import islice
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
+from llm_core.corpus import take_snapshot
+from llm_core.shards import build_dataset
+from llm_core.tokenizer_training import prepare_tokenizer
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 300 KB of the Python manual in 40 files, a few of them in a subfolder."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "more").mkdir()
+    for number, text in enumerate(islice(topics.values(), 40)):
+        (folder / ("more" if number % 8 == 0 else "") / f"topic{number:02}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processed_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`corpus_dir` prepared: bpe with a vocabulary of 512, windows of 64 tokens."""
+    folder = tmp_path_factory.mktemp("processed")
+    snapshot = take_snapshot(corpus_dir, folder, CorpusConfig(max_document_bytes=2048))
+    artifact = prepare_tokenizer(snapshot, corpus_dir, folder, TokenizerConfig(vocab_size=512))
+    build_dataset(snapshot, artifact, corpus_dir, folder, ShardConfig(max_length=64, num_workers=2, shard_bytes=1 << 16))
+    return folder

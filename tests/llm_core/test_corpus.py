@@ -1,0 +1,411 @@
+"""A folder becomes documents: every byte accounted for, nothing harmful let in, nothing read twice."""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_core.config import CorpusConfig
+from llm_core.corpus import Snapshot, folder, iter_texts, load_snapshot, readers, take_snapshot
+from llm_core.errors import DataError, UserError
+
+# With half of the documents on each side, a handful is enough for both.
+HALF = CorpusConfig(val_fraction=0.49, max_document_bytes=256)
+
+
+def fill(directory: Path, count: int = 16) -> None:
+    """Small files, enough that both splits have some."""
+    directory.mkdir(exist_ok=True)
+    for number in range(count):
+        (directory / f"plain{number:02}.txt").write_text(f"This is text number {number}.\n" * 3)
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    fill(tmp_path / "raw")
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the corpus files opened from here on."""
+    names: list[str] = []
+    original = readers._open_regular
+
+    def recording(path: Path) -> Any:
+        names.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(readers, "_open_regular", recording)
+    return names
+
+
+def statuses(snapshot: Snapshot) -> dict[str, str]:
+    return dict(zip(snapshot.files["path"].to_pylist(), snapshot.files["status"].to_pylist(), strict=True))
+
+
+def texts_of(snapshot: Snapshot, raw: Path) -> list[str]:
+    return list(iter_texts(raw, snapshot.kept_documents(), snapshot.text_field))
+
+
+def write_jsonl(path: Path, *values: Any) -> None:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+
+
+# What is read
+
+
+def test_reads_every_format_in_sorted_order_through_nested_folders(raw: Path, out: Path) -> None:
+    deep = raw / "a" / "b"
+    deep.mkdir(parents=True)
+    (deep / "one.md").write_text("markdown")
+    with gzip.open(deep / "two.txt.gz", "wt") as file:
+        file.write("squeezed")
+    write_jsonl(raw / "z.jsonl", {"text": "line one", "id": 1}, {"id": 2, "text": "line two, né"})
+    with gzip.open(raw / "z.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "squeezed line"}))
+    (raw / "picture.png").write_bytes(b"\x89PNG")
+    snapshot = take_snapshot(raw, out, HALF)
+    paths = snapshot.files["path"].to_pylist()
+    assert paths == sorted(paths) and paths[:2] == ["a/b/one.md", "a/b/two.txt.gz"]
+    assert snapshot.summary["files_ignored"] == 1
+    texts = texts_of(snapshot, raw)
+    assert texts[:2] == ["markdown", "squeezed"] and texts[-3:] == ["line one", "line two, né", "squeezed line"]
+
+
+def test_text_field_names_the_field_of_jsonl_lines(raw: Path, out: Path) -> None:
+    write_jsonl(raw / "z.jsonl", {"body": "from the body", "text": "not this"})
+    snapshot = take_snapshot(raw, out, CorpusConfig(text_field="body", val_fraction=0.49))
+    assert texts_of(snapshot, raw)[-1] == "from the body"
+
+
+def test_hidden_files_links_out_of_the_folder_and_special_files_are_skipped(raw: Path, out: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("outside")
+    (tmp_path / "elsewhere").mkdir()
+    (raw / "leaves.txt").symlink_to(secret)
+    (raw / "leaves_too").symlink_to(tmp_path / "elsewhere")
+    (raw / "stays.txt").symlink_to("plain00.txt")
+    (raw / "dangling.txt").symlink_to("nowhere.txt")
+    (raw / ".hidden.txt").write_text("hidden")
+    os.mkfifo(raw / "fifo.txt")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(raw / "socket.txt"))
+    listener.close()
+    summary = take_snapshot(raw, out, HALF).summary
+    assert summary["files_skipped"] == {
+        "link_out_of_folder": 1,
+        "link_to_folder": 1,
+        "vanished": 1,
+        "hidden": 1,
+        "not_a_regular_file": 2,
+    }
+    assert summary["bytes_dropped"] == {"duplicate": (raw / "plain00.txt").stat().st_size}  # the link that stays inside
+
+
+# Long texts
+
+
+@given(text=st.text(alphabet="ab\n é中🙂", max_size=2000), limit=st.integers(256, 300))
+def test_long_text_is_divided_without_losing_a_byte(text: str, limit: int) -> None:
+    data, start, pieces = text.encode(), 0, []
+    while start < len(data):
+        end = readers.piece_end(data, start, limit)
+        pieces.append(data[start:end])
+        start = end
+    assert b"".join(pieces) == data
+    assert all(len(piece) <= limit and piece.decode() for piece in pieces)
+    assert all(piece.endswith(b"\n") or b"\n" not in piece for piece in pieces[:-1])
+
+
+def test_division_does_not_depend_on_how_much_is_read_at_once(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (raw / "long.txt").write_text("".join(f"Zeile {n}: Größe\n" for n in range(500)) + "ü" * 1000)
+    whole = take_snapshot(raw, out, HALF)
+    monkeypatch.setattr(readers, "_BLOCK", 7)
+    assert take_snapshot(raw, out.with_name("out2"), HALF).documents.equals(whole.documents)
+    assert max(whole.documents["bytes"].to_pylist()) <= 256
+    pieces = [text for text in texts_of(whole, raw) if "Zeile" in text or "ü" in text]
+    assert "".join(pieces).startswith("Zeile 0: Größe\n")
+
+
+def test_a_long_jsonl_text_is_divided_and_found_again(raw: Path, out: Path) -> None:
+    text = "".join(f'Line {n} with "quotes" and ü.\n' for n in range(100))
+    write_jsonl(raw / "a.jsonl", {"text": "short"}, {"text": text}, {"text": "last"})
+    assert "".join(texts_of(take_snapshot(raw, out, HALF), raw)).startswith("short" + text + "last")
+
+
+# Rule 34
+
+
+def assert_bytes_add_up(snapshot: Snapshot) -> None:
+    summary = snapshot.summary
+    assert summary["bytes_read"] == summary["bytes_kept"] + sum(summary["bytes_dropped"].values())
+    assert summary["bytes_kept"] == summary["train_bytes"] + summary["val_bytes"]
+
+
+def test_rule_34_bytes_read_are_kept_or_dropped_by_reason(raw: Path, out: Path) -> None:
+    (raw / "bom.txt").write_bytes(b"\xef\xbb\xbfmarked")
+    (raw / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "marked line"}\n\n')
+    (raw / "blank.txt").write_text(" \n\t\n")
+    (raw / "empty.txt").write_text("")
+    (raw / "latin1.txt").write_bytes("fine at first, then: é".encode("latin-1"))
+    (raw / "copy.txt").write_bytes((raw / "plain03.txt").read_bytes())
+    bad_lines = ["{not json", '{"text": 5}', '["text"]', '{"text": "half \\ud800 of a character"}', "[" * 100_000]
+    (raw / "lines.jsonl").write_text("\n".join([*bad_lines, '{"text": "good"}', '{"text": ""}']))
+    with gzip.open(raw / "cut.txt.gz", "wb", compresslevel=1) as file:
+        file.write(os.urandom(3000).hex().encode())
+    (raw / "cut.txt.gz").write_bytes((raw / "cut.txt.gz").read_bytes()[:-1000])
+    (raw / "nogzip.txt.gz").write_bytes(b"plain text")
+    snapshot = take_snapshot(raw, out, HALF)
+    assert_bytes_add_up(snapshot)
+    dropped = snapshot.summary["bytes_dropped"]
+    assert dropped["byte_order_mark"] == 6
+    assert dropped["jsonl_envelope"] == len('{"text": ""}\n\n') + 2 * len('{"text": ""}') + 1
+    assert dropped["blank"] == 4
+    assert dropped["not_utf8"] == 22
+    assert dropped["duplicate"] == (raw / "copy.txt").stat().st_size
+    assert dropped["unreadable_json"] == len("{not json\n") + 100_001
+    assert dropped["no_text_field"] == len('{"text": 5}\n["text"]\n')
+    assert dropped["lone_surrogate"] == len(bad_lines[3]) + 1
+    assert snapshot.summary["quarantined_by_reason"] == {
+        "empty": 1, "not_utf8": 1, "unreadable_gzip": 2, "unreadable_json": 2, "no_text_field": 2, "lone_surrogate": 1,
+    }  # fmt: skip
+    assert {"path": "latin1.txt", "reason": "not_utf8", "detail": "unexpected end of data at byte 21"} in snapshot.summary[
+        "quarantined"
+    ]
+    assert statuses(snapshot)["lines.jsonl"] == "kept"
+
+
+@settings(max_examples=30, deadline=None)
+@given(files=st.lists(st.tuples(st.sampled_from(["a.txt", "b.jsonl", "c.md.gz"]), st.binary(max_size=600)), max_size=3))
+def test_rule_34_holds_for_any_bytes(files: list[tuple[str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = tmp_path_factory.mktemp("any")
+    fill(base / "raw")
+    for name, data in files:
+        (base / "raw" / name).write_bytes(data)
+    assert_bytes_add_up(take_snapshot(base / "raw", base / "out", HALF))
+
+
+def test_a_decompression_bomb_is_quarantined_early(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_COMPRESSION_FREE", 1 << 20)
+    with gzip.open(raw / "bomb.txt.gz", "wb") as file:
+        file.write(bytes(64 << 20))
+    snapshot = take_snapshot(raw, out, HALF)
+    assert statuses(snapshot)["bomb.txt.gz"] == "too_compressed"
+    assert snapshot.summary["bytes_read"] < 32 << 20
+    assert_bytes_add_up(snapshot)
+
+
+def test_an_endless_jsonl_line_is_quarantined(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    write_jsonl(raw / "a.jsonl", {"text": "fine"}, {"text": "x" * 2000})
+    snapshot = take_snapshot(raw, out, HALF)
+    assert statuses(snapshot)["a.jsonl"] == "line_too_long"
+    assert_bytes_add_up(snapshot)
+
+
+# Identity, duplicates, split
+
+
+def test_documents_are_keyed_by_the_hash_of_their_text_and_the_first_of_equal_ones_is_kept(raw: Path, out: Path) -> None:
+    write_jsonl(raw / "a.jsonl", {"text": "This is text number 5.\n" * 3})
+    snapshot = take_snapshot(raw, out, HALF)
+    rows = [row for row in snapshot.documents.to_pylist() if row["path"] in ("a.jsonl", "plain05.txt")]
+    assert [row["status"] for row in rows] == ["kept", "duplicate"]
+    assert rows[0]["document_id"] == rows[1]["document_id"] == hashlib.sha256((raw / "plain05.txt").read_bytes()).hexdigest()
+    (raw / "a.jsonl").unlink()
+    again = take_snapshot(raw, out, HALF)
+    assert "duplicate" not in again.documents["status"].to_pylist(), "the copy takes the place of the removed original"
+
+
+def test_rule_29_split_is_a_pure_function_of_the_content(raw: Path, out: Path) -> None:
+    before = take_snapshot(raw, out, HALF)
+    fill(raw, 40)
+    os.rename(raw / "plain01.txt", raw / "zz.txt")
+    after = take_snapshot(raw, out, HALF)
+    side = dict(zip(after.documents["document_id"].to_pylist(), after.documents["split"].to_pylist(), strict=True))
+    for row in before.documents.to_pylist():
+        assert side[row["document_id"]] == row["split"] == readers.split_of(row["document_id"], 0.49)
+
+
+def test_rule_29_val_fraction_is_the_share_of_documents_and_growing_it_only_moves_documents_to_val() -> None:
+    ids = [hashlib.sha256(bytes([n % 256, n // 256])).hexdigest() for n in range(4000)]
+    small = {i for i in ids if readers.split_of(i, 0.05) == "val"}
+    large = {i for i in ids if readers.split_of(i, 0.2) == "val"}
+    assert small < large and 140 < len(small) < 260 and 700 < len(large) < 900
+
+
+# Incremental
+
+
+def test_same_content_gives_the_same_snapshot_and_nothing_is_opened_or_written(raw: Path, out: Path, opened: list[str]) -> None:
+    first = take_snapshot(raw, out, HALF)
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    opened.clear()
+    second = take_snapshot(raw, out, HALF)
+    assert opened == [] and second.snapshot_id == first.snapshot_id and second.documents.equals(first.documents)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files
+
+
+def test_only_new_and_changed_files_are_opened(raw: Path, out: Path, opened: list[str]) -> None:
+    first = take_snapshot(raw, out, HALF)
+    opened.clear()
+    (raw / "new.txt").write_text("something new")
+    (raw / "plain02.txt").write_text("This is text number X.\n" * 3)  # one byte less
+    (raw / "plain03.txt").unlink()
+    second = take_snapshot(raw, out, HALF)
+    assert sorted(opened) == ["new.txt", "plain02.txt"]
+    changes = {name: second.summary[f"files_{name}"] for name in ("added", "changed", "removed", "unchanged")}
+    assert changes == {"added": 1, "changed": 1, "removed": 1, "unchanged": 14}
+    assert second.summary["parent_snapshot_id"] == first.snapshot_id
+    scratch = take_snapshot(raw, out.with_name("scratch"), HALF)
+    assert scratch.snapshot_id == second.snapshot_id and scratch.documents.equals(second.documents)
+
+
+def test_a_change_of_content_that_keeps_the_size_is_seen(raw: Path, out: Path) -> None:
+    first = take_snapshot(raw, out, HALF)
+    (raw / "plain02.txt").write_text("That is text number 2.\n" * 3)
+    assert take_snapshot(raw, out, HALF).snapshot_id != first.snapshot_id
+
+
+def test_another_configuration_reads_again(raw: Path, out: Path, opened: list[str]) -> None:
+    take_snapshot(raw, out, HALF)
+    opened.clear()
+    take_snapshot(raw, out, CorpusConfig(val_fraction=0.4))
+    assert len(opened) == 16
+
+
+def test_a_lost_or_damaged_file_index_only_costs_reading(raw: Path, out: Path) -> None:
+    first = take_snapshot(raw, out, HALF)
+    for damage in (b"", b"PAR1 nonsense", None):
+        index = out / "snapshots" / "file_index.parquet"
+        index.unlink() if damage is None else index.write_bytes(damage)
+        assert take_snapshot(raw, out, HALF).snapshot_id == first.snapshot_id
+
+
+def test_a_damaged_snapshot_is_noticed_and_written_again(raw: Path, out: Path) -> None:
+    first = take_snapshot(raw, out, HALF)
+    table = out / "snapshots" / first.summary["documents_table"]["file"]
+    data = bytearray(table.read_bytes())
+    data[len(data) // 2] ^= 1
+    table.write_bytes(data)
+    with pytest.raises(DataError, match=f"{table.name}: damaged"):
+        load_snapshot(out, first.snapshot_id)
+    take_snapshot(raw, out, HALF)
+    assert load_snapshot(out, first.snapshot_id).documents.equals(first.documents)
+
+
+def test_progress_counts_files(raw: Path, out: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    take_snapshot(raw, out, HALF, lambda done, total: seen.append((done, total)))
+    assert seen == [(n, 16) for n in range(1, 17)]
+
+
+# Files that move
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, changes = readers._read_open_file, Counter({"plain04.txt": 1})
+
+    def changing(*arguments: Any) -> Any:
+        result = original(*arguments)
+        path = arguments[2]
+        if changes[path]:
+            changes[path] -= 1
+            with open(raw / path, "a") as file:
+                file.write("and more")
+        return result
+
+    monkeypatch.setattr(readers, "_read_open_file", changing)
+    assert any(text.endswith("and more") for text in texts_of(take_snapshot(raw, out, HALF), raw))
+    changes["plain05.txt"] = 1000
+    shutil.rmtree(out)
+    with pytest.raises(DataError, match=r"plain05\.txt: changed 3 times while it was read; run again when it is at rest"):
+        take_snapshot(raw, out, HALF)
+
+
+def test_a_file_that_cannot_be_read_is_quarantined_and_tried_again(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.open
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith("plain06.txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "open", refusing)
+        snapshot = take_snapshot(raw, out, HALF)
+    assert {"path": "plain06.txt", "reason": "unreadable", "detail": "Permission denied"} in snapshot.summary["quarantined"]
+    assert statuses(take_snapshot(raw, out, HALF))["plain06.txt"] == "kept"
+
+
+@pytest.mark.parametrize("change", ["edit", "remove", "replace by a folder"])
+def test_text_that_changed_since_the_snapshot_is_refused(change: str, raw: Path, out: Path) -> None:
+    snapshot = take_snapshot(raw, out, HALF)
+    path = raw / "plain07.txt"
+    path.unlink()
+    if change == "edit":
+        path.write_text("Other words, of any length, that are not what the snapshot has seen here.")
+    elif change == "replace by a folder":
+        path.mkdir()
+    with pytest.raises(DataError, match=r"plain07\.txt: changed since the snapshot was taken; run again"):
+        texts_of(snapshot, raw)
+
+
+def test_each_file_is_opened_once_to_read_its_documents(raw: Path, out: Path, opened: list[str]) -> None:
+    (raw / "long.txt").write_text("".join(f"line {n}\n" for n in range(1000)))
+    snapshot = take_snapshot(raw, out, HALF)
+    opened.clear()
+    texts_of(snapshot, raw)
+    assert Counter(opened) == Counter({row["path"]: 1 for row in snapshot.kept_documents().to_pylist()})
+
+
+# Bad input
+
+
+def test_a_missing_folder_names_the_option(tmp_path: Path, out: Path) -> None:
+    with pytest.raises(UserError, match=r"--input_dir .*/nowhere: no such folder; create it and put"):
+        take_snapshot(tmp_path / "nowhere", out, HALF)
+
+
+def test_a_folder_without_text_files_names_the_option(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "x.pdf").write_bytes(b"")
+    with pytest.raises(UserError, match=r"--input_dir .*/raw: no \.txt, \.md or \.jsonl file in it.*1 other files"):
+        take_snapshot(tmp_path / "raw", out, HALF)
+
+
+def test_a_folder_without_usable_text_says_why(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "x.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"no usable text in its 1 files \(not_utf8 2 bytes\).*--text_field 'text'"):
+        take_snapshot(tmp_path / "raw", out, HALF)
+    assert not out.exists()
+
+
+def test_a_side_of_the_split_without_documents_says_what_to_change(tmp_path: Path, out: Path) -> None:
+    fill(tmp_path / "raw", 1)
+    expected = (
+        r"--val_fraction 0.0001: none of the 1 documents \(69 bytes\) falls to val; .*--max_document_bytes \(32768 now; 256"
+    )
+    with pytest.raises(UserError, match=expected):
+        take_snapshot(tmp_path / "raw", out, CorpusConfig(val_fraction=0.0001))
+
+
+def test_format_is_told_by_the_name() -> None:
+    names = {"a.txt": "text", "a.MD": "text", "a.jsonl.gz": "jsonl", "a.json": None, "a.gz": None, "txt": None, "a.txt.bz2": None}
+    assert {name: folder.format_of(name) for name in names} == names

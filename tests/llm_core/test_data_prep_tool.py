@@ -1,0 +1,216 @@
+"""The data preparation as its user meets it: flags, messages, exit codes, and what lies on disk afterwards."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_core import data_prep_tool
+from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
+from llm_core.data_prep_tool import DataPrepOptions
+from llm_core.shards import load_manifest, open_tokens
+from llm_core.tokenizer import Tokenizer
+
+ROOT = Path(data_prep_tool.__file__).parents[1]
+SMALL = ["--vocab_size", "300", "--max_document_bytes", "2048", "--num_workers", "2"]
+
+
+def run(corpus: Path, out: Path, *flags: str) -> dict[str, Any]:
+    """Runs the tool in this process and returns the metadata it leaves."""
+    data_prep_tool.main(["--input_dir", str(corpus), "--output_dir", str(out), *SMALL, *flags])
+    metadata: dict[str, Any] = json.loads((out / "metadata.json").read_text())
+    return metadata
+
+
+def report_of(out: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out / "tokenizers" / f"{metadata['tokenizer']['tokenizer_id']}.report.json").read_text())
+    return report
+
+
+@pytest.mark.parametrize("command", [["-m", "llm_core.data_prep_tool"], [str(ROOT / "llm_core" / "data_prep_tool.py")]])
+def test_the_users_command_line_works_as_module_and_as_file(command: list[str], corpus_dir: Path, tmp_path: Path) -> None:
+    flags = ["--input_dir", str(corpus_dir), "--output_dir", "processed_data", "--tokenizer_type", "bpe", *SMALL]
+    environment = os.environ | ({"PYTHONPATH": str(ROOT)} if command[0] == "-m" else {"PYTHONPATH": ""})
+    done = subprocess.run(
+        [sys.executable, *command, *flags, "--max_length", "128", "--stride", "16"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    out = tmp_path / "processed_data"
+    manifest = load_manifest(out)
+    assert (manifest.max_length, manifest.stride) == (128, 16)
+    assert Tokenizer.load(out / "tokenizer.json").tokenizer_id == manifest.tokenizer.tokenizer_id
+    assert all((out / shard.file).is_file() for shard in manifest.shards)
+    assert "Reading: 40 of 40 files" in done.stderr and "Encoding: " in done.stderr
+    assert f"Dataset        {manifest.dataset_id}, windows of 128 tokens, overlap 16" in done.stdout
+    assert f"{manifest.splits['train'].tokens:,} in {manifest.splits['train'].documents} documents" in done.stdout
+
+
+def test_defaults_are_those_of_the_users_document() -> None:
+    options = DataPrepOptions()
+    assert (options.input_dir, options.output_dir) == ("raw_text_data", "processed_data")
+    assert (options.tokenizer_type, options.vocab_size, options.max_length, options.stride) == ("bpe", 32000, 2048, 0)
+    for stage in (CorpusConfig, TokenizerConfig, ShardConfig):
+        assert options.part(stage) == stage()
+
+
+def test_the_table_tells_what_was_read_dropped_and_made(
+    corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for path in corpus_dir.glob("*.txt"):
+        (raw / path.name).symlink_to(os.path.relpath(path, raw))  # a link out of the folder
+        (raw / f"copy of {path.name}").write_bytes(path.read_bytes())
+    (raw / "latin1.txt").write_bytes(b"caf\xe9")
+    run(raw, tmp_path / "out")
+    first = capsys.readouterr().out
+    assert "36 read, 35 passed over" in first
+    assert (
+        "quarantined  1 files or lines: not utf8" in first and "latin1.txt: not utf8, unexpected end of data at byte 3" in first
+    )
+    assert "bpe, 300 tokens, new" in first and "bytes per token" in first and " written, 0 reused" in first
+    run(raw, tmp_path / "out")
+    second = capsys.readouterr().out
+    assert "bpe, 300 tokens, kept" in second and "0 written, " in second
+
+
+# Every flag
+
+
+def test_tokenizer_type_and_vocab_size(corpus_dir: Path, tmp_path: Path) -> None:
+    for kind in ("bpe", "wordpiece"):
+        tokenizer = run(corpus_dir, tmp_path, "--tokenizer_type", kind, "--vocab_size", "400")["tokenizer"]
+        assert (tokenizer["tokenizer_type"], tokenizer["vocab_size"]) == (kind, 400)
+
+
+def test_tiktoken_ranks_and_encoding(corpus_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "bytes.tiktoken").write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
+    flags = ["--tokenizer_type", "tiktoken", "--tiktoken_ranks", str(tmp_path / "bytes.tiktoken")]
+    made = [run(corpus_dir, tmp_path / "out", *flags, "--tiktoken_encoding", name) for name in ("gpt2", "o200k_base")]
+    assert made[0]["tokenizer"]["tokenizer_id"] != made[1]["tokenizer"]["tokenizer_id"]
+    for metadata in made:
+        assert (metadata["tokenizer"]["vocab_size"], metadata["tokenizer"]["eot_id"]) == (257, 256)
+        assert (
+            metadata["splits"]["train"]["tokens"]
+            == metadata["splits"]["train"]["bytes"] + metadata["splits"]["train"]["documents"]
+        )
+
+
+def test_special_tokens(corpus_dir: Path, tmp_path: Path) -> None:
+    metadata = run(corpus_dir, tmp_path, "--special_tokens", '["<|end|>", "<|pad|>"]')
+    assert Tokenizer.load(tmp_path / "tokenizer.json").special_tokens == ["<|end|>", "<|pad|>"]
+    assert metadata["tokenizer"]["eot_id"] == open_tokens(tmp_path, load_manifest(tmp_path).shards[0])[0]
+
+
+def test_max_length_and_stride_make_no_shard_again(corpus_dir: Path, tmp_path: Path) -> None:
+    before = run(corpus_dir, tmp_path, "--max_length", "64")
+    after = run(corpus_dir, tmp_path, "--max_length", "32", "--stride", "8")
+    assert (after["max_length"], after["stride"]) == (32, 8)
+    assert after["shards"] == before["shards"] and after["dataset_id"] == before["dataset_id"]
+
+
+def test_num_workers_changes_nothing_but_time(corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = set()
+    original = Tokenizer.encode_batch
+    monkeypatch.setattr(
+        Tokenizer, "encode_batch", lambda self, texts, threads: used.add(threads) or original(self, texts, threads)
+    )
+    made = [run(corpus_dir, tmp_path / workers, "--num_workers", workers) for workers in ("1", "3", "0")]
+    assert made[0] == made[1] == made[2]
+    assert used == {1, 3, len(os.sched_getaffinity(0))}
+
+
+def test_shard_bytes_bounds_a_shard(corpus_dir: Path, tmp_path: Path) -> None:
+    few = run(corpus_dir, tmp_path / "few")["shards"]
+    many = run(corpus_dir, tmp_path / "many", "--shard_bytes", "65536")["shards"]
+    assert len(few) == 2 < len(many) and max(shard["bytes"] for shard in many) <= 65536
+
+
+def test_max_document_bytes_val_fraction_and_text_field(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    lines = [json.dumps({"body": f"Sentence {n} of this line of text. " * 20}) for n in range(200)]
+    (raw / "lines.jsonl").write_text("\n".join(lines))
+    flags = ["--text_field", "body", "--vocab_size", "290", "--max_document_bytes"]
+    whole = run(raw, tmp_path / "a", *flags, "4096", "--val_fraction", "0.3")["splits"]
+    divided = run(raw, tmp_path / "b", *flags, "256", "--val_fraction", "0.1")["splits"]
+    documents = [sum(split["documents"] for split in splits.values()) for splits in (whole, divided)]
+    assert documents[0] == 200 and documents[1] > 500
+    assert 0.2 < whole["val"]["documents"] / documents[0] < 0.4
+    assert 0.05 < divided["val"]["documents"] / documents[1] < 0.15
+
+
+def test_tokenizer_train_bytes_and_tokenizer_seed(corpus_dir: Path, tmp_path: Path) -> None:
+    flags = ["--tokenizer_train_bytes", "65536", "--tokenizer_seed"]
+    made = [run(corpus_dir, tmp_path / seed, *flags, seed) for seed in ("1", "2")]
+    assert made[0]["tokenizer"]["tokenizer_id"] != made[1]["tokenizer"]["tokenizer_id"]
+    assert report_of(tmp_path / "1", made[0])["train_bytes"] <= 65536
+
+
+def test_retrain_tokenizer(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "a.txt").write_text("".join(f"The {n} quick brown foxes jumped over {n * n} lazy dogs.\n" for n in range(1000)))
+    first = run(raw, tmp_path / "out")
+    (raw / "b.txt").write_text("".join(f"Ganz andere Wörter {n * 7} stehen hier überall herum.\n" for n in range(2000)))
+    frozen = run(raw, tmp_path / "out")
+    retrained = run(raw, tmp_path / "out", "--retrain_tokenizer")
+    assert frozen["tokenizer"] == first["tokenizer"] != retrained["tokenizer"]
+    assert frozen["splits"]["train"]["tokens"] > retrained["splits"]["train"]["tokens"]
+
+
+# Every bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vocab_size", "100"], "--vocab_size 100: Input should be greater than or equal to 258"),
+        (["--vocab_size", "many"], "--vocab_size many: Input should be a valid integer"),
+        (["--tokenizer_type", "unigram"], "--tokenizer_type unigram: Input should be 'bpe', 'wordpiece' or 'tiktoken'"),
+        (["--stride", "64", "--max_length", "64"], "stride 64 must be smaller than max_length 64"),
+        (["--max_length", "4"], "--max_length 4: Input should be greater than or equal to 8"),
+        (["--val_fraction", "0"], "--val_fraction 0: Input should be greater than 0"),
+        (["--max_document_bytes", "10"], "--max_document_bytes 10: Input should be greater than or equal to 256"),
+        (["--num_workers", "-1"], "--num_workers -1: Input should be greater than or equal to 0"),
+        (["--no_such_flag", "1"], "no_such_flag"),
+        (["--vocab_size", "90000"], "--vocab_size 90000: the text yields"),
+        (["--special_tokens", '["the"]'], "--special_tokens 'the': ordinary text could be taken for it"),
+        (["--tokenizer_type", "tiktoken", "--tiktoken_encoding", "gpt9"], "--tiktoken_encoding gpt9: unknown"),
+        (["--tokenizer_type", "tiktoken", "--tiktoken_ranks", "/nowhere"], "--tiktoken_ranks /nowhere: No such file"),
+        (["--input_dir", "/nowhere"], "--input_dir /nowhere: no such folder"),
+        (["--val_fraction", "0.0000001"], "--val_fraction 1e-07: none of the"),
+    ],
+)
+def test_a_wrong_option_ends_with_code_2_and_names_itself(
+    flags: list[str], message: str, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(corpus_dir, tmp_path / "out", *flags)
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2 and message in shown and "Traceback" not in shown
+    assert not (tmp_path / "out" / "metadata.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_ends_with_code_3_and_names_itself(
+    corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file where the folder should be")
+    with pytest.raises(SystemExit) as ended:
+        run(corpus_dir, tmp_path / "out")
+    assert ended.value.code == 3 and f"--output_dir {tmp_path / 'out'}" in capsys.readouterr().err
+
+
+def test_damaged_metadata_ends_with_code_3_and_names_the_file(
+    corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(corpus_dir, tmp_path)
+    (tmp_path / "metadata.json").write_text("{")
+    with pytest.raises(SystemExit) as ended:
+        run(corpus_dir, tmp_path)
+    assert ended.value.code == 3 and "metadata.json: not readable as JSON" in capsys.readouterr().err

@@ -1,0 +1,404 @@
+"""Tokens on disk: immutable shards, manifests that say what they hold, and builds that only do what is new."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from llm_core import shard_file, shards
+from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
+from llm_core.corpus import iter_texts, readers, take_snapshot
+from llm_core.dataset import TokenStream, Windows
+from llm_core.errors import DataError, UserError
+from llm_core.shards import DatasetManifest, build_dataset, kept_documents, kept_runs, load_manifest, open_tokens, read_facts
+from llm_core.tokenizer import Tokenizer
+from llm_core.tokenizer_training import prepare_tokenizer
+
+CORPUS = CorpusConfig(max_document_bytes=2048, val_fraction=0.2)
+TOKENIZER = TokenizerConfig(vocab_size=300)
+SHARDS = {"max_length": 64, "num_workers": 1, "shard_bytes": 1 << 16}
+
+
+@pytest.fixture
+def raw(corpus_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the corpus that a test may change."""
+    return Path(shutil.copytree(corpus_dir, tmp_path / "raw"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "processed"
+
+
+def prepare(
+    raw: Path, out: Path, tokenizer: TokenizerConfig = TOKENIZER, corpus: CorpusConfig = CORPUS, **options: Any
+) -> DatasetManifest:
+    snapshot = take_snapshot(raw, out, corpus)
+    artifact = prepare_tokenizer(snapshot, raw, out, tokenizer)
+    return build_dataset(snapshot, artifact, raw, out, ShardConfig(**(SHARDS | options)))
+
+
+def contents(out: Path) -> dict[str, tuple[int, str]]:
+    """Every file below `out` with its time of writing and digest."""
+    return {
+        str(path.relative_to(out)): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+
+
+def decoded(out: Path, manifest: DatasetManifest, split: str) -> list[str]:
+    """The documents of a split, as read back from its tokens."""
+    tokenizer = Tokenizer.load(out / manifest.tokenizer.file)
+    tokens = np.concatenate(list(kept_runs(out, manifest, split)))
+    assert tokens[0] == tokenizer.eot_id
+    return [tokenizer.decode(part[1:]) for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot_id))[1:]]
+
+
+def wanted(raw: Path, out: Path, manifest: DatasetManifest, split: str) -> dict[str, str]:
+    """The documents that a split should hold, by id."""
+    snapshot = take_snapshot(raw, out, CORPUS)
+    rows = snapshot.kept_documents()
+    rows = rows.filter(pa.compute.equal(rows["split"], split))
+    return dict(zip(rows["document_id"].to_pylist(), iter_texts(raw, rows, "text"), strict=True))
+
+
+def assert_holds(raw: Path, out: Path, manifest: DatasetManifest) -> None:
+    """The dataset is exactly the text of the folder, and its totals add up."""
+    for split in ("train", "val"):
+        expected = wanted(raw, out, manifest, split)
+        ids, counts = kept_documents(out, manifest, split)
+        assert dict(zip(ids.to_pylist(), decoded(out, manifest, split), strict=True)) == expected
+        totals = manifest.splits[split]
+        assert totals.documents == len(expected) == len(counts)
+        assert totals.bytes == sum(len(text.encode()) for text in expected.values())
+        assert totals.tokens == counts.sum() == sum(len(run) for run in kept_runs(out, manifest, split))
+
+
+# What a shard is
+
+
+def test_a_shard_is_one_uncompressed_batch_named_by_its_content(corpus_dir: Path, processed_dir: Path) -> None:
+    manifest = load_manifest(processed_dir)
+    assert sum(shard.split == "train" for shard in manifest.shards) > 2
+    for shard in manifest.shards:
+        path = processed_dir / shard.file
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == shard.sha256 and path.stem == shard.shard_id == shard.sha256[:16]
+        assert path.stat().st_size == shard.file_bytes and shard.bytes <= 1 << 16
+        reader = pa.ipc.open_file(path)
+        batch = reader.get_batch(0)
+        assert reader.num_record_batches == 1
+        assert batch.schema.field("tokens").type == pa.large_list(pa.uint16())
+        assert batch.schema.metadata == {
+            b"format_version": b"1",
+            b"tokenizer_id": manifest.tokenizer.tokenizer_id.encode(),
+            b"vocab_size": b"512",
+            b"split": shard.split.encode(),
+        }
+        facts = read_facts(processed_dir, shard)
+        tokens = open_tokens(processed_dir, shard)
+        assert batch.column("document_id").to_pylist() == facts["document_id"].to_pylist()
+        for row, values in zip(facts.to_pylist(), batch.column("tokens"), strict=True):
+            stored = tokens[row["token_start"] : row["token_start"] + row["token_count"]]
+            assert stored[0] == manifest.tokenizer.eot_id and stored.tolist() == values.as_py()
+    assert len({shard.shard_id for shard in manifest.shards}) == len(manifest.shards)
+
+
+def test_tokens_are_a_memory_mapped_view(processed_dir: Path) -> None:
+    shard = load_manifest(processed_dir).shards[0]
+    before = pa.total_allocated_bytes()
+    tokens = open_tokens(processed_dir, shard)
+    assert not tokens.flags.owndata and not tokens.flags.writeable and tokens.ndim == 1
+    assert pa.total_allocated_bytes() - before < tokens.nbytes
+
+
+def test_facts_are_readable_by_duckdb(processed_dir: Path) -> None:
+    shard = load_manifest(processed_dir).shards[0]
+    query = f"select count(*), sum(token_count), sum(bytes) from '{processed_dir / shard.facts_file}'"
+    assert duckdb.sql(query).fetchall() == [(shard.documents, shard.tokens, shard.bytes)]
+
+
+def test_rule_28_the_dtype_is_in_the_manifest_and_follows_the_vocabulary(processed_dir: Path, tmp_path: Path) -> None:
+    manifest = load_manifest(processed_dir)
+    assert manifest.dtype == "uint16" == open_tokens(processed_dir, manifest.shards[0]).dtype.name
+    tokenizer = Tokenizer.load(processed_dir / manifest.tokenizer.file)
+    tokenizer.vocab_size, tokenizer.dtype = 70_000, np.dtype(np.uint32)
+    writer = shard_file.ShardWriter("train", tokenizer)
+    writer.add("0" * 64, 1, np.array([65_600], dtype=np.uint32))
+    assert open_tokens(tmp_path, writer.publish(tmp_path)).tolist() == [0, 65_600]
+
+
+def test_decoded_shards_are_the_kept_text(raw: Path, out: Path) -> None:
+    assert_holds(raw, out, prepare(raw, out))
+
+
+def test_rule_34_totals_of_the_manifest_are_those_of_its_shards(processed_dir: Path) -> None:
+    manifest = load_manifest(processed_dir)
+    for split, totals in manifest.splits.items():
+        parts = [shard for shard in manifest.shards if shard.split == split]
+        assert totals.tokens == sum(shard.tokens for shard in parts) == sum(len(open_tokens(processed_dir, s)) for s in parts)
+        assert totals.documents == sum(shard.documents for shard in parts)
+        assert totals.bytes == sum(shard.bytes for shard in parts)
+
+
+def test_rule_32_each_token_is_stored_once_whatever_the_stride(raw: Path, out: Path) -> None:
+    first = prepare(raw, out)
+    files = contents(out / "dataset")
+    second = prepare(raw, out, max_length=32, stride=16)
+    assert contents(out / "dataset") == files and second.dataset_id == first.dataset_id
+    assert (second.max_length, second.stride) == (32, 16) == (load_manifest(out).max_length, load_manifest(out).stride)
+    stream = TokenStream(kept_runs(out, second, "train"))
+    assert len(stream) == second.splits["train"].tokens
+    assert len(Windows(stream, 32, 16, 0)) > 1.9 * len(Windows(stream, 32, 0, 0))
+
+
+# Rule 33
+
+
+def test_rule_33_the_same_bytes_at_any_worker_count_and_batch_size(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(raw, out, num_workers=1)
+    expected = {name: digest for name, (_, digest) in contents(out).items() if "file_index" not in name}
+    for workers, batch_bytes in ((3, 1 << 22), (0, 5000)):
+        monkeypatch.setattr(shards, "_BATCH_BYTES", batch_bytes)
+        other = out.with_name(f"workers{workers}")
+        prepare(raw, other, num_workers=workers)
+        assert {name: digest for name, (_, digest) in contents(other).items() if "file_index" not in name} == expected
+
+
+# Incremental
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the corpus files opened from here on."""
+    names: list[str] = []
+    original = readers._open_regular
+    monkeypatch.setattr(readers, "_open_regular", lambda path: names.append(path.name) or original(path))
+    return names
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Texts encoded from here on."""
+    texts: list[str] = []
+    original = Tokenizer.encode_batch
+    monkeypatch.setattr(
+        Tokenizer, "encode_batch", lambda self, batch, threads: texts.extend(batch) or original(self, batch, threads)
+    )
+    return texts
+
+
+def test_nothing_new_opens_nothing_and_writes_nothing(raw: Path, out: Path, opened: list[str], encoded: list[str]) -> None:
+    corpus = CorpusConfig(max_document_bytes=2048, val_fraction=0.49)  # several shards of both splits, filled in turns
+    first = prepare(raw, out, corpus=corpus)
+    assert all(sum(shard.split == split for shard in first.shards) > 1 for split in ("train", "val"))
+    files = contents(out)
+    opened.clear()
+    encoded.clear()
+    assert prepare(raw, out, corpus=corpus) == first
+    assert opened == [] == encoded and contents(out) == files
+
+
+def test_an_added_file_is_the_only_one_opened_and_tokenized(raw: Path, out: Path, opened: list[str], encoded: list[str]) -> None:
+    first = prepare(raw, out)
+    files = contents(out / "dataset")
+    opened.clear()
+    encoded.clear()
+    (raw / "new.txt").write_text("".join(f"Line {number} of the new file.\n" for number in range(500)))
+    second = prepare(raw, out)
+    assert set(opened) == {"new.txt"} and "".join(encoded) == (raw / "new.txt").read_text()
+    assert [shard for shard in second.shards if shard in first.shards] == first.shards
+    assert len(second.shards) > len(first.shards) and second.parent_dataset_id == first.dataset_id
+    assert files.items() < contents(out / "dataset").items(), "no shard was written again"
+    assert_holds(raw, out, second)
+
+
+def test_a_removed_file_becomes_a_tombstone_and_comes_back_without_work(raw: Path, out: Path, encoded: list[str]) -> None:
+    first = prepare(raw, out)
+    files = contents(out / "dataset")
+    encoded.clear()
+    text = (raw / "topic01.txt").read_text()
+    (raw / "topic01.txt").unlink()
+    second = prepare(raw, out)
+    removed = sum(len(shard.removed_rows) for shard in second.shards)
+    assert removed > 0 and second.dataset_id != first.dataset_id and contents(out / "dataset") == files
+    assert_holds(raw, out, second)
+    (raw / "again.txt").write_text(text)
+    third = prepare(raw, out)
+    assert third.dataset_id == first.dataset_id and encoded == []
+    assert_holds(raw, out, third)
+
+
+def test_a_shard_without_any_wanted_row_leaves_the_list(raw: Path, out: Path) -> None:
+    prepare(raw, out)
+    (raw / "new.txt").write_text("".join(f"Line {number} of the new file.\n" for number in range(500)))
+    grown = prepare(raw, out)
+    (raw / "new.txt").unlink()
+    shrunk = prepare(raw, out)
+    assert len(shrunk.shards) < len(grown.shards) and all(not shard.removed_rows for shard in shrunk.shards)
+
+
+def test_a_document_that_changes_side_moves(raw: Path, out: Path) -> None:
+    prepare(raw, out)
+    other = CorpusConfig(max_document_bytes=2048, val_fraction=0.4)
+    manifest = prepare(raw, out, corpus=other)
+    train, val = (set(kept_documents(out, manifest, split)[0].to_pylist()) for split in ("train", "val"))
+    rows = take_snapshot(raw, out, other).kept_documents().to_pylist()
+    assert train == {row["document_id"] for row in rows if row["split"] == "train"}
+    assert val == {row["document_id"] for row in rows if row["split"] == "val"}
+
+
+def test_another_tokenizer_makes_other_shards_and_the_old_ones_stay(raw: Path, out: Path) -> None:
+    first = prepare(raw, out)
+    second = prepare(raw, out, TokenizerConfig(tokenizer_type="wordpiece", vocab_size=400))
+    assert second.tokenizer.tokenizer_type == "wordpiece" and second.parent_dataset_id == first.dataset_id
+    assert not {shard.shard_id for shard in first.shards} & {shard.shard_id for shard in second.shards}
+    assert load_manifest(out, first.dataset_id).tokenizer == first.tokenizer
+
+
+def test_rule_30_an_old_manifest_stays_readable(raw: Path, out: Path) -> None:
+    first = prepare(raw, out)
+    before = decoded(out, first, "train")
+    (raw / "topic01.txt").unlink()
+    (raw / "topic02.txt").write_text("Replaced.\n" * 300)
+    second = prepare(raw, out)
+    old = load_manifest(out, first.dataset_id)
+    assert old == first != second and decoded(out, old, "train") == before
+    stored = json.loads((out / "manifests" / f"{second.dataset_id}.json").read_text())
+    assert stored | {"max_length": 64, "stride": 0} == json.loads((out / "metadata.json").read_text()) and "stride" not in stored
+
+
+def test_progress_counts_bytes_of_text(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_BATCH_BYTES", 50_000)
+    snapshot = take_snapshot(raw, out, CORPUS)
+    seen: list[tuple[int, int]] = []
+    artifact = prepare_tokenizer(snapshot, raw, out, TOKENIZER)
+    build_dataset(snapshot, artifact, raw, out, ShardConfig(**SHARDS), lambda done, total: seen.append((done, total)))
+    assert len(seen) > 2 and seen == sorted(seen) and seen[-1] == (snapshot.summary["bytes_kept"],) * 2
+
+
+# Interruption and damage
+
+
+def test_an_interrupted_build_leaves_the_old_dataset_valid_and_the_next_one_finishes(
+    processed_dir: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The n-th fsync or rename fails, for n = 1, 2, 3, ... until the build goes through."""
+    before = load_manifest(processed_dir)
+    (raw / "new.txt").write_text("".join(f"Line {number} of the new file.\n" for number in range(500)))
+    (raw / "topic01.txt").unlink()
+    countdown = 0
+
+    def failing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*arguments: Any) -> Any:
+            nonlocal countdown
+            countdown -= 1
+            if countdown == 0:
+                raise OSError(28, "No space left on device")
+            return original(*arguments)
+
+        return replacement
+
+    monkeypatch.setattr(os, "fsync", failing(os.fsync))
+    monkeypatch.setattr(os, "replace", failing(os.replace))
+    config = {"tokenizer": TokenizerConfig(vocab_size=512), "corpus": CorpusConfig(max_document_bytes=2048)}
+    finished = set()
+    for call in count(1):
+        out = tmp_path / f"out{call}"
+        shutil.copytree(processed_dir, out)
+        countdown = call
+        try:
+            prepare(raw, out, **config)
+            break
+        except OSError:
+            seen = load_manifest(out)
+            assert seen == before or seen.parent_dataset_id == before.dataset_id
+            assert list(kept_runs(out, seen, "train")) and list(kept_runs(out, seen, "val"))
+        assert not list(out.rglob("*.tmp"))
+        after = prepare(raw, out, **config)
+        assert after == load_manifest(out) and list(kept_runs(out, after, "train"))
+        finished.add(after.dataset_id)
+        shutil.rmtree(out)
+    assert call > 20 and len(finished) == 1, "every interrupted build ends, at the second try, where an undisturbed one does"
+
+
+@pytest.mark.parametrize("damage", ["remove", "truncate", "facts"])
+def test_a_lost_or_cut_shard_is_made_again(damage: str, raw: Path, out: Path) -> None:
+    first = prepare(raw, out)
+    path = out / (first.shards[0].facts_file if damage == "facts" else first.shards[0].file)
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "facts":
+        path.write_bytes(b"PAR1")
+    else:
+        path.unlink()
+    again = prepare(raw, out)
+    assert {shard.shard_id for shard in again.shards} == {shard.shard_id for shard in first.shards}
+    assert_holds(raw, out, again)
+
+
+def test_a_flipped_bit_is_found_when_tokens_are_opened(raw: Path, out: Path) -> None:
+    manifest = prepare(raw, out)
+    path = out / manifest.shards[0].file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"{path.name}: damaged .*; delete it and run python -m llm_core.data_prep_tool again"):
+        open_tokens(out, manifest.shards[0])
+    assert len(open_tokens(out, manifest.shards[0], verify=False)) == manifest.shards[0].tokens
+
+
+def test_a_token_id_beyond_the_vocabulary_is_refused(processed_dir: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(processed_dir / "tokenizer.json")
+    writer = shard_file.ShardWriter("train", tokenizer)
+    writer.add("0" * 64, 3, np.array([1, 512], dtype=np.uint16))
+    with pytest.raises(DataError, match="token id 512 does not exist in its vocabulary of 512"):
+        open_tokens(tmp_path, writer.publish(tmp_path))
+
+
+def test_a_file_that_is_no_shard_is_refused(processed_dir: Path, tmp_path: Path) -> None:
+    shard = load_manifest(processed_dir).shards[0]
+    (tmp_path / "dataset").mkdir()
+    with pytest.raises(DataError, match="the manifest names this file, but it is missing"):
+        open_tokens(tmp_path, shard)
+    (tmp_path / shard.file).write_bytes(b"not Arrow")
+    with pytest.raises(DataError, match="not readable as a token shard"):
+        open_tokens(tmp_path, shard, verify=False)
+    shutil.copy(processed_dir / shard.file, tmp_path / shard.file)
+    with pytest.raises(DataError, match=r"holds \d+ tokens, the manifest says 1;"):
+        open_tokens(tmp_path, shard.model_copy(update={"tokens": 1}), verify=False)
+
+
+@pytest.mark.parametrize("folder", ["nowhere", ""])
+def test_missing_data_names_the_tool_that_makes_it(folder: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--data_dir .*: no prepared data .*python -m llm_core.data_prep_tool"):
+        load_manifest(tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"format_version": 9}', "format version 9, this program reads 1"),
+        ('{"format_version": 1}', r"not a dataset manifest \(dataset_id: Field required\)"),
+    ],
+)
+def test_a_damaged_manifest_is_named(content: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text(content)
+    with pytest.raises(DataError, match=f"metadata.json: {problem}"):
+        load_manifest(tmp_path)
+
+
+def test_an_unknown_dataset_id_is_named(processed_dir: Path) -> None:
+    with pytest.raises(DataError, match=r"manifests/0000\.json: no such file"):
+        load_manifest(processed_dir, "0000")
