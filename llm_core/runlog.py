@@ -23,7 +23,8 @@ def now() -> str:
 class RunLog:
     """Owns one run directory while it lives: the lock, the metrics and the state file.
 
-    metrics.jsonl holds one JSON object a line, `kind` "train" for each optimizer step and "eval" for each validation.
+    metrics.jsonl holds one JSON object a line, `kind` "train" for each optimizer step, "eval" for each validation,
+    "checkpoint" for each one saved, whether retention keeps it or not.
     run.json says what the run is and how it stands; it is rewritten whole at every change of state.
     """
 

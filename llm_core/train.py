@@ -82,11 +82,10 @@ def train(
             if found is not None:
                 trainer.restore(*found)
             if log is not None:
+                write_document_steps(run_dir / "document_steps.parquet", data_dir, manifest, data.train, config)
                 _announce(log, trainer, manifest, found)
             finished = trainer.run()
             if log is not None:
-                if finished:
-                    write_document_steps(run_dir / "document_steps.parquet", data_dir, manifest, data.train, config)
                 log.update({"status": "finished" if finished else "preempted", "finished_at": now()})
     if not finished:
         raise Preempted(f"stopped on request at step {trainer.step}/{config.max_steps}; saved in {run_dir}, --resume auto goes on")

@@ -212,7 +212,7 @@ class Trainer:
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
             "tokens_per_second": clock.rate,
-            "skipped": int(result.skipped),
+            "skipped": result.skipped,
         }
         # JSON has no NaN; a step that was skipped is marked as such.
         self.log.record({name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()})
@@ -234,6 +234,8 @@ class Trainer:
                 validated = self.last_validation
                 val_loss = validated[1].loss if validated is not None and validated[0] == self.step else None
                 record = save_checkpoint(self.run_dir, self.state(), val_loss)
+                facts = {name: value for name, value in vars(record).items() if name != "path"}
+                self.log.record({"kind": "checkpoint"} | facts)
                 prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
                 self.log.update({"steps_done": self.step, "tokens_seen": self.tokens_seen, "skipped_steps": self.skipped_steps})
                 self.log.say(f"step {self.step}/{self.config.max_steps} | saved {record.path} ({record.bytes / 1e6:.1f} MB)")

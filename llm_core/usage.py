@@ -39,7 +39,7 @@ def first_step_of_documents(starts: Indices, counts: Indices, windows: Windows, 
 
 
 def write_document_steps(path: Path, data_dir: Path, manifest: DatasetManifest, windows: Windows, config: TrainConfig) -> None:
-    """Writes (document_id, first_step) for each training document that a finished run has read."""
+    """Writes (document_id, first_step) for each training document that the run reads by its last step."""
     ids, counts = kept_documents(data_dir, manifest, "train")
     starts = np.cumsum(counts) - counts
     steps = first_step_of_documents(starts, counts, windows, config)

@@ -68,12 +68,12 @@ def _report(context: AssetExecutionContext, records: Any, max_steps: int) -> Non
     """Logs the newest training step and every validation; as observations they draw the asset page's live plots."""
     train = [record for record in records if record["kind"] == "train"]
     for record in [*train[-1:], *(record for record in records if record["kind"] == "eval")]:
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and not isinstance(value, bool)}
         if record["kind"] == "train" and record["tokens_per_second"]:
             tokens_per_step = record["tokens"] / record["step"]
             numbers["seconds_left"] = (max_steps - record["step"]) * tokens_per_step / record["tokens_per_second"]
         context.log_event(dg.AssetObservation(asset_key=context.asset_key, metadata=numbers))
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name not in ("step", "tokens", "skipped"))
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name not in ("step", "tokens"))
         context.log.info(f"step {record['step']}/{max_steps}: {shown}")
 
 

@@ -15,7 +15,7 @@ LISTED_QUARANTINES = 100
 
 
 def byte_totals(files: pa.Table, documents: pa.Table) -> dict[str, Any]:
-    """`bytes_read` = `bytes_kept` + the sum of `bytes_dropped` (by reason), from counts made independently while reading."""
+    """`bytes_read` = `bytes_kept` + the sum of `bytes_dropped` (by reason)."""
     by_status = _sums(documents, "status")
     kept = by_status.pop(KEPT, 0)
     dropped = Counter(by_status)

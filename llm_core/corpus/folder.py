@@ -5,7 +5,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from llm_core.errors import UserError
@@ -17,7 +17,7 @@ _FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "jsonl"}
 
 def format_of(path: str) -> Format | None:
     """Format of a file by its name, compressed or not; None for a name we do not read."""
-    return _FORMATS.get(os.path.splitext(path.lower().removesuffix(".gz"))[1])
+    return _FORMATS.get(PurePosixPath(path.lower().removesuffix(".gz")).suffix)
 
 
 @dataclass(frozen=True)

@@ -81,10 +81,12 @@ def test_reads_every_format_in_sorted_order_through_nested_folders(raw: Path, ou
     (raw / "picture.png").write_bytes(b"\x89PNG")
     snapshot = take_snapshot(raw, out, HALF)
     paths = snapshot.files["path"].to_pylist()
-    assert paths == sorted(paths) and paths[:2] == ["a/b/one.md", "a/b/two.txt.gz"]
+    assert paths == sorted(paths)
+    assert paths[:2] == ["a/b/one.md", "a/b/two.txt.gz"]
     assert snapshot.summary["files_ignored"] == 1
     texts = texts_of(snapshot, raw)
-    assert texts[:2] == ["markdown", "squeezed"] and texts[-3:] == ["line one", "line two, né", "squeezed line"]
+    assert texts[:2] == ["markdown", "squeezed"]
+    assert texts[-3:] == ["line one", "line two, né", "squeezed line"]
 
 
 def test_text_field_names_the_field_of_jsonl_lines(raw: Path, out: Path) -> None:
@@ -235,7 +237,7 @@ def test_documents_are_keyed_by_the_hash_of_their_text_and_the_first_of_equal_on
 def test_rule_29_split_is_a_pure_function_of_the_content(raw: Path, out: Path) -> None:
     before = take_snapshot(raw, out, HALF)
     fill(raw, 40)
-    os.rename(raw / "plain01.txt", raw / "zz.txt")
+    (raw / "plain01.txt").rename(raw / "zz.txt")
     after = take_snapshot(raw, out, HALF)
     side = dict(zip(after.documents["document_id"].to_pylist(), after.documents["split"].to_pylist(), strict=True))
     for row in before.documents.to_pylist():
@@ -246,7 +248,9 @@ def test_rule_29_val_fraction_is_the_share_of_documents_and_growing_it_only_move
     ids = [hashlib.sha256(bytes([n % 256, n // 256])).hexdigest() for n in range(4000)]
     small = {i for i in ids if readers.split_of(i, 0.05) == "val"}
     large = {i for i in ids if readers.split_of(i, 0.2) == "val"}
-    assert small < large and 140 < len(small) < 260 and 700 < len(large) < 900
+    assert small < large
+    assert 140 < len(small) < 260
+    assert 700 < len(large) < 900
 
 
 # Incremental
@@ -257,7 +261,9 @@ def test_same_content_gives_the_same_snapshot_and_nothing_is_opened_or_written(r
     files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     opened.clear()
     second = take_snapshot(raw, out, HALF)
-    assert opened == [] and second.snapshot_id == first.snapshot_id and second.documents.equals(first.documents)
+    assert opened == []
+    assert second.snapshot_id == first.snapshot_id
+    assert second.documents.equals(first.documents)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files
 
 
@@ -273,7 +279,8 @@ def test_only_new_and_changed_files_are_opened(raw: Path, out: Path, opened: lis
     assert changes == {"added": 1, "changed": 1, "removed": 1, "unchanged": 14}
     assert second.summary["parent_snapshot_id"] == first.snapshot_id
     scratch = take_snapshot(raw, out.with_name("scratch"), HALF)
-    assert scratch.snapshot_id == second.snapshot_id and scratch.documents.equals(second.documents)
+    assert scratch.snapshot_id == second.snapshot_id
+    assert scratch.documents.equals(second.documents)
 
 
 def test_a_change_of_content_that_keeps_the_size_is_seen(raw: Path, out: Path) -> None:

@@ -45,7 +45,8 @@ def test_the_users_command_line_works_as_module_and_as_file(command: list[str], 
     assert (manifest.max_length, manifest.stride) == (128, 16)
     assert Tokenizer.load(out / "tokenizer.json").tokenizer_id == manifest.tokenizer.tokenizer_id
     assert all((out / shard.file).is_file() for shard in manifest.shards)
-    assert "Reading: 40 of 40 files" in done.stderr and "Encoding: " in done.stderr
+    assert "Reading: 40 of 40 files" in done.stderr
+    assert "Encoding: " in done.stderr
     assert f"Dataset        {manifest.dataset_id}, windows of 128 tokens, overlap 16" in done.stdout
     assert f"{manifest.splits['train'].tokens:,} in {manifest.splits['train'].documents} documents" in done.stdout
 
@@ -70,13 +71,15 @@ def test_the_table_tells_what_was_read_dropped_and_made(
     run(raw, tmp_path / "out")
     first = capsys.readouterr().out
     assert "36 read, 35 passed over" in first
-    assert (
-        "quarantined  1 files or lines: not utf8" in first and "latin1.txt: not utf8, unexpected end of data at byte 3" in first
-    )
-    assert "bpe, 300 tokens, new" in first and "bytes per token" in first and " written, 0 reused" in first
+    assert "quarantined  1 files or lines: not utf8" in first
+    assert "latin1.txt: not utf8, unexpected end of data at byte 3" in first
+    assert "bpe, 300 tokens, new" in first
+    assert "bytes per token" in first
+    assert " written, 0 reused" in first
     run(raw, tmp_path / "out")
     second = capsys.readouterr().out
-    assert "bpe, 300 tokens, kept" in second and "0 written, " in second
+    assert "bpe, 300 tokens, kept" in second
+    assert "0 written, " in second
 
 
 # Every flag
@@ -111,15 +114,19 @@ def test_max_length_and_stride_make_no_shard_again(corpus_dir: Path, tmp_path: P
     before = run(corpus_dir, tmp_path, "--max_length", "64")
     after = run(corpus_dir, tmp_path, "--max_length", "32", "--stride", "8")
     assert (after["max_length"], after["stride"]) == (32, 8)
-    assert after["shards"] == before["shards"] and after["dataset_id"] == before["dataset_id"]
+    assert after["shards"] == before["shards"]
+    assert after["dataset_id"] == before["dataset_id"]
 
 
 def test_num_workers_changes_nothing_but_time(corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    used = set()
+    used: set[int] = set()
     original = Tokenizer.encode_batch
-    monkeypatch.setattr(
-        Tokenizer, "encode_batch", lambda self, texts, threads: used.add(threads) or original(self, texts, threads)
-    )
+
+    def recording(tokenizer: Tokenizer, texts: list[str], threads: int) -> Any:
+        used.add(threads)
+        return original(tokenizer, texts, threads)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", recording)
     made = [run(corpus_dir, tmp_path / workers, "--num_workers", workers) for workers in ("1", "3", "0")]
     assert made[0] == made[1] == made[2]
     assert used == {1, 3, len(os.sched_getaffinity(0))}
@@ -128,7 +135,8 @@ def test_num_workers_changes_nothing_but_time(corpus_dir: Path, tmp_path: Path, 
 def test_shard_bytes_bounds_a_shard(corpus_dir: Path, tmp_path: Path) -> None:
     few = run(corpus_dir, tmp_path / "few")["shards"]
     many = run(corpus_dir, tmp_path / "many", "--shard_bytes", "65536")["shards"]
-    assert len(few) == 2 < len(many) and max(shard["bytes"] for shard in many) <= 65536
+    assert len(few) == 2 < len(many)
+    assert max(shard["bytes"] for shard in many) <= 65536
 
 
 def test_max_document_bytes_val_fraction_and_text_field(tmp_path: Path) -> None:
@@ -140,7 +148,8 @@ def test_max_document_bytes_val_fraction_and_text_field(tmp_path: Path) -> None:
     whole = run(raw, tmp_path / "a", *flags, "4096", "--val_fraction", "0.3")["splits"]
     divided = run(raw, tmp_path / "b", *flags, "256", "--val_fraction", "0.1")["splits"]
     documents = [sum(split["documents"] for split in splits.values()) for splits in (whole, divided)]
-    assert documents[0] == 200 and documents[1] > 500
+    assert documents[0] == 200
+    assert documents[1] > 500
     assert 0.2 < whole["val"]["documents"] / documents[0] < 0.4
     assert 0.05 < divided["val"]["documents"] / documents[1] < 0.15
 
@@ -193,7 +202,9 @@ def test_a_wrong_option_ends_with_code_2_and_names_itself(
     with pytest.raises(SystemExit) as ended:
         run(corpus_dir, tmp_path / "out", *flags)
     shown = capsys.readouterr().err
-    assert ended.value.code == 2 and message in shown and "Traceback" not in shown
+    assert ended.value.code == 2
+    assert message in shown
+    assert "Traceback" not in shown
     assert not (tmp_path / "out" / "metadata.json").exists()
 
 
@@ -203,7 +214,8 @@ def test_a_folder_that_cannot_be_written_ends_with_code_3_and_names_itself(
     (tmp_path / "out").write_text("a file where the folder should be")
     with pytest.raises(SystemExit) as ended:
         run(corpus_dir, tmp_path / "out")
-    assert ended.value.code == 3 and f"--output_dir {tmp_path / 'out'}" in capsys.readouterr().err
+    assert ended.value.code == 3
+    assert f"--output_dir {tmp_path / 'out'}" in capsys.readouterr().err
 
 
 def test_damaged_metadata_ends_with_code_3_and_names_the_file(
@@ -213,4 +225,5 @@ def test_damaged_metadata_ends_with_code_3_and_names_the_file(
     (tmp_path / "metadata.json").write_text("{")
     with pytest.raises(SystemExit) as ended:
         run(corpus_dir, tmp_path)
-    assert ended.value.code == 3 and "metadata.json: not readable as JSON" in capsys.readouterr().err
+    assert ended.value.code == 3
+    assert "metadata.json: not readable as JSON" in capsys.readouterr().err

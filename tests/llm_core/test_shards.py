@@ -92,8 +92,10 @@ def test_a_shard_is_one_uncompressed_batch_named_by_its_content(corpus_dir: Path
     assert sum(shard.split == "train" for shard in manifest.shards) > 2
     for shard in manifest.shards:
         path = processed_dir / shard.file
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == shard.sha256 and path.stem == shard.shard_id == shard.sha256[:16]
-        assert path.stat().st_size == shard.file_bytes and shard.bytes <= 1 << 16
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == shard.sha256
+        assert path.stem == shard.shard_id == shard.sha256[:16]
+        assert path.stat().st_size == shard.file_bytes
+        assert shard.bytes <= 1 << 16
         reader = pa.ipc.open_file(path)
         batch = reader.get_batch(0)
         assert reader.num_record_batches == 1
@@ -109,7 +111,8 @@ def test_a_shard_is_one_uncompressed_batch_named_by_its_content(corpus_dir: Path
         assert batch.column("document_id").to_pylist() == facts["document_id"].to_pylist()
         for row, values in zip(facts.to_pylist(), batch.column("tokens"), strict=True):
             stored = tokens[row["token_start"] : row["token_start"] + row["token_count"]]
-            assert stored[0] == manifest.tokenizer.eot_id and stored.tolist() == values.as_py()
+            assert stored[0] == manifest.tokenizer.eot_id
+            assert stored.tolist() == values.as_py()
     assert len({shard.shard_id for shard in manifest.shards}) == len(manifest.shards)
 
 
@@ -117,14 +120,16 @@ def test_tokens_are_a_memory_mapped_view(processed_dir: Path) -> None:
     shard = load_manifest(processed_dir).shards[0]
     before = pa.total_allocated_bytes()
     tokens = open_tokens(processed_dir, shard)
-    assert not tokens.flags.owndata and not tokens.flags.writeable and tokens.ndim == 1
+    assert not tokens.flags.owndata
+    assert not tokens.flags.writeable
+    assert tokens.ndim == 1
     assert pa.total_allocated_bytes() - before < tokens.nbytes
 
 
 def test_facts_are_readable_by_duckdb(processed_dir: Path) -> None:
     shard = load_manifest(processed_dir).shards[0]
     query = f"select count(*), sum(token_count), sum(bytes) from '{processed_dir / shard.facts_file}'"
-    assert duckdb.sql(query).fetchall() == [(shard.documents, shard.tokens, shard.bytes)]
+    assert duckdb.execute(query).fetchall() == [(shard.documents, shard.tokens, shard.bytes)]
 
 
 def test_rule_28_the_dtype_is_in_the_manifest_and_follows_the_vocabulary(processed_dir: Path, tmp_path: Path) -> None:
@@ -154,7 +159,8 @@ def test_rule_32_each_token_is_stored_once_whatever_the_stride(raw: Path, out: P
     first = prepare(raw, out)
     files = contents(out / "dataset")
     second = prepare(raw, out, max_length=32, stride=16)
-    assert contents(out / "dataset") == files and second.dataset_id == first.dataset_id
+    assert contents(out / "dataset") == files
+    assert second.dataset_id == first.dataset_id
     assert (second.max_length, second.stride) == (32, 16) == (load_manifest(out).max_length, load_manifest(out).stride)
     stream = TokenStream(kept_runs(out, second, "train"))
     assert len(stream) == second.splits["train"].tokens
@@ -182,7 +188,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the corpus files opened from here on."""
     names: list[str] = []
     original = readers._open_regular
-    monkeypatch.setattr(readers, "_open_regular", lambda path: names.append(path.name) or original(path))
+
+    def recording(path: Path) -> Any:
+        names.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(readers, "_open_regular", recording)
     return names
 
 
@@ -191,9 +202,12 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Texts encoded from here on."""
     texts: list[str] = []
     original = Tokenizer.encode_batch
-    monkeypatch.setattr(
-        Tokenizer, "encode_batch", lambda self, batch, threads: texts.extend(batch) or original(self, batch, threads)
-    )
+
+    def recording(tokenizer: Tokenizer, batch: list[str], threads: int) -> Any:
+        texts.extend(batch)
+        return original(tokenizer, batch, threads)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", recording)
     return texts
 
 
@@ -205,7 +219,8 @@ def test_nothing_new_opens_nothing_and_writes_nothing(raw: Path, out: Path, open
     opened.clear()
     encoded.clear()
     assert prepare(raw, out, corpus=corpus) == first
-    assert opened == [] == encoded and contents(out) == files
+    assert opened == [] == encoded
+    assert contents(out) == files
 
 
 def test_an_added_file_is_the_only_one_opened_and_tokenized(raw: Path, out: Path, opened: list[str], encoded: list[str]) -> None:
@@ -215,9 +230,11 @@ def test_an_added_file_is_the_only_one_opened_and_tokenized(raw: Path, out: Path
     encoded.clear()
     (raw / "new.txt").write_text("".join(f"Line {number} of the new file.\n" for number in range(500)))
     second = prepare(raw, out)
-    assert set(opened) == {"new.txt"} and "".join(encoded) == (raw / "new.txt").read_text()
+    assert set(opened) == {"new.txt"}
+    assert "".join(encoded) == (raw / "new.txt").read_text()
     assert [shard for shard in second.shards if shard in first.shards] == first.shards
-    assert len(second.shards) > len(first.shards) and second.parent_dataset_id == first.dataset_id
+    assert len(second.shards) > len(first.shards)
+    assert second.parent_dataset_id == first.dataset_id
     assert files.items() < contents(out / "dataset").items(), "no shard was written again"
     assert_holds(raw, out, second)
 
@@ -230,11 +247,14 @@ def test_a_removed_file_becomes_a_tombstone_and_comes_back_without_work(raw: Pat
     (raw / "topic01.txt").unlink()
     second = prepare(raw, out)
     removed = sum(len(shard.removed_rows) for shard in second.shards)
-    assert removed > 0 and second.dataset_id != first.dataset_id and contents(out / "dataset") == files
+    assert removed > 0
+    assert second.dataset_id != first.dataset_id
+    assert contents(out / "dataset") == files
     assert_holds(raw, out, second)
     (raw / "again.txt").write_text(text)
     third = prepare(raw, out)
-    assert third.dataset_id == first.dataset_id and encoded == []
+    assert third.dataset_id == first.dataset_id
+    assert encoded == []
     assert_holds(raw, out, third)
 
 
@@ -244,7 +264,8 @@ def test_a_shard_without_any_wanted_row_leaves_the_list(raw: Path, out: Path) ->
     grown = prepare(raw, out)
     (raw / "new.txt").unlink()
     shrunk = prepare(raw, out)
-    assert len(shrunk.shards) < len(grown.shards) and all(not shard.removed_rows for shard in shrunk.shards)
+    assert len(shrunk.shards) < len(grown.shards)
+    assert all(not shard.removed_rows for shard in shrunk.shards)
 
 
 def test_a_document_that_changes_side_moves(raw: Path, out: Path) -> None:
@@ -260,7 +281,8 @@ def test_a_document_that_changes_side_moves(raw: Path, out: Path) -> None:
 def test_another_tokenizer_makes_other_shards_and_the_old_ones_stay(raw: Path, out: Path) -> None:
     first = prepare(raw, out)
     second = prepare(raw, out, TokenizerConfig(tokenizer_type="wordpiece", vocab_size=400))
-    assert second.tokenizer.tokenizer_type == "wordpiece" and second.parent_dataset_id == first.dataset_id
+    assert second.tokenizer.tokenizer_type == "wordpiece"
+    assert second.parent_dataset_id == first.dataset_id
     assert not {shard.shard_id for shard in first.shards} & {shard.shard_id for shard in second.shards}
     assert load_manifest(out, first.dataset_id).tokenizer == first.tokenizer
 
@@ -272,9 +294,11 @@ def test_rule_30_an_old_manifest_stays_readable(raw: Path, out: Path) -> None:
     (raw / "topic02.txt").write_text("Replaced.\n" * 300)
     second = prepare(raw, out)
     old = load_manifest(out, first.dataset_id)
-    assert old == first != second and decoded(out, old, "train") == before
+    assert old == first != second
+    assert decoded(out, old, "train") == before
     stored = json.loads((out / "manifests" / f"{second.dataset_id}.json").read_text())
-    assert stored | {"max_length": 64, "stride": 0} == json.loads((out / "metadata.json").read_text()) and "stride" not in stored
+    assert stored | {"max_length": 64, "stride": 0} == json.loads((out / "metadata.json").read_text())
+    assert "stride" not in stored
 
 
 def test_progress_counts_bytes_of_text(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +307,9 @@ def test_progress_counts_bytes_of_text(raw: Path, out: Path, monkeypatch: pytest
     seen: list[tuple[int, int]] = []
     artifact = prepare_tokenizer(snapshot, raw, out, TOKENIZER)
     build_dataset(snapshot, artifact, raw, out, ShardConfig(**SHARDS), lambda done, total: seen.append((done, total)))
-    assert len(seen) > 2 and seen == sorted(seen) and seen[-1] == (snapshot.summary["bytes_kept"],) * 2
+    assert len(seen) > 2
+    assert seen == sorted(seen)
+    assert seen[-1] == (snapshot.summary["bytes_kept"],) * 2
 
 
 # Interruption and damage
@@ -310,7 +336,7 @@ def test_an_interrupted_build_leaves_the_old_dataset_valid_and_the_next_one_fini
 
     monkeypatch.setattr(os, "fsync", failing(os.fsync))
     monkeypatch.setattr(os, "replace", failing(os.replace))
-    config = {"tokenizer": TokenizerConfig(vocab_size=512), "corpus": CorpusConfig(max_document_bytes=2048)}
+    config: Any = {"tokenizer": TokenizerConfig(vocab_size=512), "corpus": CorpusConfig(max_document_bytes=2048)}
     finished = set()
     for call in count(1):
         out = tmp_path / f"out{call}"
@@ -322,13 +348,16 @@ def test_an_interrupted_build_leaves_the_old_dataset_valid_and_the_next_one_fini
         except OSError:
             seen = load_manifest(out)
             assert seen == before or seen.parent_dataset_id == before.dataset_id
-            assert list(kept_runs(out, seen, "train")) and list(kept_runs(out, seen, "val"))
+            assert list(kept_runs(out, seen, "train"))
+            assert list(kept_runs(out, seen, "val"))
         assert not list(out.rglob("*.tmp"))
         after = prepare(raw, out, **config)
-        assert after == load_manifest(out) and list(kept_runs(out, after, "train"))
+        assert after == load_manifest(out)
+        assert list(kept_runs(out, after, "train"))
         finished.add(after.dataset_id)
         shutil.rmtree(out)
-    assert call > 20 and len(finished) == 1, "every interrupted build ends, at the second try, where an undisturbed one does"
+    assert call > 20
+    assert len(finished) == 1, "every interrupted build ends, at the second try, at the same dataset"
 
 
 @pytest.mark.parametrize("damage", ["remove", "truncate", "facts"])

@@ -26,14 +26,14 @@ from llm_core.config import END_OF_TEXT, CorpusConfig, TokenizerConfig
 from llm_core.corpus import Snapshot, take_snapshot
 from llm_core.errors import DataError, UserError
 from llm_core.tiktoken_ranks import PATTERNS, merges_of
-from llm_core.tokenizer import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, Tokenizer, byte_characters, id_dtype
+from llm_core.tokenizer import CL100K_PATTERN, GPT2_PATTERN, Tokenizer, byte_characters, id_dtype
 from llm_core.tokenizer_training import TokenizerArtifact, prepare_tokenizer, tokenizer_identity, train_tokenizer
 
 TEXTS = list(islice(topics.values(), 25))
 HOSTILE = f"a {END_OF_TEXT} b{END_OF_TEXT}{END_OF_TEXT}[UNK]\n<|pad|>"
 
 any_text = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=200)
-tricky_text = st.text(alphabet=" \t\n\r\u00a0\u2028'sSſtTlLvVeErRaAé中0123456789٣_-.<|>endoftext\u0301🙂\x00", max_size=200)
+tricky_text = st.text(alphabet=" \t\n\r\u00a0\u2028'sS\u017ftTlLvVeErRaAé中0123456789٣_-.<|>endoftext\u0301🙂\x00", max_size=200)
 
 
 def train(**options: Any) -> Tokenizer:
@@ -91,7 +91,7 @@ def pairs(bpe: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> list[tupl
 @given(text=any_text | tricky_text)
 @example(text="")
 @example(text=HOSTILE)
-@example(text="I'ſ WE'LL 'sS '\u017f x'\n \n  \r\n\t ١٢٣٤ 12345")
+@example(text="I'\u017f WE'LL 'sS '\u017f x'\n \n  \r\n\t ١٢٣٤ 12345")
 def test_rule_31_decode_of_encode_is_the_text_and_both_engines_give_the_same_ids(
     text: str, pairs: list[tuple[Tokenizer, tokenizers.Tokenizer]]
 ) -> None:
@@ -112,7 +112,8 @@ def test_both_engines_put_every_code_point_into_the_same_class(characters: str) 
     matched = bytes(engine.encode_ordinary(points)).decode()  # what the pattern does not match is dropped
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(f"[{characters}]"), "removed")
     unmatched = "".join(piece for piece, _ in split.pre_tokenize_str(points))
-    assert set(matched).isdisjoint(unmatched) and len(matched) + len(unmatched) == len(points)
+    assert set(matched).isdisjoint(unmatched)
+    assert len(matched) + len(unmatched) == len(points)
 
 
 def test_ids_agree_on_characters_from_every_block(pairs: list[tuple[Tokenizer, tokenizers.Tokenizer]]) -> None:
@@ -140,8 +141,10 @@ def test_the_fall_back_for_endless_whitespace_gives_the_same_ids(bpe: Tokenizer,
 def test_transformers_loads_the_file(bpe: Tokenizer, wordpiece: Tokenizer, tmp_path: Path) -> None:
     for tokenizer in (bpe, wordpiece):
         tokenizer.save(tmp_path / "tokenizer.json")
-        loaded = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token=END_OF_TEXT)
-        assert loaded.eos_token_id == tokenizer.eot_id and len(loaded) == tokenizer.vocab_size
+        load: Any = transformers.PreTrainedTokenizerFast
+        loaded = load(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token=END_OF_TEXT)
+        assert loaded.eos_token_id == tokenizer.eot_id
+        assert len(loaded) == tokenizer.vocab_size
         assert loaded(TEXTS[0])["input_ids"] == tokenizer.encode(TEXTS[0]).tolist()
 
 
@@ -152,7 +155,8 @@ def test_transformers_loads_the_file(bpe: Tokenizer, wordpiece: Tokenizer, tmp_p
 def test_text_never_becomes_a_special_token(kind: str, request: pytest.FixtureRequest) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(kind)
     special = {tokenizer.special_tokens.index(token): token for token in tokenizer.special_tokens}
-    assert tokenizer.special_tokens[0] == END_OF_TEXT and special
+    assert tokenizer.special_tokens[0] == END_OF_TEXT
+    assert special
     for ids in (tokenizer.encode(HOSTILE), *tokenizer.encode_batch([HOSTILE] * 40, 2)):
         assert tokenizer.eot_id not in ids
         if kind != "wordpiece":
@@ -163,7 +167,8 @@ def test_the_first_special_token_ends_documents_and_all_have_ids() -> None:
     names = ["<|end|>", "<|pad|>", "<|user|>"]
     tokenizer = train(vocab_size=300, special_tokens=names)
     assert (tokenizer.eot_id, tokenizer.special_tokens, tokenizer.vocab_size) == (0, names, 300)
-    assert tokenizer.token_bytes()[:3].tolist() == [0, 0, 0] and tokenizer.decode([1, 2]) == "<|pad|><|user|>"
+    assert tokenizer.token_bytes()[:3].tolist() == [0, 0, 0]
+    assert tokenizer.decode([1, 2]) == "<|pad|><|user|>"
 
 
 @pytest.mark.parametrize("token", ["the", "", " ", "##e", "<|x|> ", "Ġ<<", "a"])
@@ -207,7 +212,8 @@ def test_load_gives_back_what_was_saved(bpe: Tokenizer, wordpiece: Tokenizer, re
 
 def test_a_part_of_a_character_decodes_to_the_replacement_character(bpe: Tokenizer) -> None:
     ids = bpe.encode("🙂")
-    assert len(ids) > 1 and bpe.decode(ids[:1]) == "\ufffd"
+    assert len(ids) > 1
+    assert bpe.decode(ids[:1]) == "\ufffd"
 
 
 def test_wordpiece_keeps_case_and_accents_and_marks_unknown_words(wordpiece: Tokenizer) -> None:
@@ -252,7 +258,7 @@ def test_a_tokenizer_that_is_not_understood_is_refused(
 
 
 def test_a_missing_tokenizer_names_the_tool(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file; make it with: python -m llm_core.data_prep_tool"):
+    with pytest.raises(DataError, match=r"no such file; make it with: python -m llm_core\.data_prep_tool"):
         Tokenizer.load(tmp_path / "tokenizer.json")
 
 
@@ -394,10 +400,13 @@ def test_the_store_keeps_every_tokenizer_with_its_report(
     path = tmp_path / artifact.file
     assert path.read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     report = json.loads((tmp_path / "tokenizers" / f"{artifact.tokenizer_id}.report.json").read_text())
-    assert report == artifact.report and report["sha256"] == artifact.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert report == artifact.report
+    assert report["sha256"] == artifact.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (report["vocab_size"], report["tokenizer_type"], report["snapshot_id"]) == (300, "bpe", snapshot.snapshot_id)
     assert report["train_bytes"] == snapshot.summary["train_bytes"], "validation text is not learned from"
-    assert 1 < report["bytes_per_token"] < 4 and report["tokens_per_word"] > 1 and 0.3 < report["vocab_used"] <= 1
+    assert 1 < report["bytes_per_token"] < 4
+    assert report["tokens_per_word"] > 1
+    assert 0.3 < report["vocab_used"] <= 1
 
 
 def test_the_tokenizer_is_frozen_until_its_configuration_changes_or_it_is_asked_for(
@@ -406,9 +415,11 @@ def test_the_tokenizer_is_frozen_until_its_configuration_changes_or_it_is_asked_
     first = make(snapshot)
     assert make(grown(snapshot)).reused
     retrained = make(grown(snapshot), retrain_tokenizer=True)
-    assert not retrained.reused and retrained.report["snapshot_id"] == "0" * 16
+    assert not retrained.reused
+    assert retrained.report["snapshot_id"] == "0" * 16
     other = make(snapshot, vocab_size=310)
-    assert not other.reused and Tokenizer.load(tmp_path / "tokenizer.json").tokenizer_id == other.tokenizer_id
+    assert not other.reused
+    assert Tokenizer.load(tmp_path / "tokenizer.json").tokenizer_id == other.tokenizer_id
     assert Tokenizer.load(tmp_path / first.file).vocab_size == 300
     back = make(grown(snapshot))
     assert back.tokenizer_id == first.tokenizer_id == Tokenizer.load(tmp_path / "tokenizer.json").tokenizer_id
@@ -429,7 +440,8 @@ def test_a_lost_copy_of_the_tokenizer_is_mended_from_the_other(
     path = tmp_path / (first.file if lost == "stored" else lost)
     path.unlink()
     again = make(snapshot)
-    assert again.reused and again.tokenizer_id == first.tokenizer_id == Tokenizer.load(path).tokenizer_id
+    assert again.reused
+    assert again.tokenizer_id == first.tokenizer_id == Tokenizer.load(path).tokenizer_id
 
 
 def test_a_damaged_current_tokenizer_is_not_replaced_in_silence(

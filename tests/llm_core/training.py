@@ -1,0 +1,63 @@
+"""Helpers of the training tests: a trainer in this process, and the real tools in processes of their own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_core.config import TrainConfig
+from llm_core.distributed import Ranks, StopRequest
+from llm_core.shards import load_manifest
+from llm_core.train import open_data
+from llm_core.trainer import Trainer
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "batch_size": 8,
+    "max_steps": 10,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "eval_interval": 0,
+    "eval_tokens": 512,
+    "save_interval": 0,
+}
+
+
+def make_trainer(data_dir: Path, run_dir: Path, **options: Any) -> Trainer:
+    """A trainer of a small model in this process, on one thread, without a log."""
+    manifest = load_manifest(data_dir)
+    assert manifest.max_length is not None and manifest.stride is not None
+    config = TrainConfig(**(SMALL | options)).resolved(manifest.max_length, manifest.stride)
+    torch.set_num_threads(1)
+    return Trainer(config, open_data(data_dir, manifest, config), run_dir, Ranks.alone("cpu", 1), None, StopRequest())
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    arguments = []
+    for name, value in options.items():
+        arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return arguments
+
+
+def run_train(
+    data_dir: Path, save_dir: Path, ranks: int = 0, arguments: Sequence[str] = (), check: bool = True, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs the training tool, under torchrun where `ranks` is given, on one thread per process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks else [sys.executable]
+    command = [*launcher, "-m", "llm_core.train", "--data_dir", str(data_dir), "--save_dir", str(save_dir)]
+    command += flags(SMALL | {"threads_per_process": 1, "device": "cpu"} | options)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
