@@ -8,7 +8,8 @@ from llm_core.files import read_json, write_json
 
 def set_current(pointer: Path, path: Path) -> None:
     """Makes the file or folder `path` the current one; it must lie in the pointer's folder."""
-    write_json(pointer, {"path": str(path.relative_to(pointer.parent))})
+    if find_current(pointer) != path:
+        write_json(pointer, {"path": str(path.relative_to(pointer.parent))})
 
 
 def get_current(pointer: Path, asset: str) -> Path:
