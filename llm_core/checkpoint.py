@@ -4,7 +4,7 @@ import datetime
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import IO, Any, TypedDict, cast
 
 import torch
 
@@ -13,7 +13,6 @@ from llm_core.config import ModelConfig
 from llm_core.errors import DataError, UserError
 from llm_core.files import atomic_writer, content_id, verify_file, write_json
 from llm_core.model import Transformer
-
 
 
 class TrainingState(TypedDict):
@@ -47,7 +46,7 @@ def save_checkpoint(run_dir: Path, state: TrainingState, val_loss: float | None)
     manifest = manifest_path(path)
     manifest.unlink(missing_ok=True)  # a rewritten checkpoint never stands under the old digest
     with atomic_writer(path) as file:
-        torch.save(state, file)
+        torch.save(state, cast(IO[bytes], file))
     sha256 = file.sha256()
     record = CheckpointRecord(
         checkpoint_id=content_id(state["run_id"], state["step"], sha256),
@@ -106,4 +105,6 @@ def _require_space(run_dir: Path, state: TrainingState) -> None:
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + (1 << 16)
     free = shutil.disk_usage(run_dir).free
     if free < needed:
-        raise DataError(f"{run_dir}: disk full, a checkpoint needs {needed:,} bytes and {needed - free:,} are missing; free them and resume")
+        raise DataError(
+            f"{run_dir}: disk full, a checkpoint needs {needed:,} bytes and {needed - free:,} are missing; free them and resume"
+        )

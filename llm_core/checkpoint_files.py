@@ -1,7 +1,7 @@
 """Which checkpoints a run directory holds, told by their manifests alone.
 
 `checkpoint_step_<N>.pt` is written first, its manifest `checkpoint_step_<N>.pt.json` with size and SHA-256 last: a checkpoint
-without a manifest does not exist. Truth is the highest step whose file matches its manifest; `latest.json` only says which that was.
+without a manifest does not exist. Truth is the highest step whose file matches its manifest; `latest.json` is only a hint.
 """
 
 import re
@@ -70,7 +70,7 @@ def newest_valid(run_dir: Path) -> tuple[CheckpointRecord | None, list[str]]:
 
 
 def prune_checkpoints(run_dir: Path, keep: int) -> list[Path]:
-    """Deletes all but the newest `keep` checkpoints and the best validated one; the manifest goes first. Returns what was deleted."""
+    """Deletes all but the newest `keep` checkpoints and the best validated one, manifests first. Returns what was deleted."""
     records = []
     for path in checkpoint_manifests(run_dir):
         try:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from llm_core.errors import UserError
+
 PositiveInt = Annotated[int, Field(gt=0)]
 
 END_OF_TEXT = "<|endoftext|>"
@@ -198,7 +200,9 @@ class TrainConfig(StageConfig):
     # Watching and keeping.
     log_interval: PositiveInt = Field(10, description="Steps between two log lines.")
     eval_interval: int = Field(100, ge=0, description="Steps between two validations; 0: only at the end.")
-    eval_tokens: int = Field(1 << 20, ge=1, description="Validation tokens of each validation during training, the same each time.")
+    eval_tokens: int = Field(
+        1 << 20, ge=1, description="Validation tokens of each validation during training, the same each time."
+    )
     save_interval: int = Field(500, ge=0, description="Steps between two checkpoints; 0: only at the end.")
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints to keep.")
 
@@ -233,9 +237,13 @@ class TrainConfig(StageConfig):
         )
 
     def resolved(self, max_length: int, stride: int) -> Self:
-        """The same configuration with every default that depends on something else filled in; takes the dataset's windows."""
+        """The same configuration with every default that depends on something else filled in; takes the dataset's windows.
+
+        Raises:
+            UserError: the dataset's window does not go together with one given here.
+        """
         hidden_size, num_layers, num_heads, num_kv_heads = self.shape()
-        values = {
+        values: dict[str, Any] = {
             "hidden_size": hidden_size,
             "num_layers": num_layers,
             "num_heads": num_heads,
@@ -246,8 +254,9 @@ class TrainConfig(StageConfig):
             "min_lr": self.learning_rate / 10 if self.min_lr is None else self.min_lr,
             "warmup_steps": min(2000, self.max_steps // 20) if self.warmup_steps is None else self.warmup_steps,
         }
-        # Validated again: the dataset's stride may not fit a max_length given here.
-        return type(self).model_validate(self.model_dump() | values)
+        if values["stride"] >= values["max_length"]:
+            raise UserError(f"--stride {values['stride']} must be smaller than --max_length {values['max_length']}")
+        return self.model_copy(update=values)
 
 
 class EvaluateConfig(StageConfig):
@@ -259,7 +268,9 @@ class EvaluateConfig(StageConfig):
         4 << 20, ge=0, description="Validation tokens to read, from the start of the held-out stream; 0: all of them."
     )
     eval_batch_size: PositiveInt = Field(8, description="Windows per forward pass.")
-    sample_prompts: list[str] = Field(["The ", "Return the "], description="Prompts that are continued to show what the model writes.")
+    sample_prompts: list[str] = Field(
+        ["The ", "Return the "], description="Prompts that are continued to show what the model writes."
+    )
     sample_tokens: int = Field(64, ge=1, description="Tokens to write for each prompt.")
     sample_temperature: float = Field(0.8, ge=0, description="0 always takes the likeliest token.")
     sample_top_k: int = Field(50, ge=0, description="Draw from this many likeliest tokens; 0: from all.")

@@ -60,7 +60,9 @@ class Windows:
         """
         stream = TokenStream(kept_runs(data_dir, manifest, split))
         if len(stream) < 2:
-            raise UserError(f"{data_dir}: the {split} split has {len(stream)} tokens; prepare more text or another --val_fraction")
+            raise UserError(
+                f"{data_dir}: the {split} split has {len(stream)} tokens; prepare more text or another --val_fraction"
+            )
         return cls(stream, max_length, stride, manifest.tokenizer.eot_id)
 
     def __len__(self) -> int:

@@ -88,8 +88,10 @@ def evaluate(
     return HeldOut(nll_total, int(targets_total), text_nll, text_bytes)
 
 
-def unigram_baseline(train: TokenStream, windows: Windows, token_bytes: Tensor, max_tokens: int, count_tokens: int = 1 << 26) -> HeldOut:
-    """The same text predicted by token frequencies alone, add-one smoothed, counted on the first `count_tokens` training tokens."""
+def unigram_baseline(
+    train: TokenStream, windows: Windows, token_bytes: Tensor, max_tokens: int, count_tokens: int = 1 << 26
+) -> HeldOut:
+    """The same text predicted by token frequencies alone: add-one smoothed, of the first `count_tokens` training tokens."""
     counts = np.bincount(train.read(0, count_tokens), minlength=len(token_bytes)).astype(np.float64) + 1
     cost = -np.log(counts / counts.sum())
     stop = len(windows.stream) if max_tokens == 0 else -(-max_tokens // windows.max_length) * windows.max_length + 1

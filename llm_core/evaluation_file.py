@@ -41,7 +41,7 @@ class Evaluation(TypedDict):
 
 
 def evaluation_path(record: CheckpointRecord, dataset_id: str, config: EvaluateConfig) -> Path:
-    """Where the judgement of a checkpoint on a dataset is kept: `evaluation_step_<N>_<evaluation_id>.json` beside the checkpoint."""
+    """Where the judgement of a checkpoint on a dataset is kept: beside the checkpoint, named by all it depends on."""
     return record.path.with_name(f"evaluation_step_{record.step}_{evaluation_id(record.checkpoint_id, dataset_id, config)}.json")
 
 

@@ -1,4 +1,4 @@
-"""Text from a trained model, one token at a time with a key-value cache. Also a tool: `python -m llm_core.generate --checkpoint ...`."""
+"""Text from a trained model, one token at a time with a key-value cache; `python -m llm_core.generate` is the tool."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,9 @@ class GenerateOptions(StageConfig):
     data_dir: str = Field("processed_data", description="Folder of the data preparation, which holds the tokenizers.")
     prompt: str = Field("", description="Text to continue.")
     max_new_tokens: int = Field(128, ge=1, description="Tokens to write at most; the model may end the document earlier.")
-    temperature: float = Field(0.8, ge=0, description="0 always takes the likeliest token; 1 draws from the model's own distribution.")
+    temperature: float = Field(
+        0.8, ge=0, description="0 always takes the likeliest token; 1 draws from the model's own distribution."
+    )
     top_k: int = Field(50, ge=0, description="Draw from this many likeliest tokens; 0: from all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens that hold this share of the probability.")
     seed: int = Field(0, ge=0, description="Seed of the draws.")

@@ -1,6 +1,7 @@
 """Judges a finished checkpoint: held-out metrics beside a baseline, and samples of what it writes, kept beside the checkpoint."""
 
 from pathlib import Path
+
 import torch
 
 from llm_core.checkpoint import load_model
@@ -41,9 +42,7 @@ def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig) -> E
     tokenizer = Tokenizer.load(data_dir / manifest.tokenizer.file)
     windows = Windows.open(data_dir, manifest, "val", model.config.max_length, 0)
     sizes = token_bytes(tokenizer, manifest)
-    held_out = evaluate(
-        model, windows, sizes, max_tokens=config.max_eval_tokens, batch_size=config.eval_batch_size, ranks=ranks
-    )
+    held_out = evaluate(model, windows, sizes, max_tokens=config.max_eval_tokens, batch_size=config.eval_batch_size, ranks=ranks)
     train = Windows.open(data_dir, manifest, "train", model.config.max_length, 0).stream
     unigram = unigram_baseline(train, windows, sizes, config.max_eval_tokens)
     values = {

@@ -17,7 +17,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits of one chunk: abou
 
 
 def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Per-token NLL in nats, without gradients. hidden: (..., C), weight: (V, C), targets: (...). Returns (...), fp32, 0 where ignored."""
+    """NLL of each token in nats without gradients: (...), fp32, 0 where ignored. hidden: (..., C), weight: (V, C)."""
     with torch.no_grad():
         rows, labels = _compute_dtype(hidden.reshape(-1, hidden.shape[-1])), targets.reshape(-1)
         matrix = _compute_dtype(weight)
@@ -68,7 +68,7 @@ class _ChunkedNLL(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_output.to(grad_hidden.dtype), grad_weight * grad_output, None
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from llm_core.evaluation_file import Sample
+
 _CARD = """\
 ---
 library_name: transformers
@@ -48,7 +50,7 @@ def model_card(
     metrics: Mapping[str, Any],
     lineage: Mapping[str, Any],
     config: Mapping[str, Any],
-    sample: Mapping[str, str],
+    sample: Sample,
 ) -> str:
     """The card as markdown; the mappings become tables in their order."""
     quoted = "\n".join(f"> {line}" for line in (sample["prompt"] + sample["continuation"]).splitlines())

@@ -11,10 +11,11 @@ from llm_core.config import TrainConfig
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Splits the parameters in two: matrices with weight decay, norms and the embedding without.
 
-    The embedding is left out on purpose: decay shrinks the rows of rare tokens at every step, seen or not. A matrix shared with the
-    head counts as the embedding. Every parameter stands in exactly one group, a shared one once.
+    The embedding is left out on purpose: decay shrinks the rows of rare tokens at every step, seen or not. A matrix shared
+    with the head counts as the embedding. Every parameter stands in exactly one group, a shared one once.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if parameter.dim() >= 2 and "embedding" not in name else plain).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

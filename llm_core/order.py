@@ -1,7 +1,7 @@
 """Which windows a step reads: a pure function of (seed, epoch, step), with no file and no memory.
 
-Positions count windows in the order they are read: step s of batch size B reads positions s*B to s*B + B - 1, and epoch e holds the
-positions e*N to e*N + N - 1 of N windows. Inside an epoch a keyed permutation says which window stands at a position.
+Positions count windows in the order they are read: step s of batch size B reads positions s*B to s*B + B - 1, and epoch e
+holds the positions e*N to e*N + N - 1 of N windows. Inside an epoch a keyed permutation says which window stands where.
 The permutation is a Feistel network over the next even power of two with cycle walking (Black and Rogaway 2002): it can be
 evaluated at one point and inverted, which a shuffled list of a billion windows cannot.
 """

@@ -15,8 +15,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_precision(config: TrainConfig, device: torch.device) -> Precision:
     """`precision` where it is named; with `mixed_precision` the fastest safe dtype of the device; else fp32.
 
-    A CPU without bf16 instructions emulates them 20 to 50 times slower than fp32: there mixed precision stays fp32, and naming bf16 or
-    fp16 warns.
+    A CPU without bf16 instructions emulates them 20 to 50 times slower than fp32: there mixed precision stays fp32, and naming
+    bf16 or fp16 warns.
     """
     if config.precision != "auto":
         if device.type == "cpu" and config.precision != "fp32" and not _cpu_has_bf16():

@@ -96,7 +96,9 @@ def _lock_directory(run_dir: Path) -> IO[str]:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         lock.close()
-        raise UserError(f"--save_dir {run_dir}: another training (process {holder}) is writing here; wait for it or stop it") from None
+        raise UserError(
+            f"--save_dir {run_dir}: another training (process {holder}) is writing here; wait for it or stop it"
+        ) from None
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()

@@ -1,6 +1,5 @@
 """The training tool: `python -m llm_core.train ...`, or the same under torchrun for several processes and machines."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -39,7 +38,9 @@ class TrainOptions(TrainConfig):
     data_dir: str = Field("processed_data", description="Folder written by the data preparation.")
     save_dir: str = Field("checkpoints", description="Folder for checkpoints, metrics and the run's state.")
     checkpoint: str | None = Field(None, description="Resume from this checkpoint_step_<N>.pt.")
-    resume: Literal["never", "auto"] = Field("never", description="auto: continue from the newest checkpoint in save_dir that verifies.")
+    resume: Literal["never", "auto"] = Field(
+        "never", description="auto: continue from the newest checkpoint in save_dir that verifies."
+    )
 
 
 def open_data(data_dir: Path, manifest: DatasetManifest, config: TrainConfig) -> TrainingData:
@@ -88,7 +89,9 @@ def train(
             if log is not None:
                 log.update({"status": "finished" if finished else "preempted", "finished_at": now()})
     if not finished:
-        raise Preempted(f"stopped on request at step {trainer.step}/{config.max_steps}; saved in {run_dir}, --resume auto goes on")
+        raise Preempted(
+            f"stopped on request at step {trainer.step}/{config.max_steps}; saved in {run_dir}, --resume auto goes on"
+        )
 
 
 @contextmanager
@@ -149,8 +152,8 @@ def _announce(log: RunLog, trainer: Trainer, manifest: DatasetManifest, resumed:
     log.say(
         f"run {trainer.run_id}: {model.num_parameters():,} parameters, {windows:,} windows of {config.max_length} tokens, "
         f"{config.max_steps} steps of {config.batch_size} windows ({epochs:.2f} epochs)\n"
-        f"{ranks.world_size} rank(s) on {ranks.device.type} with {ranks.threads} thread(s), {trainer.precision}, attention {model.backend}, "
-        f"micro batch {trainer.micro_batch_size} x {accumulation}"
+        f"{ranks.world_size} rank(s) on {ranks.device.type} with {ranks.threads} thread(s), {trainer.precision}, "
+        f"attention {model.backend}, micro batch {trainer.micro_batch_size} x {accumulation}"
     )
     if resumed is not None:
         log.say(f"resumed from {resumed[0]} at step {trainer.step}")

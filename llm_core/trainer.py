@@ -122,8 +122,8 @@ class Trainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= config.max_skipped_steps:
             raise DataError(
-                f"step {self.step}: loss {loss}, gradient norm {grad_norm}; {self.skipped_in_a_row} steps in a row were not finite. "
-                f"The last one read the windows {windows.tolist()}; lower --learning_rate or look at their text"
+                f"step {self.step}: loss {loss}, gradient norm {grad_norm}; "
+                f"{self.skipped_in_a_row} steps in a row were not finite. The last one read the windows {windows.tolist()}; lower --learning_rate or look at their text"
             )
         return StepResult(loss, grad_norm, rate, skipped, stop=stops > 0)
 
@@ -197,7 +197,8 @@ class Trainer:
             numbers = {"val_loss": held_out.loss, "val_bits_per_byte": held_out.bits_per_byte}
             self.log.record({"kind": "eval", "step": self.step, "tokens": self.tokens_seen} | numbers)
             self.log.say(
-                f"step {self.step}/{self.config.max_steps} | validation loss {held_out.loss:.4f} | {held_out.bits_per_byte:.4f} bits per byte"
+                f"step {self.step}/{self.config.max_steps} | validation loss {held_out.loss:.4f} | "
+                f"{held_out.bits_per_byte:.4f} bits per byte"
             )
         return held_out
 
@@ -268,14 +269,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint is of another model, configuration or dataset; the message names what differs.
         """
-        present = self.state()
-        require_same(path, state["model_config"], present["model_config"])
-        ids = ("dataset_id", "tokenizer_id")
-        require_same(
-            path,
-            state["train_config"] | {name: state[name] for name in ids},
-            present["train_config"] | {name: present[name] for name in ids},
-        )
+        require_same(path, _compared(state), _compared(self.state()))
         self.model.load_state_dict(state["model"], strict=True)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
@@ -340,6 +334,12 @@ def find_resume_state(run_dir: Path, checkpoint: str | None, resume: str) -> tup
     for message in damaged:
         print(f"resume: passed over a checkpoint: {message}", flush=True)
     return record.path, load_checkpoint(record.path)
+
+
+def _compared(state: TrainingState) -> dict[str, Any]:
+    """What must be equal for a resume to go on as if nothing had happened."""
+    ids = {"dataset_id": state["dataset_id"], "tokenizer_id": state["tokenizer_id"]}
+    return state["model_config"] | state["train_config"] | ids
 
 
 def _micro_batch_size(config: TrainConfig, world_size: int) -> int:

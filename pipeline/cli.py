@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROG, description="Asks the catalog where a model came from and where a text went.")
     default_home = os.environ.get("TEXTMILL_HOME", "data")
-    parser.add_argument("--home", default=default_home, help="root of everything textmill wrote (default: TEXTMILL_HOME or ./data)")
+    parser.add_argument(
+        "--home", default=default_home, help="root of everything textmill wrote (default: TEXTMILL_HOME or ./data)"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     lineage = commands.add_parser("lineage", help="everything a checkpoint was made from")

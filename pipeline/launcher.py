@@ -10,7 +10,20 @@ from pathlib import Path
 import psutil
 
 # The training process gets what it needs to find Python, CUDA and the network, and no secret of the orchestrator's.
-_ALLOWED = {"PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "CC", "CXX"}
+_ALLOWED = {
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "TMPDIR",
+    "TZ",
+    "VIRTUAL_ENV",
+    "PYTHONPATH",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "CC",
+    "CXX",
+}
 _ALLOWED_PREFIXES = ("LC_", "CUDA_", "NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "TRITON_", "OMP_", "MKL_", "NVIDIA_")
 
 

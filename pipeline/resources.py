@@ -9,13 +9,13 @@ from pydantic import Field
 from pipeline.catalog.catalog import Catalog
 
 
-class Storage(dg.ConfigurableResource):  # type: ignore[type-arg]
+class Storage(dg.ConfigurableResource):
     """The folders of one textmill home; every path the pipeline uses comes from here."""
 
     home: str = Field(
         default_factory=lambda: os.environ.get("TEXTMILL_HOME", "data"), description="Root of everything textmill writes."
     )
-    raw_text_dir: str | None = Field(None, description="Folder of the raw text; default: raw_text_data under the home.")
+    raw_text_dir: str | None = Field(default=None, description="Folder of the raw text; default: raw_text_data under the home.")
 
     @property
     def root(self) -> Path:
@@ -58,7 +58,7 @@ class Storage(dg.ConfigurableResource):  # type: ignore[type-arg]
         return self.root / "models"
 
 
-class CatalogResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+class CatalogResource(dg.ConfigurableResource):
     """Opens the DuckDB catalog of a storage; connections are short, so several steps can write in turn."""
 
     storage: dg.ResourceDependency[Storage]
@@ -67,8 +67,8 @@ class CatalogResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return Catalog(self.storage.root / "catalog.duckdb")
 
 
-class Torchrun(dg.ConfigurableResource):  # type: ignore[type-arg]
+class Torchrun(dg.ConfigurableResource):
     """How the training processes are started, watched and stopped."""
 
-    stop_seconds: float = Field(110.0, gt=0, description="Seconds a cancelled training has to save before it is killed.")
-    report_seconds: float = Field(5.0, gt=0, description="Seconds between two progress reports while it trains.")
+    stop_seconds: float = Field(default=110.0, gt=0, description="Seconds a cancelled training has to save before it is killed.")
+    report_seconds: float = Field(default=5.0, gt=0, description="Seconds between two progress reports while it trains.")

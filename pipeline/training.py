@@ -68,7 +68,9 @@ def _report(context: AssetExecutionContext, records: Any, max_steps: int) -> Non
     """Logs the newest training step and every validation; as observations they draw the asset page's live plots."""
     train = [record for record in records if record["kind"] == "train"]
     for record in [*train[-1:], *(record for record in records if record["kind"] == "eval")]:
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        numbers = {
+            name: value for name, value in record.items() if isinstance(value, int | float) and not isinstance(value, bool)
+        }
         if record["kind"] == "train" and record["tokens_per_second"]:
             tokens_per_step = record["tokens"] / record["step"]
             numbers["seconds_left"] = (max_steps - record["step"]) * tokens_per_step / record["tokens_per_second"]

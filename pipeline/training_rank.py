@@ -2,7 +2,6 @@
 
 import os
 import time
-from contextlib import nullcontext
 
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, open_dagster_pipes
 
@@ -14,7 +13,10 @@ _SECONDS_BETWEEN_MESSAGES = 2.0
 
 def main() -> None:
     reports = os.environ.get("RANK") == "0" and DAGSTER_PIPES_CONTEXT_ENV_VAR in os.environ
-    with open_dagster_pipes() if reports else nullcontext() as pipes:
+    if not reports:
+        train.main()
+        return
+    with open_dagster_pipes() as pipes:
         last_sent = 0.0
 
         def send(record: Record) -> None:
@@ -25,7 +27,7 @@ def main() -> None:
             last_sent = time.monotonic()
             pipes.report_custom_message(record)
 
-        train.main(listener=send if reports else None)
+        train.main(listener=send)
 
 
 if __name__ == "__main__":

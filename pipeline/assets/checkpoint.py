@@ -32,7 +32,9 @@ def checkpoint(
     """
     train_config = config.part(TrainConfig)
     manifest = load_manifest(storage.processed)
-    run = run_id(manifest.dataset_id, manifest.tokenizer.tokenizer_id, train_config.resolved(manifest.max_length, manifest.stride))
+    run = run_id(
+        manifest.dataset_id, manifest.tokenizer.tokenizer_id, train_config.resolved(manifest.max_length, manifest.stride)
+    )
     run_dir = storage.checkpoints / run
     record = finished_checkpoint(run_dir)
     reused = record is not None

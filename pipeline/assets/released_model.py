@@ -10,7 +10,8 @@ from llm_core.shards import load_manifest
 from pipeline.assets.common import MODEL, OWNERS
 from pipeline.assets.evaluation import evaluation
 from pipeline.current import get_current
-from pipeline.release import decide, release, released_model as find_released_model
+from pipeline.release import decide, release
+from pipeline.release import released_model as find_released_model
 from pipeline.report import locations, report_table
 from pipeline.resources import CatalogResource, Storage
 
@@ -37,6 +38,7 @@ def released_model(
     released = find_released_model(storage)
     assert released is not None, "the first checkpoint is always released"
     manifest = load_manifest(storage.processed)
+    sample = result["samples"][0]
     rows: dict[str, object] = {
         "documents": sum(split.documents for split in manifest.splits.values()),
         "training tokens": manifest.splits["train"].tokens,
@@ -45,7 +47,7 @@ def released_model(
         "bits per byte": metric(result, "bits_per_byte"),
         "unigram bits per byte": metric(result, "unigram_bits_per_byte"),
         "released": f"{'yes' if verdict.promoted else 'no'}: {verdict.reason}",
-        "sample": "".join(result["samples"][0].values()).replace("\n", " ")[:100],
+        "sample": (sample["prompt"] + sample["continuation"]).replace("\n", " ")[:100],
         **locations(storage),
         "released model": storage.models / released["model_id"],
     }

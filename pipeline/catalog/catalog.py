@@ -54,7 +54,7 @@ class Catalog:
                 [snapshot_id, summary["parent_snapshot_id"], taken_at, *row, *_json(summary, "bytes_dropped", "config")],
             )
             connection.execute(
-                "INSERT INTO snapshot_documents SELECT ?, document_id, path, start, \"end\", status FROM read_parquet(?)",
+                'INSERT INTO snapshot_documents SELECT ?, document_id, path, start, "end", status FROM read_parquet(?)',
                 [snapshot_id, documents],
             )
             connection.execute(
@@ -124,7 +124,8 @@ class Catalog:
             _insert_checkpoints(connection, run_dir, metrics)
             if document_steps.exists() and not _known(connection, "SELECT 1 FROM run_documents WHERE run_id = ? LIMIT 1", run_id):
                 connection.execute(
-                    "INSERT INTO run_documents SELECT ?, document_id, first_step FROM read_parquet(?)", [run_id, str(document_steps)]
+                    "INSERT INTO run_documents SELECT ?, document_id, first_step FROM read_parquet(?)",
+                    [run_id, str(document_steps)],
                 )
 
     def record_evaluation(self, path: Path) -> None:
@@ -186,7 +187,9 @@ class Catalog:
         """
         known = "SELECT DISTINCT document_id FROM snapshot_documents WHERE document_id = ? OR path = ?"
         if not self.query(known, [document_or_path, document_or_path]):
-            raise UserError(f"{document_or_path}: neither a document id nor the path of a raw file (relative to the raw text folder)")
+            raise UserError(
+                f"{document_or_path}: neither a document id nor the path of a raw file (relative to the raw text folder)"
+            )
         return self.query(
             f"""
             SELECT checkpoint_id, run_id, step, on_disk, count(*) AS documents, min(first_step) AS first_step
@@ -213,7 +216,10 @@ def rebuild(home: Path, path: Path) -> list[str]:
         fresh.create()
         for record, arguments in [
             *((fresh.record_snapshot, (processed, p.stem)) for p in _artifacts(processed / "snapshots", "*.json")),
-            *((fresh.record_tokenizer, (processed, p.name.split(".")[0])) for p in _artifacts(processed / "tokenizers", "*.report.json")),
+            *(
+                (fresh.record_tokenizer, (processed, p.name.split(".")[0]))
+                for p in _artifacts(processed / "tokenizers", "*.report.json")
+            ),
             *((fresh.record_dataset, (processed, p.stem)) for p in _artifacts(processed / "manifests", "*.json")),
             *((fresh.record_run, (p.parent,)) for p in _artifacts(checkpoints, "*/run.json")),
             *((fresh.record_evaluation, (p,)) for p in _artifacts(checkpoints, "*/evaluation_step_*.json")),

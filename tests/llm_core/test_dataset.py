@@ -1,5 +1,7 @@
 """Windows: every token is a target once, shifted once."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -40,7 +42,7 @@ def test_rule_12_and_34_every_token_but_the_first_is_a_target_exactly_once(token
 def test_stride_is_the_overlap_of_consecutive_windows(stride: int) -> None:
     data = windows(40, max_length=8, stride=stride)
     inputs, targets = data.batch(np.arange(len(data)))
-    for one, next_one in zip(inputs[:-1], inputs[1:], strict=True):
+    for one, next_one in itertools.pairwise(inputs):
         shared = one[8 - stride :]
         assert next_one[:stride][: len(shared)].tolist() == shared.tolist()
     real = targets != IGNORE_INDEX

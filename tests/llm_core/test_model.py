@@ -25,9 +25,7 @@ def tokens() -> Tensor:
     return torch.randint(0, 300, (2, 33), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    ("preset", "millions"), [("tiny", 20), ("small", 125), ("medium", 350), ("large", 800), ("xl", 1500)]
-)
+@pytest.mark.parametrize(("preset", "millions"), [("tiny", 20), ("small", 125), ("medium", 350), ("large", 800), ("xl", 1500)])
 def test_presets_have_the_parameter_counts_of_the_documentation(preset: str, millions: int) -> None:
     with torch.device("meta"):
         config = TrainConfig(model=preset).resolved(2048, 0)  # type: ignore[arg-type]
@@ -174,9 +172,7 @@ def test_rule_13_document_masking_leaks_nothing_and_restarts_positions() -> None
     assert not gradient[:, :13].any()
     assert gradient[:, 13:].any()
     alone = build(document_masking=True, num_kv_heads=2).eval()
-    torch.testing.assert_close(
-        token_loss(alone, together[:, 13:]), token_loss(alone, together)[:, 13:], rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(token_loss(alone, together[:, 13:]), token_loss(alone, together)[:, 13:], rtol=1e-5, atol=1e-5)
 
 
 def token_loss(model: Transformer, tokens: Tensor) -> Tensor:

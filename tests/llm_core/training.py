@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
     "batch_size": 8,
     "max_steps": 10,
     "learning_rate": 1e-2,
-    "warmup_steps": 2,
+    "warmup_steps": 1,
     "eval_interval": 0,
     "eval_tokens": 512,
     "save_interval": 0,

@@ -206,7 +206,9 @@ def test_definitions_load_and_every_asset_can_be_read_by_a_person() -> None:
 
     repository = defs.get_repository_def()
     assert {job.name for job in repository.get_all_jobs()} >= {"quickstart", "pretrain", "prepare_data"}
-    specs = {spec.key.to_user_string(): spec for spec in repository.asset_graph.get_all_asset_keys() and defs.resolve_all_asset_specs()}
+    specs = {
+        spec.key.to_user_string(): spec for spec in repository.asset_graph.get_all_asset_keys() and defs.resolve_all_asset_specs()
+    }
     assert set(specs) == {
         "sample_corpus",
         "raw_text",

@@ -1,0 +1,146 @@
+"""Checkpoints are whole and verified, or not there."""
+
+import os
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llm_core import checkpoint as checkpoint_module
+from llm_core.checkpoint import load_checkpoint, save_checkpoint
+from llm_core.checkpoint_files import checkpoint_manifests, manifest_path, newest_valid, prune_checkpoints
+from llm_core.errors import DataError
+from llm_core.files import sha256_file
+from llm_core.trainer import Trainer, find_resume_state
+from tests.llm_core.training import make_trainer
+
+
+@pytest.fixture
+def trainer(processed_dir: Path, tmp_path: Path) -> Trainer:
+    trainer = make_trainer(processed_dir, tmp_path)
+    trainer.train_step()
+    return trainer
+
+
+def save(trainer: Trainer, step: int, val_loss: float | None = None) -> Path:
+    trainer.step = step
+    return save_checkpoint(trainer.run_dir, trainer.state(), val_loss).path
+
+
+def test_the_same_state_is_the_same_bytes_and_loads_as_it_was(trainer: Trainer) -> None:
+    path = save(trainer, 1)
+    digest = sha256_file(path)
+    assert sha256_file(save(trainer, 1)) == digest
+    state = load_checkpoint(path)
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(state["model"][name], weight)
+    assert (state["step"], state["tokens_seen"]) == (1, trainer.tokens_seen)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
+def test_damage_is_detected_and_the_checkpoint_before_is_taken(damage: str, trainer: Trainer) -> None:
+    older, newer = save(trainer, 1), save(trainer, 2)
+    if damage == "flip":
+        content = bytearray(newer.read_bytes())
+        content[len(content) // 2] ^= 1
+        newer.write_bytes(content)
+    elif damage == "truncate":
+        os.truncate(newer, 1000)
+    elif damage == "delete":
+        newer.unlink()
+    else:
+        manifest_path(newer).write_text('{"format_version": 1')
+    with pytest.raises(DataError, match=newer.name):
+        load_checkpoint(newer)
+    record, damaged = newest_valid(trainer.run_dir)
+    assert record is not None
+    assert record.path == older
+    assert len(damaged) == 1
+    assert newer.name in damaged[0]
+
+
+def test_a_checkpoint_without_a_manifest_does_not_exist(trainer: Trainer) -> None:
+    path = save(trainer, 1)
+    manifest_path(path).unlink()
+    assert newest_valid(trainer.run_dir) == (None, [])
+    with pytest.raises(DataError, match="no such file"):
+        load_checkpoint(path)
+
+
+def test_resume_refuses_when_every_checkpoint_is_damaged(trainer: Trainer) -> None:
+    os.truncate(save(trainer, 1), 10)
+    with pytest.raises(DataError, match=r"no checkpoint in .* is whole"):
+        find_resume_state(trainer.run_dir, None, "auto")
+
+
+def test_a_failed_write_keeps_the_checkpoint_before(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The n-th fsync or rename fails, for every n until the save succeeds."""
+    older = save(trainer, 1)
+    attempt, failures = 0, 0
+    while True:
+        attempt += 1
+        calls = SimpleNamespace(count=0)
+
+        def failing(original, calls=calls, attempt=attempt):
+            def call(*arguments):
+                calls.count += 1
+                if calls.count == attempt:
+                    raise OSError(28, "No space left on device")
+                return original(*arguments)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", failing(os.fsync))
+            patch.setattr(os, "replace", failing(os.replace))
+            try:
+                newer = save(trainer, 2)
+            except OSError:
+                failures += 1
+                record, _ = newest_valid(trainer.run_dir)
+                assert record is not None
+                assert record.path == older or load_checkpoint(record.path)["step"] == 2
+                assert not list(trainer.run_dir.glob("*.tmp"))
+                continue
+        break
+    assert failures >= 6, "data, manifest and pointer: an fsync, a rename and a folder's fsync each"
+    assert newest_valid(trainer.run_dir)[0].path == newer  # type: ignore[union-attr]
+
+
+def test_a_full_disk_is_noticed_before_the_write_and_says_what_is_missing(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = save(trainer, 1)
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(DataError, match=r"disk full, a checkpoint needs [\d,]+ bytes and [\d,]+ are missing"):
+        save(trainer, 2)
+    assert newest_valid(trainer.run_dir)[0].path == older  # type: ignore[union-attr]
+
+
+def test_retention_keeps_the_newest_and_the_best(trainer: Trainer) -> None:
+    for step, val_loss in enumerate([3.0, 1.0, 2.0, None, 2.5], start=1):
+        save(trainer, step, val_loss)
+    deleted = prune_checkpoints(trainer.run_dir, keep=2)
+    assert {path.name for path in deleted} == {"checkpoint_step_1.pt", "checkpoint_step_3.pt"}
+    assert [path.name.split("_")[2] for path in checkpoint_manifests(trainer.run_dir)] == ["5.pt.json", "4.pt.json", "2.pt.json"]
+
+
+def test_a_malicious_pickle_is_refused_and_nothing_runs(trainer: Trainer) -> None:
+    path = save(trainer, 1)
+
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(path.parent / "attacked"),)
+
+    path.write_bytes(pickle.dumps(Attack()))
+    manifest = manifest_path(path)
+    text = manifest.read_text()
+    record, _ = newest_valid(path.parent)
+    assert record is None
+    old_digest = next(part for part in text.split('"') if len(part) == 64)
+    manifest.write_text(text.replace(old_digest, sha256_file(path)))
+    with pytest.raises(DataError, match="not a readable checkpoint"):
+        load_checkpoint(path)
+    assert not (path.parent / "attacked").exists()

@@ -1,0 +1,69 @@
+"""What is released loads in Hugging Face's transformers and says the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_core.export import export_huggingface
+from llm_core.files import sha256_file
+from llm_core.model import Transformer
+from llm_core.shards import load_manifest
+from llm_core.tokenizer import Tokenizer
+from tests.llm_core.test_model import build
+
+transformers: Any = pytest.importorskip("transformers")
+
+TEXTS = ["Hello, world!", "  spaces\n\nand\ttabs ", "naïve café 東京 🙂", "x = {'a': [1, 2.5e-3]}", ""]
+
+
+@pytest.fixture
+def tokenizer(processed_dir: Path) -> Tokenizer:
+    return Tokenizer.load(processed_dir / load_manifest(processed_dir).tokenizer.file)
+
+
+def export(model: Transformer, tokenizer: Tokenizer, directory: Path) -> Path:
+    export_huggingface(model, tokenizer, directory, "# A card", {"model_id": "m"})
+    return directory
+
+
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"tie_embeddings": True}, {"rope_theta": 5e5, "norm_eps": 1e-6}])
+def test_logits_equal_those_of_transformers(options: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = build(vocab_size=tokenizer.vocab_size, **options).eval()
+    directory = export(model, tokenizer, tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    tokens = torch.randint(0, tokenizer.vocab_size, (3, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        difference = (theirs(tokens).logits - model.logits(tokens)).abs().max().item()
+    assert difference < 1e-4
+
+
+def test_the_exported_tokenizer_gives_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    directory = export(build(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    for text in TEXTS:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text).tolist()
+        assert theirs.decode(tokenizer.encode(text).tolist()) == text
+    assert theirs.eos_token_id == tokenizer.eot_id
+
+
+def test_the_directory_lists_the_digest_of_every_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    directory = export(build(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "model")
+    facts = json.loads((directory / "textmill.json").read_text())
+    assert facts["model_id"] == "m"
+    assert facts["files"] == {path.name: sha256_file(path) for path in directory.iterdir() if path.name != "textmill.json"}
+
+
+def test_an_export_that_fails_leaves_nothing_that_looks_like_a_model(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object, **__: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llm_core.export.save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        export(build(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

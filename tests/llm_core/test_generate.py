@@ -1,0 +1,61 @@
+"""Decoding."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_core.generate import generate, sample
+from tests.llm_core.test_model import build
+from tests.llm_core.training import run_train
+
+
+def test_greedy_decoding_takes_the_likeliest_token_of_the_uncached_model() -> None:
+    model = build(num_kv_heads=2).eval()
+    prompt = [5, 6, 7]
+    known = [model.eot_id, *prompt]
+    for token in generate(model, prompt, 10, temperature=0):
+        assert token == int(model.logits(torch.tensor([known]))[0, -1].argmax())
+        known.append(token)
+    assert len(known) == 14
+
+
+def test_the_context_may_be_outgrown() -> None:
+    model = build(length=16).eval()
+    assert len(list(generate(model, list(range(1, 40)), 30, seed=1))) == 30
+
+
+def test_a_seed_decides_the_draws() -> None:
+    model = build().eval()
+    draws = [list(generate(model, [1], 12, temperature=1.5, top_k=0, seed=seed)) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_end_of_text_ends_the_document() -> None:
+    model = build().eval()
+    with torch.no_grad():
+        model.norm.weight.zero_()  # all scores equal: the first token, end-of-text, is the likeliest
+    assert list(generate(model, [1], 5, temperature=0)) == []
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "possible"), [(0, 1.0, {0, 1, 2, 3}), (2, 1.0, {0, 1}), (0, 0.6, {0, 1}), (1, 1.0, {0}), (0, 0.01, {0})]
+)
+def test_top_k_and_top_p_bound_what_can_be_drawn(top_k: int, top_p: float, possible: set[int]) -> None:
+    scores = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    generator = torch.Generator().manual_seed(0)
+    assert {sample(scores, 1.0, top_k, top_p, generator) for _ in range(300)} == possible
+
+
+def test_the_tool_continues_a_prompt(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path, max_steps=2)
+    command = [sys.executable, "-m", "llm_core.generate", "--checkpoint", str(tmp_path / "checkpoint_step_2.pt")]
+    command += ["--data_dir", str(processed_dir), "--prompt", "The class", "--max_new_tokens", "5", "--temperature", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The class")
+    missing = subprocess.run([*command[:3], "--checkpoint", str(tmp_path / "none.pt")], capture_output=True, text=True)
+    assert missing.returncode == 3
+    assert "none.pt" in missing.stderr

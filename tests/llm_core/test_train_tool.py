@@ -1,0 +1,148 @@
+"""The training tool as its users call it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llm_core import train as train_module
+from llm_core.checkpoint import load_model
+from llm_core.checkpoint_files import newest_valid
+from tests.llm_core.training import run_train
+
+
+def test_the_documented_flags_train_a_model(processed_dir: Path, tmp_path: Path) -> None:
+    done = run_train(
+        processed_dir, tmp_path, micro_batch_size=4, mixed_precision=True, gradient_checkpointing=True, eval_interval=5
+    )
+    assert "step 10/10 | loss" in done.stderr
+    assert "lr 1.00e-03" in done.stderr
+    assert "tokens/s" in done.stderr
+    assert "validation loss" in done.stderr
+    model, state = load_model(tmp_path / "checkpoint_step_10.pt")
+    assert (model.config.num_heads, model.config.num_kv_heads) == (4, 2)
+    assert state["step"] == 10
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["status"], run["attention"], run["accumulation_steps"]) == ("finished", "sdpa", 2)
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 32
+
+
+def test_it_runs_as_a_plain_file(processed_dir: Path, tmp_path: Path) -> None:
+    options = ["--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--max_steps", "1", "--batch_size", "2"]
+    command = [
+        sys.executable,
+        train_module.__file__,
+        "--data_dir",
+        str(processed_dir),
+        "--save_dir",
+        str(tmp_path / "run"),
+        *options,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert newest_valid(tmp_path / "run")[0]
+
+
+def test_help_explains_every_flag() -> None:
+    done = subprocess.run([sys.executable, "-m", "llm_core.train", "--help"], capture_output=True, text=True)
+    for name, field in train_module.TrainOptions.model_fields.items():
+        assert f"--{name}" in done.stdout
+        assert field.description
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 5, "num_kv_heads": 5}, "num_heads 5 must divide hidden_size 32"),
+        ({"num_kv_heads": 3}, "num_kv_heads 3 must divide num_heads 4"),
+        ({"micro_batch_size": 3}, "--batch_size 8 is not a multiple of --micro_batch_size 3 x 1 ranks = 3"),
+        ({"learning_rate": -1}, "--learning_rate -1: Input should be greater than 0"),
+        ({"max_steps": 0}, "--max_steps 0: Input should be greater than 0"),
+        ({"attention": "flash"}, "--attention flash: device is cpu, not cuda"),
+        ({"stride": 64}, "--stride 64 must be smaller than --max_length 64"),
+        ({"no_such_flag": 1}, "unrecognized arguments: --no_such_flag"),
+    ],
+)
+def test_a_flag_that_does_not_fit_is_refused_with_its_value(
+    options: dict[str, object], message: str, processed_dir: Path, tmp_path: Path
+) -> None:
+    done = run_train(processed_dir, tmp_path / "run", check=False, **options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_cuda_without_a_gpu_is_refused(processed_dir: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "llm_core.train", "--device", "cuda", "--data_dir", str(processed_dir)]
+    done = subprocess.run([*command, "--save_dir", str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "--device cuda: this machine has no usable GPU" in done.stderr
+
+
+def test_a_folder_without_prepared_data_is_refused(tmp_path: Path) -> None:
+    done = run_train(tmp_path / "nothing", tmp_path / "run", check=False)
+    assert done.returncode == 2
+    assert f"--data_dir {tmp_path / 'nothing'}" in done.stderr
+    assert "llm_core.data_prep_tool" in done.stderr
+
+
+def test_an_environment_variable_never_changes_a_run(
+    processed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_STEPS", "3")
+    monkeypatch.setenv("SEED", "3")
+    run_train(processed_dir, tmp_path, max_steps=1)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1337
+
+
+def test_a_second_run_never_overwrites_the_first(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path, max_steps=1)
+    done = run_train(processed_dir, tmp_path, check=False, max_steps=1)
+    assert done.returncode == 2
+    assert "--resume auto" in done.stderr
+    again = run_train(processed_dir, tmp_path, max_steps=1, resume="auto")
+    assert "at step 1" in again.stderr, "a finished run has nothing left to do"
+
+
+def test_two_trainings_never_share_a_directory(processed_dir: Path, tmp_path: Path) -> None:
+    first = start_endless(processed_dir, tmp_path)
+    try:
+        second = run_train(processed_dir, tmp_path, check=False)
+        assert second.returncode == 2
+        assert f"another training (process {first.pid}) is writing here" in second.stderr
+    finally:
+        first.kill()
+        first.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_says_so_and_goes_on_later(number: signal.Signals, processed_dir: Path, tmp_path: Path) -> None:
+    process = start_endless(processed_dir, tmp_path)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "stopped on request at step" in errors
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["status"] == "preempted"
+    record, _ = newest_valid(tmp_path)
+    assert record is not None
+    assert record.step == run["steps_done"] >= 1
+
+
+def start_endless(processed_dir: Path, save_dir: Path) -> subprocess.Popen[str]:
+    """A training that would go on for hours; returns once it has made a step."""
+    options = ["--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--max_steps", "10000000", "--save_interval", "0"]
+    command = [sys.executable, "-m", "llm_core.train", "--data_dir", str(processed_dir), "--save_dir", str(save_dir), *options]
+    process = subprocess.Popen([*command, "--eval_interval", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = save_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process

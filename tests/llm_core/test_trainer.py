@@ -1,0 +1,280 @@
+"""One optimizer step, and the loop around it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from llm_core.checkpoint import load_checkpoint, load_model
+from llm_core.config import TrainConfig
+from llm_core.errors import DataError, UserError
+from llm_core.loss import IGNORE_INDEX
+from llm_core.order import windows_of_step
+from llm_core.precision import resolve_precision
+from llm_core.runlog import read_metrics
+from tests.llm_core.training import gradients, make_trainer, run_train
+
+
+def train_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """What the metrics say of the training steps, times and rates apart."""
+    timed = {"time", "tokens_per_second"}
+    lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def assert_same_state(one: Path, other: Path, **tolerance: float) -> None:
+    """Weights and optimizer state of two checkpoints are equal, bit for bit unless a tolerance is given."""
+    first, second = load_checkpoint(one), load_checkpoint(other)
+    for name, weight in first["model"].items():
+        torch.testing.assert_close(weight, second["model"][name], **(tolerance or {"rtol": 0, "atol": 0}))
+    for number, entry in first["optimizer"]["state"].items():
+        for name, value in entry.items():
+            torch.testing.assert_close(value, second["optimizer"]["state"][number][name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_rule_1_accumulated_gradients_are_those_of_the_whole_batch(
+    micro_batch_size: int, processed_dir: Path, tmp_path: Path
+) -> None:
+    whole = make_trainer(processed_dir, tmp_path)
+    parts = make_trainer(processed_dir, tmp_path, micro_batch_size=micro_batch_size)
+    # A batch with the corpus's last window in it, which is mostly padding: means of means would be wrong here.
+    last = len(whole.data.train) - 1
+    windows = np.array([last, *range(7)])
+    targets = whole.data.train.num_targets(windows)
+    assert targets < 8 * 64
+    for trainer in (whole, parts):
+        trainer._accumulate_gradients(windows, targets)
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(parts)[name], gradient, rtol=1e-4, atol=1e-6)
+    # And the loss is the mean over all targets of the batch.
+    inputs, labels = whole.data.train.batch(windows)
+    logits = whole.model.logits(inputs).flatten(0, 1)
+    reference = nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX)
+    whole.model.zero_grad()
+    reference.backward()
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradient, gradients(parts)[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_rule_1_every_layout_of_ranks_and_micro_batches_trains_the_same(processed_dir: Path, tmp_path: Path) -> None:
+    layouts = {"1x8": (0, 1), "2x4": (2, 1), "8x1": (8, 1), "1x1": (0, 8)}
+    for name, (ranks, micro) in layouts.items():
+        run_train(processed_dir, tmp_path / name, ranks, micro_batch_size=micro, max_steps=2)
+    for name in ("2x4", "8x1", "1x1"):
+        assert_same_state(tmp_path / "1x8/checkpoint_step_2.pt", tmp_path / name / "checkpoint_step_2.pt", rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_rule_2_and_22_two_ranks_add_up_what_one_rank_with_two_micro_batches_does_bit_for_bit(
+    processed_dir: Path, tmp_path: Path
+) -> None:
+    run_train(processed_dir, tmp_path / "one", 0, micro_batch_size=4, max_steps=4, eval_interval=2)
+    run_train(processed_dir, tmp_path / "two", 2, micro_batch_size=4, max_steps=4, eval_interval=2)
+    assert_same_state(tmp_path / "one/checkpoint_step_4.pt", tmp_path / "two/checkpoint_step_4.pt")
+    assert train_lines(tmp_path / "one") == train_lines(tmp_path / "two"), "the logged loss is the mean over all ranks"
+    evals = [
+        [line["val_loss"] for line in read_metrics(tmp_path / run / "metrics.jsonl") if line["kind"] == "eval"]
+        for run in ("one", "two")
+    ]
+    assert evals[0] == pytest.approx(evals[1], rel=1e-12), "validation sums are reduced over the ranks"
+
+
+def test_rule_2_gradients_are_synchronised_with_the_last_micro_batch_alone(
+    processed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(processed_dir, tmp_path, micro_batch_size=2)
+    asked: list[bool] = []
+    original = trainer._gradient_sync
+    monkeypatch.setattr(trainer, "_gradient_sync", lambda last: asked.append(last) or original(last))
+    trainer.train_step()
+    assert asked == [False, False, False, True]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.filterwarnings("ignore:--precision")
+def test_rule_3_every_precision_trains(precision: str, processed_dir: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(processed_dir, tmp_path, precision=precision, batch_size=4)
+    losses = [trainer.train_step().loss for _ in range(6)]
+    assert losses[-1] < losses[0]
+    assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters()), "master weights stay fp32"
+    assert trainer.scaler.is_enabled() == (precision == "fp16"), "only fp16 needs a loss scaler"
+
+
+@pytest.mark.filterwarnings("ignore:--precision")
+def test_rule_3_an_overflow_skips_the_step_and_lowers_the_scale(processed_dir: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(processed_dir, tmp_path, precision="fp16", batch_size=4)
+    trainer.train_step()
+    before = [weight.clone() for weight in trainer.model.parameters()]
+    scale = trainer.scaler.get_scale()
+    trainer.scaler.update(1e38)
+    result = trainer.train_step()
+    assert result.skipped
+    assert trainer.skipped_steps == 1
+    assert all(torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))
+    assert trainer.scaler.get_scale() < 1e38
+    trainer.scaler.update(scale)
+    assert not trainer.train_step().skipped
+
+
+def test_rule_4_clipping_uses_the_global_norm_and_logs_it_before_clipping(processed_dir: Path, tmp_path: Path) -> None:
+    free = make_trainer(processed_dir, tmp_path, grad_clip=0)
+    clipped = make_trainer(processed_dir, tmp_path, grad_clip=0.01)
+    norms = [trainer.train_step().grad_norm for trainer in (free, clipped)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    total = math.sqrt(sum(float(g.square().sum()) for g in gradients(free).values()))
+    assert total == pytest.approx(norms[0], rel=1e-4)
+    total = math.sqrt(sum(float(g.square().sum()) for g in gradients(clipped).values()))
+    assert total == pytest.approx(0.01, rel=1e-3)
+
+
+def test_rule_4_a_gradient_that_is_not_finite_never_reaches_the_optimizer(
+    processed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(processed_dir, tmp_path, max_skipped_steps=3)
+    trainer.train_step()
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    poison = [torch.tensor(math.nan)]
+    monkeypatch.setattr(trainer.model.head.weight, "grad", None)
+    handle = trainer.model.head.weight.register_hook(lambda gradient: gradient * poison[0])
+    result = trainer.train_step()
+    assert result.skipped
+    assert math.isnan(result.grad_norm)
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+    trainer.train_step()
+    windows = windows_of_step(3, 8, len(trainer.data.train), trainer.config.seed).tolist()
+    with pytest.raises(DataError, match="3 steps in a row were not finite") as stopped:
+        trainer.train_step()
+    assert str(windows) in str(stopped.value), "the ids of the offending windows are named"
+    handle.remove()
+
+
+def test_rule_12_one_batch_can_be_learned_by_heart(processed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(processed_dir, tmp_path, batch_size=2, max_steps=200, hidden_size=64, warmup_steps=5, weight_decay=0)
+    monkeypatch.setattr("llm_core.trainer.windows_of_step", lambda *_: np.array([0, 1]))
+    losses = [trainer.train_step().loss for _ in range(150)]
+    assert losses[0] == pytest.approx(math.log(512), abs=0.15)
+    assert losses[-1] < 0.05
+
+
+def test_rule_16_weights_come_from_one_seed_and_dropout_from_seed_step_and_rank(processed_dir: Path, tmp_path: Path) -> None:
+    one, same, other = (make_trainer(processed_dir, tmp_path, dropout=0.5, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one.model.head.weight, same.model.head.weight)
+    assert not torch.equal(one.model.head.weight, other.model.head.weight)
+    torch.manual_seed(99)  # whatever drew numbers before does not matter
+    assert one.train_step() == same.train_step()
+    # Without an optimizer step the second step differs by its windows and its dropout; repeated, it is the same again.
+    first = one.train_step()
+    assert first == same.train_step()
+
+
+def test_rule_18_and_26_the_optimizer_holds_no_rate_of_its_own(processed_dir: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(processed_dir, tmp_path)
+    for _ in range(3):
+        result = trainer.train_step()
+        assert {group["lr"] for group in trainer.optimizer.param_groups} == {result.learning_rate}
+    trainer.optimizer.zero_grad(set_to_none=True)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_rule_21_validation_leaves_no_trace_and_reads_the_same_tokens(processed_dir: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(processed_dir, tmp_path, dropout=0.2)
+    trainer.train_step()
+    state, weights = torch.get_rng_state(), [weight.clone() for weight in trainer.model.parameters()]
+    first, second = trainer.validate(), trainer.validate()
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer.model.training
+    assert all(torch.equal(one, other) for one, other in zip(weights, trainer.model.parameters(), strict=True))
+
+
+def test_rule_17_ten_steps_equal_six_a_kill_and_four_bit_for_bit(processed_dir: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options: dict[str, Any] = {"dropout": 0.1, "save_interval": 3, "eval_interval": 5, "keep_checkpoints": 5}
+    run_train(processed_dir, whole, **options)
+    run_train(processed_dir, broken, **options)
+    # As a kill after step 8 leaves it: the newest checkpoint is that of step 6, the metrics go on to 8.
+    for step in (9, 10):
+        for path in broken.glob(f"checkpoint_step_{step}.pt*"):
+            path.unlink()
+    lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (broken / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 8) + '{"kind": "tr')
+    done = run_train(processed_dir, broken, resume="auto", **options)
+    assert "at step 6" in done.stderr
+    assert_same_state(whole / "checkpoint_step_10.pt", broken / "checkpoint_step_10.pt")
+    assert train_lines(whole) == train_lines(broken)
+
+
+def test_rule_17_a_resume_that_does_not_fit_names_both_values(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path / "run", max_steps=2)
+    checkpoint = tmp_path / "run/checkpoint_step_2.pt"
+    done = run_train(processed_dir, tmp_path / "else", check=False, checkpoint=checkpoint, max_steps=2, num_layers=3)
+    assert done.returncode == 2
+    assert "num_layers is 2 in the checkpoint and 3 now" in done.stderr
+    done = run_train(processed_dir, tmp_path / "else", check=False, checkpoint=checkpoint, max_steps=3)
+    assert "max_steps is 2 in the checkpoint and 3 now" in done.stderr
+
+
+def test_rule_20_checkpoints_hold_bare_names_and_load_strictly(processed_dir: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(processed_dir, tmp_path, tie_embeddings=True)
+    names = trainer.state()["model"].keys()
+    assert not [name for name in names if name.startswith(("module.", "_orig_mod."))]
+    run_train(processed_dir, tmp_path / "run", max_steps=1, tie_embeddings=True)
+    model, state = load_model(tmp_path / "run/checkpoint_step_1.pt")
+    assert state["model"].keys() == names
+    assert model.head.weight is model.embedding.weight
+    heads = [state["model"][name].untyped_storage().data_ptr() for name in ("head.weight", "embedding.weight")]
+    assert heads[0] == heads[1], "a tied matrix is stored once"
+
+
+@pytest.mark.slow
+def test_rule_24_compiled_blocks_train_the_same_and_keep_their_names(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path / "plain", max_steps=3)
+    run_train(processed_dir, tmp_path / "compiled", max_steps=3, compile_model=True)
+    assert_same_state(tmp_path / "plain/checkpoint_step_3.pt", tmp_path / "compiled/checkpoint_step_3.pt", rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_rule_27_an_error_on_any_rank_fails_the_whole_job_and_reaches_the_user(processed_dir: Path, tmp_path: Path) -> None:
+    save_dir = tmp_path / "run"
+    save_dir.mkdir()
+    (save_dir / "checkpoint_step_5.pt").mkdir()  # where the main rank's first save will fail
+    done = run_train(processed_dir, save_dir, ranks=2, check=False, save_interval=5)
+    assert done.returncode != 0
+    assert "checkpoint_step_5.pt" in done.stderr
+    assert json.loads((save_dir / "run.json").read_text())["status"] == "failed"
+
+
+def test_batches_that_do_not_divide_are_refused_with_the_numbers(processed_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--batch_size 8 is not a multiple of --micro_batch_size 3 x 1 ranks = 3"):
+        make_trainer(processed_dir, tmp_path, micro_batch_size=3)
+
+
+def test_precision_auto_picks_what_the_device_is_fast_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, mixed = torch.device("cpu"), TrainConfig(mixed_precision=True)
+    assert resolve_precision(TrainConfig(), cpu) == "fp32"
+    for fast, expected in ((False, "fp32"), (True, "bf16")):
+        monkeypatch.setattr("llm_core.precision._cpu_has_bf16", lambda fast=fast: fast)
+        assert resolve_precision(mixed, cpu) == expected
+    monkeypatch.setattr("llm_core.precision._cpu_has_bf16", lambda: False)
+    with pytest.warns(UserWarning, match="--precision bf16 is emulated"):
+        assert resolve_precision(TrainConfig(precision="bf16"), cpu) == "bf16"
+    for capability, expected in (((9, 0), "bf16"), ((7, 5), "fp16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, found=capability: found)
+        assert resolve_precision(mixed, torch.device("cuda", 0)) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("attention", ["sdpa", "auto"])
+def test_a_gpu_trains_in_mixed_precision(precision: str, attention: str, processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path, device="cuda", precision=precision, attention=attention, max_steps=5, hidden_size=128)
+    losses = [line["loss"] for line in train_lines(tmp_path)]
+    assert losses[-1] < losses[0]
