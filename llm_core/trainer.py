@@ -123,7 +123,8 @@ class Trainer:
         if self.skipped_in_a_row >= config.max_skipped_steps:
             raise DataError(
                 f"step {self.step}: loss {loss}, gradient norm {grad_norm}; "
-                f"{self.skipped_in_a_row} steps in a row were not finite. The last one read the windows {windows.tolist()}; lower --learning_rate or look at their text"
+                f"{self.skipped_in_a_row} steps in a row were not finite. The last one read the windows {windows.tolist()}; "
+                "lower --learning_rate or look at their text"
             )
         return StepResult(loss, grad_norm, rate, skipped, stop=stops > 0)
 
