@@ -3,6 +3,7 @@
 import datetime
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import IO, Any, TypedDict, cast
 
@@ -46,7 +47,7 @@ def save_checkpoint(run_dir: Path, state: TrainingState, val_loss: float | None)
     manifest = manifest_path(path)
     manifest.unlink(missing_ok=True)  # a rewritten checkpoint never stands under the old digest
     with atomic_writer(path) as file:
-        torch.save(state, cast(IO[bytes], file))
+        torch.save(_canonical(state), cast(IO[bytes], file))
     sha256 = file.sha256()
     record = CheckpointRecord(
         checkpoint_id=content_id(state["run_id"], state["step"], sha256),
@@ -97,6 +98,15 @@ def require_same(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> 
     ]
     if differences:
         raise UserError(f"{path}: does not fit this run: {'; '.join(differences)}")
+
+
+def _canonical(value: Any) -> Any:
+    """The same value with objects shared in one way only, so that equal states pickle to equal bytes, resumed or not."""
+    if isinstance(value, dict):
+        return {_canonical(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_canonical(item) for item in value])
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def _require_space(run_dir: Path, state: TrainingState) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face directory: a plain LlamaForCausalLM that any Llama reader loads."""
+"""A checkpoint as a Hugging Face directory: a plain LlamaForCausalLM. `python -m llm_core.export` is the tool."""
 
 import shutil
 from collections.abc import Mapping
@@ -6,13 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
-from llm_core.config import ModelConfig
-from llm_core.files import atomic_writer, fsync_directory, sha256_file, write_json
+from llm_core.checkpoint import load_model
+from llm_core.checkpoint_files import CheckpointRecord, manifest_path
+from llm_core.cli import parse_options, run_tool
+from llm_core.config import ModelConfig, StageConfig
+from llm_core.evaluation_file import read_evaluation
+from llm_core.files import atomic_writer, fsync_directory, read_json, sha256_file, write_json
+from llm_core.identity import model_id
 from llm_core.model import Transformer
+from llm_core.model_card import model_card
+from llm_core.runlog import now
 from llm_core.tokenizer import Tokenizer
+
+PROG = "python -m llm_core.export"
 
 
 def llama_config(config: ModelConfig, eot_id: int) -> dict[str, Any]:
@@ -72,8 +82,46 @@ def llama_weights(model: Transformer) -> dict[str, Tensor]:
     return {name: weight.detach().to(torch.float32).contiguous() for name, weight in weights.items()}
 
 
-def export_huggingface(model: Transformer, tokenizer: Tokenizer, directory: Path, card: str, facts: Mapping[str, Any]) -> None:
-    """Writes the directory that transformers, safetensors and the hub expect; it appears whole or not at all.
+class ExportOptions(StageConfig):
+    """Write a checkpoint as a Hugging Face directory."""
+
+    checkpoint: str = Field(description="A checkpoint_step_<N>.pt file, in the folder of its run.")
+    data_dir: str = Field("processed_data", description="Folder of the data preparation, which holds the tokenizers.")
+    output_dir: str = Field(description="Directory to write; one that exists is replaced when the new one is whole.")
+    evaluation: str | None = Field(None, description="An evaluation_step_<N>_*.json, to be shown in the model card.")
+    reason: str = Field("exported by hand", description="Why this checkpoint is released; kept in textmill.json.")
+
+
+def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evaluation: Path | None, reason: str) -> None:
+    """Exports a checkpoint with a model card and a textmill.json that tell what it was made from.
+
+    Raises:
+        DataError: the checkpoint, its run.json, its tokenizer or the evaluation is missing or damaged.
+    """
+    model, state = load_model(checkpoint)
+    record = CheckpointRecord.read(manifest_path(checkpoint))
+    run = read_json(checkpoint.parent / "run.json")
+    tokenizer = Tokenizer.load(data_dir / "tokenizers" / f"{state['tokenizer_id']}.json")
+    judged = read_evaluation(evaluation) if evaluation is not None else None
+    metrics = {m["metric"]: m["value"] for m in judged["metrics"] if m["source"] == "all"} if judged else {}
+    identifier = model_id(record.checkpoint_id)
+    lineage = {"run_id": record.run_id, "checkpoint_id": record.checkpoint_id, "step": record.step}
+    lineage |= {name: run[name] for name in ("dataset_id", "tokenizer_id", "code_version", "git_commit", "seed")}
+    facts = {
+        "format_version": 1,
+        "model_id": identifier,
+        "checkpoint_file": checkpoint.name,
+        "released_at": now(),
+        "reason": reason,
+        "metrics": metrics,
+    }
+    sample = judged["samples"][0] if judged else None
+    card = model_card(identifier, model.num_parameters(), metrics, lineage, run["config"], sample)
+    _write_directory(model, tokenizer, output_dir, card, lineage | facts)
+
+
+def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, card: str, facts: Mapping[str, Any]) -> None:
+    """Writes the files that transformers and the hub expect; `directory` appears whole or not at all.
 
     card: text of README.md, the model card. facts: go into textmill.json, with the SHA-256 of every file.
     """
@@ -106,3 +154,14 @@ def export_huggingface(model: Transformer, tokenizer: Tokenizer, directory: Path
         shutil.rmtree(directory)
     temporary.rename(directory)
     fsync_directory(directory.parent)
+
+
+def main() -> None:
+    options = parse_options(ExportOptions, PROG)
+    evaluation = None if options.evaluation is None else Path(options.evaluation)
+    export_checkpoint(Path(options.checkpoint), Path(options.data_dir), Path(options.output_dir), evaluation, options.reason)
+    print(options.output_dir)
+
+
+if __name__ == "__main__":
+    run_tool(main, PROG)

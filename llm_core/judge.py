@@ -1,11 +1,13 @@
-"""Judges a finished checkpoint: held-out metrics beside a baseline, and samples of what it writes, kept beside the checkpoint."""
+"""Judges a checkpoint on held-out text and shows what it writes; `python -m llm_core.judge` is the tool."""
 
 from pathlib import Path
 
 import torch
+from pydantic import Field
 
 from llm_core.checkpoint import load_model
 from llm_core.checkpoint_files import CheckpointRecord, manifest_path
+from llm_core.cli import parse_options, run_tool
 from llm_core.config import EvaluateConfig
 from llm_core.dataset import Windows
 from llm_core.distributed import Ranks
@@ -19,6 +21,15 @@ from llm_core.model import Transformer
 from llm_core.runlog import now
 from llm_core.shards import load_manifest
 from llm_core.tokenizer import Tokenizer
+
+PROG = "python -m llm_core.judge"
+
+
+class JudgeOptions(EvaluateConfig):
+    """Evaluate a checkpoint on the held-out text of a dataset."""
+
+    checkpoint: str = Field(description="A checkpoint_step_<N>.pt file; the result is written beside it.")
+    data_dir: str = Field("processed_data", description="Folder written by the data preparation.")
 
 
 def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig) -> Evaluation:
@@ -69,6 +80,15 @@ def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig) -> E
     return result
 
 
+def main() -> None:
+    options = parse_options(JudgeOptions, PROG)
+    result = evaluate_checkpoint(Path(options.checkpoint), Path(options.data_dir), options.part(EvaluateConfig))
+    for entry in result["metrics"]:
+        print(f"{entry['metric']:<22} {entry['value']:,.4f}")
+    for sample in result["samples"]:
+        print(f"\n{sample['prompt']}{sample['continuation']}")
+
+
 def _samples(model: Transformer, tokenizer: Tokenizer, config: EvaluateConfig) -> list[Sample]:
     samples: list[Sample] = []
     for prompt in config.sample_prompts:
@@ -82,3 +102,7 @@ def _samples(model: Transformer, tokenizer: Tokenizer, config: EvaluateConfig) -
         )
         samples.append({"prompt": prompt, "continuation": tokenizer.decode(list(tokens))})
     return samples
+
+
+if __name__ == "__main__":
+    run_tool(main, PROG)

@@ -26,11 +26,7 @@ inputs = tokenizer(tokenizer.eos_token + {prompt!r}, return_tensors="pt", add_sp
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=True)[0]))
 ```
 
-## Held-out text
-
-{metrics}
-
-## Lineage
+{metrics}## Lineage
 
 {lineage}
 
@@ -38,10 +34,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=Tru
 
 {config}
 
-## A sample
-
-{sample}
-"""
+{sample}"""
 
 
 def model_card(
@@ -50,19 +43,25 @@ def model_card(
     metrics: Mapping[str, Any],
     lineage: Mapping[str, Any],
     config: Mapping[str, Any],
-    sample: Sample,
+    sample: Sample | None,
 ) -> str:
-    """The card as markdown; the mappings become tables in their order."""
-    quoted = "\n".join(f"> {line}" for line in (sample["prompt"] + sample["continuation"]).splitlines())
+    """The card as markdown; the mappings become tables in their order, without metrics or sample their parts are left out."""
+    prompt = sample["prompt"] if sample is not None else "Once"
+    written = prompt + sample["continuation"] if sample is not None else ""
+    quoted = "\n".join(f"> {line}" for line in written.splitlines())
     return _CARD.format(
         model_id=model_id,
         parameters=parameters,
-        prompt=sample["prompt"],
-        metrics=_table("metric", "value", metrics),
+        prompt=prompt,
+        metrics=_part("Held-out text", _table("metric", "value", metrics)) if metrics else "",
         lineage=_table("what", "id", lineage),
         config=_table("option", "value", config),
-        sample=quoted,
+        sample=_part("A sample", quoted) if quoted else "",
     )
+
+
+def _part(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}\n\n"
 
 
 def _table(left: str, right: str, rows: Mapping[str, Any]) -> str:

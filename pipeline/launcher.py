@@ -1,13 +1,17 @@
-"""Runs torchrun as a child process that cannot outlive its parent, and ends it in good order."""
+"""Child processes: llm_core's tools, and a torchrun that cannot outlive its parent and ends in good order."""
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
+from dagster import AssetExecutionContext, Failure
 
 # The training process gets what it needs to find Python, CUDA and the network, and no secret of the orchestrator's.
 _ALLOWED = {
@@ -32,6 +36,31 @@ def training_environment(extra: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name in _ALLOWED or name.startswith(_ALLOWED_PREFIXES)}
     # Each worker makes its own store: a killed rank's restart then finds the meeting point free.
     return kept | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | dict(extra)
+
+
+def option_list(options: Mapping[str, Any]) -> list[str]:
+    """Options as the command line that a person would type; None means the default."""
+    arguments = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            arguments += [f"--{name}", json.dumps(value) if isinstance(value, list) else str(value)]
+    return arguments
+
+
+def run_tool(context: AssetExecutionContext, module: str, options: Mapping[str, Any]) -> None:
+    """Runs one of llm_core's tools in a process of its own: PyTorch and its memory stay out of the orchestrator.
+
+    Raises:
+        dagster.Failure: the tool failed; the description is what it said.
+    """
+    command = [sys.executable, "-m", module, *option_list(options)]
+    context.log.info(shlex.join(command))
+    done = subprocess.run(command, env=training_environment({}), capture_output=True, text=True)
+    if done.returncode:
+        raise Failure(f"{module} ended with code {done.returncode}: {done.stderr[-2000:]}", allow_retries=False)
+    context.log.info(done.stdout)
 
 
 def torchrun_arguments(module: str, nproc_per_node: int, run_dir: Path, options: Sequence[str]) -> list[str]:

@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dagster import AssetExecutionContext
+
 from llm_core.checkpoint_files import CheckpointRecord, manifest_path
 from llm_core.config import EvaluateConfig, ReleaseConfig
 from llm_core.errors import DataError
 from llm_core.evaluation_file import Evaluation, evaluation_path, metric, read_evaluation
 from llm_core.files import read_json, verify_file
 from llm_core.identity import model_id
-from llm_core.model_card import model_card
-from llm_core.runlog import now
 from pipeline.current import find_current, set_current
+from pipeline.launcher import run_tool
 from pipeline.resources import Storage
 
 
@@ -60,39 +61,12 @@ def decide(storage: Storage, run: dict[str, Any], evaluation: Evaluation, config
     return Verdict(False, f"{comparison}: not better by more than {config.min_improvement}, the old release stays")
 
 
-def release(storage: Storage, record: CheckpointRecord, run: dict[str, Any], evaluation: Evaluation, verdict: Verdict) -> Path:
+def release(context: AssetExecutionContext, storage: Storage, record: CheckpointRecord, evaluation: Path, reason: str) -> Path:
     """Exports a checkpoint and makes it the released model; a directory that is there already and whole is only pointed at."""
-    identifier = model_id(record.checkpoint_id)
-    directory = storage.models / identifier
+    directory = storage.models / model_id(record.checkpoint_id)
     if not _is_whole(directory):
-        from llm_core.checkpoint import load_model  # imports torch
-        from llm_core.export import export_huggingface
-        from llm_core.tokenizer import Tokenizer
-
-        model, _ = load_model(record.path)
-        tokenizer = Tokenizer.load(storage.processed / "tokenizers" / f"{run['tokenizer_id']}.json")
-        metrics = {entry["metric"]: entry["value"] for entry in evaluation["metrics"] if entry["source"] == "all"}
-        lineage = {
-            "run_id": record.run_id,
-            "checkpoint_id": record.checkpoint_id,
-            "dataset_id": run["dataset_id"],
-            "tokenizer_id": run["tokenizer_id"],
-            "code_version": run["code_version"],
-            "git_commit": run["git_commit"],
-            "seed": run["seed"],
-        }
-        facts = {
-            "format_version": 1,
-            "model_id": identifier,
-            "checkpoint_file": record.path.name,
-            "step": record.step,
-            "released_at": now(),
-            "promoted": True,
-            "reason": verdict.reason,
-            "metrics": metrics,
-        }
-        card = model_card(identifier, run["parameters"], metrics, lineage, run["config"], evaluation["samples"][0])
-        export_huggingface(model, tokenizer, directory, card, lineage | facts)
+        options = {"checkpoint": record.path, "data_dir": storage.processed, "output_dir": directory}
+        run_tool(context, "llm_core.export", options | {"evaluation": evaluation, "reason": reason})
     set_current(storage.released, directory)
     return directory
 

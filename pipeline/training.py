@@ -1,5 +1,6 @@
 """Runs one training under Dagster: launches torchrun, passes its progress on, and judges how it ended."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,8 @@ from dagster import AssetExecutionContext, PipesTempFileContextInjector, PipesTe
 from llm_core.checkpoint_files import CheckpointRecord, newest_valid
 from llm_core.config import TrainConfig
 from llm_core.files import read_json
-from pipeline.launcher import TorchrunProcess, torchrun_arguments, training_environment
+from pipeline.launcher import TorchrunProcess, option_list, torchrun_arguments, training_environment
 from pipeline.resources import Torchrun
-
-
-def option_list(config: TrainConfig) -> list[str]:
-    """The configuration as the command line that a person would type; fields at their default are left out."""
-    options = []
-    for name, value in config.model_dump(exclude_defaults=True).items():
-        if isinstance(value, bool):
-            options.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            options += [f"--{name}", str(value)]
-    return options
 
 
 def finished_checkpoint(run_dir: Path) -> CheckpointRecord | None:
@@ -43,7 +33,9 @@ def run_training(
         dagster.Failure: the training ended early; the description says why and what to do.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    options = ["--data_dir", str(data_dir), "--save_dir", str(run_dir), "--resume", "auto", *option_list(config)]
+    options = option_list(
+        {"data_dir": data_dir, "save_dir": run_dir, "resume": "auto"} | config.model_dump(exclude_defaults=True)
+    )
     with open_pipes_session(context, PipesTempFileContextInjector(), PipesTempFileMessageReader()) as session:
         process = TorchrunProcess(
             torchrun_arguments("pipeline.training_rank", nproc_per_node, run_dir, options),
@@ -52,7 +44,7 @@ def run_training(
             grace_seconds=torchrun.stop_seconds,
         )
         with process:
-            context.log.info(f"training: {' '.join(process.command)}\noutput: {process.log_path}")
+            context.log.info(f"training: {shlex.join(process.command)}\noutput: {process.log_path}")
             reported = 0
             for _ in process.wait(torchrun.report_seconds):
                 messages = session.get_custom_messages()

@@ -11,6 +11,7 @@ from llm_core.shards import DatasetManifest, load_manifest
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.assets.common import MODEL, OWNERS
 from pipeline.current import get_current, set_current
+from pipeline.launcher import run_tool
 from pipeline.plots import bits_per_byte_bars
 from pipeline.release import released_checkpoint
 from pipeline.resources import CatalogResource, Storage
@@ -21,17 +22,19 @@ class EvaluationConfig(EvaluateConfig, dg.Config):
 
 
 @dg.asset(deps=[checkpoint], kinds={"pytorch"}, group_name=MODEL, owners=OWNERS)
-def evaluation(config: EvaluationConfig, storage: Storage, catalog: CatalogResource) -> dg.MaterializeResult:
+def evaluation(
+    context: dg.AssetExecutionContext, config: EvaluationConfig, storage: Storage, catalog: CatalogResource
+) -> dg.MaterializeResult:
     """Loss, perplexity and bits per byte of held-out text, beside a unigram baseline and the released model, and samples."""
     record = CheckpointRecord.read(manifest_path(get_current(storage.current_checkpoint, "checkpoint")))
     manifest = load_manifest(storage.processed)
-    path, result = _judge(record, manifest, storage, config.part(EvaluateConfig), catalog)
+    path, result = _judge(context, record, manifest, storage, config.part(EvaluateConfig), catalog)
     set_current(storage.current_evaluation, path)
 
     compared = {"this model": metric(result, "bits_per_byte"), "unigram baseline": metric(result, "unigram_bits_per_byte")}
     released = released_checkpoint(storage, manifest.tokenizer.tokenizer_id)
     if released is not None and released.checkpoint_id != record.checkpoint_id:
-        _, released_result = _judge(released, manifest, storage, config.part(EvaluateConfig), catalog)
+        _, released_result = _judge(context, released, manifest, storage, config.part(EvaluateConfig), catalog)
         compared["released model"] = metric(released_result, "bits_per_byte")
     samples = "\n\n".join(f"**{sample['prompt']}**{sample['continuation']}" for sample in result["samples"])
     return dg.MaterializeResult(
@@ -51,13 +54,17 @@ def evaluation(config: EvaluationConfig, storage: Storage, catalog: CatalogResou
 
 
 def _judge(
-    record: CheckpointRecord, manifest: DatasetManifest, storage: Storage, config: EvaluateConfig, catalog: CatalogResource
+    context: dg.AssetExecutionContext,
+    record: CheckpointRecord,
+    manifest: DatasetManifest,
+    storage: Storage,
+    config: EvaluateConfig,
+    catalog: CatalogResource,
 ) -> tuple[Path, Evaluation]:
     """Evaluates a checkpoint on the current dataset, or reads what was found before."""
     path = evaluation_path(record, manifest.dataset_id, config)
     if not path.exists():
-        from llm_core.judge import evaluate_checkpoint  # imports torch
-
-        evaluate_checkpoint(record.path, storage.processed, config)
+        options = {"checkpoint": record.path, "data_dir": storage.processed}
+        run_tool(context, "llm_core.judge", options | config.model_dump(exclude_defaults=True))
     catalog.open().record_evaluation(path)
     return path, read_evaluation(path)

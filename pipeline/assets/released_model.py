@@ -26,11 +26,12 @@ def released_model(
 ) -> dg.MaterializeResult:
     """The checkpoint as a Hugging Face Llama, if it beats the released one on the same text; otherwise the old release stays."""
     record = CheckpointRecord.read(manifest_path(get_current(storage.current_checkpoint, "checkpoint")))
-    result = read_evaluation(get_current(storage.current_evaluation, "evaluation"))
+    evaluation_file = get_current(storage.current_evaluation, "evaluation")
+    result = read_evaluation(evaluation_file)
     run = read_json(record.path.parent / "run.json")
     verdict = decide(storage, run, result, config.part(ReleaseConfig))
     if verdict.promoted:
-        directory = release(storage, record, run, result, verdict)
+        directory = release(context, storage, record, evaluation_file, verdict.reason)
         catalog.open().record_model(directory)
     else:
         context.log.warning(f"not released: {verdict.reason}")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_core.export import export_huggingface
+from llm_core.export import _write_directory
 from llm_core.files import sha256_file
 from llm_core.model import Transformer
 from llm_core.shards import load_manifest
@@ -25,7 +25,7 @@ def tokenizer(processed_dir: Path) -> Tokenizer:
 
 
 def export(model: Transformer, tokenizer: Tokenizer, directory: Path) -> Path:
-    export_huggingface(model, tokenizer, directory, "# A card", {"model_id": "m"})
+    _write_directory(model, tokenizer, directory, "# A card", {"model_id": "m"})
     return directory
 
 

@@ -209,6 +209,7 @@ def test_rule_17_ten_steps_equal_six_a_kill_and_four_bit_for_bit(processed_dir: 
     assert "at step 6" in done.stderr
     assert_same_state(whole / "checkpoint_step_10.pt", broken / "checkpoint_step_10.pt")
     assert train_lines(whole) == train_lines(broken)
+    assert (whole / "checkpoint_step_10.pt").read_bytes() == (broken / "checkpoint_step_10.pt").read_bytes()
 
 
 def test_rule_17_a_resume_that_does_not_fit_names_both_values(processed_dir: Path, tmp_path: Path) -> None:

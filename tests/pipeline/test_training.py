@@ -1,0 +1,134 @@
+"""Training under Dagster: what it may see, how it is cancelled, and that nothing outlives it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from llm_core.checkpoint_files import newest_valid
+from pipeline.assets.checkpoint import checkpoint
+from pipeline.launcher import training_environment
+from tests.pipeline.conftest import Home
+
+# Materializes the checkpoint asset in a process of its own, with a training that would go on for hours.
+_STEP = """
+import sys
+from pathlib import Path
+import dagster as dg
+from pipeline.assets.checkpoint import checkpoint
+from tests.pipeline.conftest import Home
+with dg.DagsterInstance.ephemeral() as instance:
+    Home(Path(sys.argv[1]), instance).materialize(
+        checkpoint, expect_success=False, checkpoint={"max_steps": 10000000, "nproc_per_node": 2, "save_interval": 0}
+    )
+"""
+
+
+def start_step(home: Home) -> tuple[subprocess.Popen[bytes], list[psutil.Process], Path]:
+    """The step's process, all that it started, and the run directory, once the training has made a step."""
+    root = home.storage.root
+    known = set(home.storage.checkpoints.iterdir())
+    # A process group of its own, so that nothing but a signal to its processes can end them.
+    process = subprocess.Popen(
+        [sys.executable, "-c", _STEP, str(root)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        for run_dir in set(home.storage.checkpoints.iterdir()) - known:
+            metrics = run_dir / "metrics.jsonl"
+            if metrics.exists() and metrics.stat().st_size:
+                return process, psutil.Process(process.pid).children(recursive=True), run_dir
+        time.sleep(0.1)
+    raise AssertionError("the training did not begin")
+
+
+def survivors(processes: list[psutil.Process], within: float) -> list[psutil.Process]:
+    return psutil.wait_procs(processes, timeout=within)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ending_the_step_saves_leaves_no_process_and_loses_at_most_a_step(
+    number: signal.Signals, trained_home: tuple[Home, Any], clone: Any
+) -> None:
+    home, _ = clone(trained_home)
+    process, family, run_dir = start_step(home)
+    assert len(family) >= 3, "torchrun and two ranks"
+    process.send_signal(number)
+    process.wait(timeout=60)
+    assert not survivors(family, within=30)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    last_step = max(line["step"] for line in lines if line["kind"] == "train")
+    record, _ = newest_valid(run_dir)
+    assert record is not None
+    assert record.step >= last_step - 1
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "preempted"
+
+
+@pytest.mark.slow
+def test_a_killed_training_is_resumed_by_the_next_run(trained_home: tuple[Home, Any], clone: Any) -> None:
+    home, first = clone(trained_home)
+    run_dir = home.storage.checkpoints / home.metadata(first, "checkpoint")["run_id"]
+    # As a kill between steps 3 and 6 leaves it.
+    for name in ("checkpoint_step_6.pt", "checkpoint_step_6.pt.json"):
+        (run_dir / name).unlink()
+    state = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps(state | {"status": "running"}))
+    again = home.materialize(checkpoint)
+    assert home.metadata(again, "checkpoint")["checkpoint_id"] == home.metadata(first, "checkpoint")["checkpoint_id"]
+    assert json.loads((run_dir / "run.json").read_text())["resumed_from_step"] == 3
+
+
+def test_no_secret_of_the_orchestrator_reaches_the_training(
+    trained_home: tuple[Home, Any], clone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_PASSWORD", "canary-5f2c")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-5f2c")
+    assert "canary-5f2c" not in training_environment({}).values()
+    home, _ = clone(trained_home)
+    result = home.materialize(checkpoint, checkpoint={"max_steps": 2, "eval_interval": 0, "seed": 3})
+    written = b"".join(path.read_bytes() for path in home.storage.root.rglob("*") if path.is_file())
+    assert b"canary-5f2c" not in written
+    assert "canary-5f2c" not in str(result.all_events)
+
+
+@pytest.mark.slow
+def test_a_training_on_one_machine_listens_to_nobody_else(trained_home: tuple[Home, Any], clone: Any) -> None:
+    home, _ = clone(trained_home)
+    process, family, _ = start_step(home)
+    try:
+        open_to_others = [
+            (member.pid, connection.laddr)
+            for member in family
+            for connection in member.net_connections(kind="inet")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.ip not in ("127.0.0.1", "::1")
+        ]
+        assert open_to_others == []
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+        assert not survivors(family, within=30)
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_says_why_on_the_run_page(trained_home: tuple[Home, Any], clone: Any) -> None:
+    home, _ = clone(trained_home)
+    result = home.materialize(checkpoint, expect_success=False, checkpoint={"batch_size": 3, "micro_batch_size": 2})
+    (failure,) = [event for event in result.all_events if event.is_step_failure]
+    assert "--batch_size 3 is not a multiple of --micro_batch_size 2" in str(failure.event_specific_data)
+
+
+def test_progress_is_reported_while_it_trains(trained_home: tuple[Home, Any], clone: Any) -> None:
+    home, _ = clone(trained_home)
+    result = home.materialize(checkpoint, checkpoint={"max_steps": 400, "seed": 9, "eval_interval": 100})
+    observed = [event.asset_observation_data.asset_observation for event in result.all_events if event.is_asset_observation]
+    steps = [observation.metadata["step"].value for observation in observed if "loss" in observation.metadata]
+    assert steps
+    assert steps == sorted(steps)
+    assert any("val_loss" in observation.metadata for observation in observed)
