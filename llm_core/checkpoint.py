@@ -20,7 +20,7 @@ class TrainingState(TypedDict):
     """Everything a run needs to go on as if it had never stopped."""
 
     model: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
+    optimizers: list[dict[str, Any]]
     scaler: dict[str, Any]
     step: int  # optimizer steps done; also the 0-based number of the next one
     tokens_seen: int
@@ -110,7 +110,7 @@ def _canonical(value: Any) -> Any:
 
 
 def _require_space(run_dir: Path, state: TrainingState) -> None:
-    moments = (value for entry in state["optimizer"]["state"].values() for value in entry.values())
+    moments = (value for saved in state["optimizers"] for entry in saved["state"].values() for value in entry.values())
     tensors = [tensor for tensor in (*state["model"].values(), *moments) if isinstance(tensor, torch.Tensor)]
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + (1 << 16)
     free = shutil.disk_usage(run_dir).free

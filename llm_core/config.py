@@ -172,6 +172,10 @@ class TrainConfig(StageConfig):
     )
     decay_fraction: float = Field(0.2, gt=0, le=1, description="Share of the steps in the final decay of lr_schedule wsd.")
     weight_decay: float = Field(0.1, ge=0, le=1, description="Decoupled weight decay of matrices; norms are never decayed.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the matrices inside the blocks, AdamW for the rest."
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon: momentum.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the first moment.")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW: decay of the second moment.")
     adam_eps: float = Field(1e-8, gt=0, lt=1e-2, description="AdamW: epsilon.")

@@ -34,9 +34,9 @@ class Ranks:
     threads: int
 
     @classmethod
-    def alone(cls, device: str = "auto", threads: int = 0) -> "Ranks":
+    def alone(cls, device: str = "auto", threads: int = 0, world_size: int = 1) -> "Ranks":
         """A process by itself, with all cores of the machine unless `threads` says otherwise."""
-        return cls(0, 1, 0, 1, choose_device(device, 0), threads or len(os.sched_getaffinity(0)))
+        return cls(0, world_size, 0, 1, choose_device(device, 0), threads or len(os.sched_getaffinity(0)))
 
     @property
     def is_main(self) -> bool:

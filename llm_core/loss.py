@@ -21,7 +21,7 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     with torch.no_grad():
         rows, labels = _compute_dtype(hidden.reshape(-1, hidden.shape[-1])), targets.reshape(-1)
         matrix = _compute_dtype(weight)
-        chunk = _chunk_rows(rows, weight)
+        chunk = chunk_rows(rows.device.type, weight.shape[0])
         pieces = [
             F.cross_entropy((r @ matrix.t()).float(), t, reduction="none", ignore_index=IGNORE_INDEX)
             for r, t in zip(rows.split(chunk), labels.split(chunk), strict=True)
@@ -47,8 +47,8 @@ class _ChunkedNLL(torch.autograd.Function):
         grad_rows = torch.empty_like(rows)
         grad_weight = torch.zeros_like(weight)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, rows.shape[0], _chunk_rows(rows, weight)):
-            part = slice(start, start + _chunk_rows(rows, weight))
+        for start in range(0, rows.shape[0], chunk_rows(rows.device.type, weight.shape[0])):
+            part = slice(start, start + chunk_rows(rows.device.type, weight.shape[0]))
             valid = (targets[part] != IGNORE_INDEX).unsqueeze(1)
             labels = targets[part].unsqueeze(1).clamp(min=0)
             log_probs = F.log_softmax((rows[part] @ matrix.t()).float(), dim=1)  # (rows, V)
@@ -79,5 +79,6 @@ def _compute_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
-def _chunk_rows(rows: Tensor, weight: Tensor) -> int:
-    return max(64, _CHUNK_ELEMENTS.get(rows.device.type, 1 << 23) // weight.shape[0])
+def chunk_rows(device_type: str, vocab_size: int) -> int:
+    """Tokens whose logits are computed at once."""
+    return max(64, _CHUNK_ELEMENTS.get(device_type, 1 << 23) // vocab_size)

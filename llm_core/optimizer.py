@@ -1,6 +1,7 @@
 """Parameter groups, AdamW and the learning rate."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from llm_core.config import TrainConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Splits the parameters in two: matrices with weight decay, norms and the embedding without.
 
     The embedding is left out on purpose: decay shrinks the rows of rare tokens at every step, seen or not. A matrix shared
@@ -21,15 +22,32 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) with fp32 state, all parameters of a group in one fused call."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=learning_rate(0, config),
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_eps,
-        fused=True,
+def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019) for everything, or Muon (Jordan et al. 2024) for the matrices inside the blocks.
+
+    Muon's update is scaled to AdamW's (Liu et al. 2025), so that one learning rate serves both.
+    """
+    decayed, plain = parameter_groups(model, config.weight_decay)
+    groups = [decayed, plain]
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        inside = {id(parameter) for name, parameter in model.named_parameters() if name.startswith("blocks.")}
+        matrices = [parameter for parameter in decayed["params"] if id(parameter) in inside]
+        rest = [parameter for parameter in decayed["params"] if id(parameter) not in inside]
+        groups = [decayed | {"params": rest}, plain] if rest else [plain]
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=learning_rate(0, config),
+                momentum=config.muon_momentum,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    adamw = torch.optim.AdamW(
+        groups, lr=learning_rate(0, config), betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
     )
+    return [*optimizers, adamw]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

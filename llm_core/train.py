@@ -21,11 +21,13 @@ from llm_core.dataset import Windows
 from llm_core.distributed import Ranks, StopRequest, join_ranks
 from llm_core.errors import Preempted, TextmillError
 from llm_core.evaluate import token_bytes
+from llm_core.explain import explain
 from llm_core.files import write_json
+from llm_core.resume import find_resume_state
 from llm_core.runlog import Listener, RunLog, now
 from llm_core.shards import DatasetManifest, load_manifest
 from llm_core.tokenizer import Tokenizer
-from llm_core.trainer import Trainer, TrainingData, find_resume_state
+from llm_core.trainer import Trainer, TrainingData
 from llm_core.usage import write_document_steps
 from llm_core.version import code_version, git_commit
 
@@ -41,6 +43,7 @@ class TrainOptions(TrainConfig):
     resume: Literal["never", "auto"] = Field(
         "never", description="auto: continue from the newest checkpoint in save_dir that verifies."
     )
+    explain: bool = Field(False, description="Print parameters, memory, tokens and the expected time, and do not train.")
 
 
 def open_data(data_dir: Path, manifest: DatasetManifest, config: TrainConfig) -> TrainingData:
@@ -159,10 +162,24 @@ def _announce(log: RunLog, trainer: Trainer, manifest: DatasetManifest, resumed:
         log.say(f"resumed from {resumed[0]} at step {trainer.step}")
 
 
+def print_explanation(config: TrainConfig, data_dir: Path) -> None:
+    """Prints what a run of this configuration would be and cost."""
+    manifest = load_manifest(data_dir)
+    config = config.resolved(manifest.max_length, manifest.stride)
+    ranks = Ranks.alone(config.device, config.threads_per_process, int(os.environ.get("WORLD_SIZE", 1)))
+    if int(os.environ.get("RANK", 0)) == 0:
+        torch.set_num_threads(ranks.threads)
+        for name, value in explain(config, open_data(data_dir, manifest, config), ranks).items():
+            print(f"{name:<22} {value}")
+
+
 @record
 def main(listener: Listener | None = None) -> None:
     options = parse_options(TrainOptions, PROG)
     try:
+        if options.explain:
+            print_explanation(options.part(TrainConfig), Path(options.data_dir))
+            return
         train(
             options.part(TrainConfig),
             Path(options.data_dir),

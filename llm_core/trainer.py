@@ -1,7 +1,6 @@
 """The training loop: one optimizer step as a pure sequence, and around it validation, checkpoints, metrics and the way out."""
 
 import math
-import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llm_core.attention import choose_backend
-from llm_core.checkpoint import TrainingState, load_checkpoint, require_same, save_checkpoint
-from llm_core.checkpoint_files import newest_valid, prune_checkpoints
+from llm_core.checkpoint import TrainingState, require_same, save_checkpoint
+from llm_core.checkpoint_files import prune_checkpoints
 from llm_core.config import ModelConfig, TrainConfig
 from llm_core.dataset import Windows
 from llm_core.distributed import Ranks, StopRequest
@@ -22,10 +21,11 @@ from llm_core.errors import DataError, UserError
 from llm_core.evaluate import HeldOut, evaluate
 from llm_core.identity import run_id
 from llm_core.model import Transformer
-from llm_core.optimizer import build_optimizer, learning_rate
+from llm_core.optimizer import build_optimizers, learning_rate
 from llm_core.order import Indices, rank_micro_batches, windows_of_step
 from llm_core.precision import DTYPES, autocast, resolve_precision
 from llm_core.runlog import RunLog
+from llm_core.throughput import Throughput, duration, measure_peak_flops
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Trainer:
         self.config, self.data, self.ranks, self.log, self.stop = config, data, ranks, log, stop
         self.run_dir = run_dir
         self.run_id = run_id(data.dataset_id, data.tokenizer_id, config)
-        self.micro_batch_size = _micro_batch_size(config, ranks.world_size)
+        self.micro_batch_size = micro_batch_size(config, ranks.world_size)
         self.precision = resolve_precision(config, ranks.device)
 
         self.model = Transformer(ModelConfig.of(config, data.vocab_size), data.eot_id)
@@ -73,7 +73,7 @@ class Trainer:
         self.model.to(ranks.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.model.backend = choose_backend(config.attention, ranks.device, DTYPES[self.precision])
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         if config.compile_model:
             _compile_blocks(self.model, ranks.device)
@@ -101,19 +101,22 @@ class Trainer:
         windows = windows_of_step(self.step, config.batch_size, len(self.data.train), config.seed)
         targets = self.data.train.num_targets(windows)
         rate = learning_rate(self.step, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
 
-        self.optimizer.zero_grad(set_to_none=True)
         nll = self._accumulate_gradients(windows, targets)
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf, foreach=True)
 
         totals = ranks.sum(torch.stack((nll, torch.tensor(float(self.stop.requested), device=ranks.device))))
         loss, stops, grad_norm = totals[0].item() / targets, totals[1].item(), norm.item()
         skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
         if not skipped:
-            self.scaler.step(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         self.scaler.update()
 
         self.step += 1
@@ -161,20 +164,24 @@ class Trainer:
         """Trains to max_steps. Returns False when it was asked to stop before that; the state is then saved."""
         config = self.config
         saved_step = self.step
-        clock = _Throughput(skip=2 if config.compile_model else 1)
+        clock = Throughput(
+            warmup_steps=2 if config.compile_model else 1,
+            flops_per_token=self.model.flops_per_token(),
+            peak_flops=measure_peak_flops(self.ranks.device, DTYPES[self.precision]) * self.ranks.world_size,
+        )
         while self.step < config.max_steps:
             tokens_before = self.tokens_seen
             result = self.train_step()
-            clock.add(self.tokens_seen - tokens_before)
+            clock.step_done(self.tokens_seen - tokens_before)
             self._report(result, clock)
             ending = result.stop or self.step == config.max_steps
             if self.step == config.max_steps or (config.eval_interval and self.step % config.eval_interval == 0):
                 self.validate()
-                clock.pause()
+                clock.resume()
             if ending or (config.save_interval and self.step % config.save_interval == 0):
                 self.save()
                 saved_step = self.step
-                clock.pause()
+                clock.resume()
             if result.stop and self.step < config.max_steps:
                 return False
         if saved_step == 0:
@@ -203,7 +210,7 @@ class Trainer:
             )
         return held_out
 
-    def _report(self, result: StepResult, clock: "_Throughput") -> None:
+    def _report(self, result: StepResult, clock: Throughput) -> None:
         if self.log is None:
             return
         record = {
@@ -213,7 +220,8 @@ class Trainer:
             "loss": result.loss,
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
-            "tokens_per_second": clock.rate,
+            "tokens_per_second": clock.tokens_per_second,
+            "mfu": clock.mfu,
             "skipped": result.skipped,
         }
         # JSON has no NaN; a step that was skipped is marked as such.
@@ -222,8 +230,8 @@ class Trainer:
             left = (self.config.max_steps - self.step) * clock.seconds_per_step
             self.log.say(
                 f"step {self.step}/{self.config.max_steps} | loss {result.loss:.4f} | lr {result.learning_rate:.2e} | "
-                f"grad norm {result.grad_norm:.2f} | {clock.rate:,.0f} tokens/s | {_duration(left)} left"
-                + (" | SKIPPED: not finite" if result.skipped else "")
+                f"grad norm {result.grad_norm:.2f} | {clock.tokens_per_second:,.0f} tokens/s | MFU {clock.mfu:.0%} | "
+                f"{duration(left)} left" + (" | SKIPPED: not finite" if result.skipped else "")
             )
 
     # State.
@@ -249,7 +257,7 @@ class Trainer:
         """Everything that `restore` needs. Keys are those of the bare model; a tied matrix is stored once."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "tokens_seen": self.tokens_seen,
@@ -272,69 +280,13 @@ class Trainer:
         """
         require_same(path, _compared(state), _compared(self.state()))
         self.model.load_state_dict(state["model"], strict=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self.best_val_loss = state["best_val_loss"]
-
-
-class _Throughput:
-    """Tokens per second of training alone: pauses for validation and saving and the first steps do not count."""
-
-    def __init__(self, skip: int) -> None:
-        self._skip = skip
-        self._since = time.perf_counter()
-        self._recent: list[tuple[int, float]] = []
-
-    def add(self, tokens: int) -> None:
-        elapsed = time.perf_counter() - self._since
-        self._since = time.perf_counter()
-        if self._skip:
-            self._skip -= 1
-        else:
-            self._recent = [*self._recent[-49:], (tokens, elapsed)]
-
-    def pause(self) -> None:
-        self._since = time.perf_counter()
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second over the last 50 steps, 0 before there is a figure."""
-        seconds = sum(elapsed for _, elapsed in self._recent)
-        return sum(tokens for tokens, _ in self._recent) / seconds if seconds else 0.0
-
-    @property
-    def seconds_per_step(self) -> float:
-        return sum(elapsed for _, elapsed in self._recent) / len(self._recent) if self._recent else 0.0
-
-
-def find_resume_state(run_dir: Path, checkpoint: str | None, resume: str) -> tuple[Path, TrainingState] | None:
-    """The state a run starts from: the named checkpoint, with resume "auto" the newest that verifies, else None.
-
-    Raises:
-        UserError: the run directory already holds checkpoints and nothing was said about them.
-        DataError: the named checkpoint is damaged, or there are checkpoints and all of them are.
-    """
-    if checkpoint is not None:
-        path = Path(checkpoint)
-        return path, load_checkpoint(path)
-    record, damaged = newest_valid(run_dir)
-    if resume == "never":
-        if record is not None or damaged:
-            raise UserError(
-                f"--save_dir {run_dir}: holds the checkpoints of an earlier run; "
-                "continue it with --resume auto or --checkpoint, or choose another folder"
-            )
-        return None
-    if record is None:
-        if damaged:
-            raise DataError(f"--resume auto: no checkpoint in {run_dir} is whole: {'; '.join(damaged)}")
-        return None
-    for message in damaged:
-        print(f"resume: passed over a checkpoint: {message}", flush=True)
-    return record.path, load_checkpoint(record.path)
 
 
 def _compared(state: TrainingState) -> dict[str, Any]:
@@ -343,7 +295,12 @@ def _compared(state: TrainingState) -> dict[str, Any]:
     return state["model_config"] | state["train_config"] | ids
 
 
-def _micro_batch_size(config: TrainConfig, world_size: int) -> int:
+def micro_batch_size(config: TrainConfig, world_size: int) -> int:
+    """Windows per rank and forward pass.
+
+    Raises:
+        UserError: the batch does not divide; the message has the numbers.
+    """
     batch, micro = config.batch_size, config.micro_batch_size
     if micro is None:
         if batch % world_size:
@@ -366,9 +323,3 @@ def _compile_blocks(model: Transformer, device: torch.device) -> None:
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {seconds:02d}s"

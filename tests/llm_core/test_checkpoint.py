@@ -13,7 +13,8 @@ from llm_core.checkpoint import load_checkpoint, save_checkpoint
 from llm_core.checkpoint_files import checkpoint_manifests, manifest_path, newest_valid, prune_checkpoints
 from llm_core.errors import DataError
 from llm_core.files import sha256_file
-from llm_core.trainer import Trainer, find_resume_state
+from llm_core.resume import find_resume_state
+from llm_core.trainer import Trainer
 from tests.llm_core.training import make_trainer
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm_core.config import TrainConfig
-from llm_core.optimizer import build_optimizer, learning_rate, parameter_groups
+from llm_core.optimizer import build_optimizers, learning_rate, parameter_groups
 from tests.llm_core.test_model import build
 
 
@@ -24,7 +24,7 @@ def test_rule_5_weight_decay_falls_on_matrices_alone_and_groups_cover_each_param
 
 def test_rule_6_adamw_settings_and_fp32_state() -> None:
     model = build()
-    optimizer = build_optimizer(model, TrainConfig().resolved(64, 0))
+    (optimizer,) = build_optimizers(model, TrainConfig().resolved(64, 0))
     assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 for group in optimizer.param_groups)
     model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)).backward()
     optimizer.step()

@@ -178,8 +178,8 @@ def test_rule_18_and_26_the_optimizer_holds_no_rate_of_its_own(processed_dir: Pa
     trainer = make_trainer(processed_dir, tmp_path)
     for _ in range(3):
         result = trainer.train_step()
-        assert {group["lr"] for group in trainer.optimizer.param_groups} == {result.learning_rate}
-    trainer.optimizer.zero_grad(set_to_none=True)
+        assert {group["lr"] for group in trainer.optimizers[0].param_groups} == {result.learning_rate}
+    trainer.optimizers[0].zero_grad(set_to_none=True)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 

@@ -1,0 +1,113 @@
+"""What a run would cost, worked out without training: `python -m llm_core.train ... --explain`."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llm_core.config import ModelConfig, TrainConfig
+from llm_core.distributed import Ranks
+from llm_core.loss import chunk_rows
+from llm_core.model import Transformer
+from llm_core.precision import DTYPES, Precision, autocast, resolve_precision
+from llm_core.throughput import duration, measure_peak_flops
+from llm_core.trainer import TrainingData, micro_batch_size
+
+_UTILIZATION = 0.5
+"""Share of the measured matrix-product peak that the time estimate assumes; the run's own log shows what it is."""
+
+
+_WORKSPACE = 200_000_000
+"""Bytes that the allocator and the matrix library hold beside our tensors, as measured on a CPU."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a rank's training needs at its peak, the program itself not counted."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # kept from the forward for the backward pass, and one block's share again while it runs backward
+    loss: int  # gradients made in the loss, and one chunk of logits
+    workspace: int = _WORKSPACE
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def estimate_memory(config: TrainConfig, vocab_size: int, micro_batch_size: int, precision: Precision) -> Memory:
+    """Asks autograd what it would keep: the forward pass runs on tensors that have shapes and no memory."""
+    model_config = ModelConfig.of(config, vocab_size)
+    kept: dict[int, int] = {}
+    with FakeTensorMode():
+        model = Transformer(model_config).train()
+        model.gradient_checkpointing = config.gradient_checkpointing
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        inputs = torch.zeros(micro_batch_size, model_config.max_length, dtype=torch.long)
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        def bytes_kept(checkpointing: bool) -> int:
+            kept.clear()
+            model.gradient_checkpointing = checkpointing
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(precision, inputs.device):
+                model.hidden(inputs)
+            return sum(kept.values())
+
+        one_block = bytes_kept(checkpointing=False) // model_config.num_layers
+        activations = bytes_kept(config.gradient_checkpointing) + one_block
+        parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    all_parameters = sum(parameters.values())
+    moments = 2 * all_parameters
+    if config.optimizer == "muon":
+        moments -= sum(size for name, size in parameters.items() if name.startswith("blocks.") and "norm" not in name)
+    tokens = inputs.numel()
+    chunk = min(tokens, chunk_rows("cpu", vocab_size)) * vocab_size
+    return Memory(
+        weights=4 * all_parameters,
+        gradients=4 * all_parameters,
+        optimizer=4 * moments,
+        activations=activations,
+        loss=4 * (vocab_size * model_config.hidden_size + tokens * model_config.hidden_size + 2 * chunk),
+    )
+
+
+def explain(config: TrainConfig, data: TrainingData, ranks: Ranks) -> dict[str, str]:
+    """The figures of a resolved configuration, ready to print."""
+    precision = resolve_precision(config, ranks.device)
+    micro = micro_batch_size(config, ranks.world_size)
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.of(config, data.vocab_size))
+    parameters, flops = model.num_parameters(), model.flops_per_token()
+    memory = estimate_memory(config, data.vocab_size, micro, precision)
+    tokens_per_step = config.batch_size * data.train.max_length
+    tokens = tokens_per_step * config.max_steps
+    peak = measure_peak_flops(ranks.device, DTYPES[precision]) * ranks.world_size
+    seconds = flops * tokens / (peak * _UTILIZATION)
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in vars(memory).items())
+    accumulation = config.batch_size // (micro * ranks.world_size)
+    return {
+        "parameters": f"{parameters:,}",
+        "FLOPs per token": f"{flops:,} forward and backward",
+        "memory per rank": f"{_bytes(memory.total)}: {parts}",
+        "training tokens": f"{tokens:,} in {config.max_steps:,} steps of {tokens_per_step:,}",
+        "epochs": f"{config.max_steps * config.batch_size / len(data.train):.2f} of {len(data.train):,} windows",
+        "tokens per parameter": f"{tokens / parameters:.1f} (about 20 is compute-optimal, Hoffmann et al. 2022)",
+        "ranks": f"{ranks.world_size} on {ranks.device.type}, {precision}, micro batch {micro} x {accumulation}",
+        "expected time": f"{duration(seconds)} at {_UTILIZATION:.0%} of the {peak / 1e9:,.0f} GFLOP/s just measured",
+    }
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

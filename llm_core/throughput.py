@@ -1,0 +1,73 @@
+"""How fast a run goes, and how much of the machine's matrix-product speed that is."""
+
+import time
+from collections import deque
+
+import torch
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOPs per second of a large matrix product on this device, the best of what fits into `seconds`.
+
+    This is the peak that MFU (Chowdhery et al. 2022, PaLM, appendix B) is a share of: measured, never taken from a data sheet.
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best, began = 0.0, time.perf_counter()
+    a @ b  # the first call sets things up
+    while time.perf_counter() - began < seconds:
+        _finish(device)
+        start = time.perf_counter()
+        a @ b
+        _finish(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Throughput:
+    """Tokens per second of training alone: the first steps and the pauses for validation and saving do not count."""
+
+    def __init__(self, warmup_steps: int, flops_per_token: int, peak_flops: float) -> None:
+        self._warmup_steps = warmup_steps
+        self._utilization_per_token = flops_per_token / peak_flops
+        self._recent: deque[tuple[int, float]] = deque(maxlen=50)
+        self._since = time.perf_counter()
+
+    def step_done(self, tokens: int) -> None:
+        now = time.perf_counter()
+        if self._warmup_steps:
+            self._warmup_steps -= 1
+        else:
+            self._recent.append((tokens, now - self._since))
+        self._since = now
+
+    def resume(self) -> None:
+        """Ends a pause: what happened since the last step is not counted."""
+        self._since = time.perf_counter()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the last 50 steps and all ranks; 0 before there is a figure."""
+        seconds = sum(elapsed for _, elapsed in self._recent)
+        return sum(tokens for tokens, _ in self._recent) / seconds if seconds else 0.0
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilization: FLOPs per token x tokens per second / peak FLOPs per second of all ranks."""
+        return self.tokens_per_second * self._utilization_per_token
+
+    @property
+    def seconds_per_step(self) -> float:
+        return sum(elapsed for _, elapsed in self._recent) / len(self._recent) if self._recent else 0.0
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "2m 05s", "3h 20m"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {seconds:02d}s"
