@@ -26,7 +26,6 @@ class TrainingState(TypedDict):
     tokens_seen: int
     skipped_steps: int
     skipped_in_a_row: int
-    best_val_loss: float | None
     run_id: str
     dataset_id: str
     tokenizer_id: str

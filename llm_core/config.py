@@ -120,6 +120,7 @@ class TrainConfig(StageConfig):
             "gradient_checkpointing",
             "device",
             "threads_per_process",
+            "profile",
             "log_interval",
             "eval_interval",
             "eval_tokens",
@@ -202,6 +203,9 @@ class TrainConfig(StageConfig):
     )
 
     # Watching and keeping.
+    profile: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = Field(
+        None, description="START:END traces these steps of the process into trace_rank<R>.json in the run's folder."
+    )
     log_interval: PositiveInt = Field(10, description="Steps between two log lines.")
     eval_interval: int = Field(100, ge=0, description="Steps between two validations; 0: only at the end.")
     eval_tokens: int = Field(
@@ -221,6 +225,8 @@ class TrainConfig(StageConfig):
             raise ValueError(f"stride {self.stride} must be smaller than max_length {self.max_length}")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} must not exceed learning_rate {self.learning_rate}")
+        if self.profile is not None and int(self.profile.split(":")[0]) >= int(self.profile.split(":")[1]):
+            raise ValueError(f"profile {self.profile} must end after it starts")
         if self.warmup_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must not exceed max_steps {self.max_steps}")
         return self

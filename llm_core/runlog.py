@@ -7,7 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
+
+from tqdm import tqdm
 
 from llm_core.errors import UserError
 from llm_core.files import atomic_writer, write_json
@@ -35,6 +37,7 @@ class RunLog:
         self._lock = _lock_directory(run_dir)
         self._state: Record = {}
         self._metrics: IO[str] | None = None
+        self._bar: tqdm[NoReturn] | None = None
 
     def begin(self, state: Record, step: int) -> None:
         """Starts at `step`: lines of later steps, written before an interruption, are dropped, since they will come again."""
@@ -61,9 +64,24 @@ class RunLog:
             self._listener(record)
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        """A line for the console; on a terminal it stands above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+    def progress(self, step: int, last_step: int, text: str, due: bool) -> None:
+        """A bar on a terminal, moved at every step; elsewhere a line at those that are `due`."""
+        if not sys.stderr.isatty():
+            if due:
+                self.say(f"step {step}/{last_step} | {text}")
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=last_step, initial=step - 1, unit="step", dynamic_ncols=True)
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
         if self._metrics is not None:
             self._metrics.close()
         self._lock.close()

@@ -10,6 +10,10 @@ from typing import Literal
 if __name__ == "__main__" and not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a plain file
 
+# Read when PyTorch loads OpenMP: a thread that waits for the others sleeps instead of spinning. On a machine that is busy with
+# something else too, spinning threads keep each other off the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from pydantic import Field
 from torch.distributed.elastic.multiprocessing.errors import record

@@ -24,6 +24,7 @@ from llm_core.model import Transformer
 from llm_core.optimizer import build_optimizers, learning_rate
 from llm_core.order import Indices, rank_micro_batches, windows_of_step
 from llm_core.precision import DTYPES, autocast, resolve_precision
+from llm_core.profiling import step_profiler
 from llm_core.runlog import RunLog
 from llm_core.throughput import Throughput, duration, measure_peak_flops
 
@@ -89,7 +90,6 @@ class Trainer:
         self.tokens_seen = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
-        self.best_val_loss: float | None = None
         self.last_validation: tuple[int, HeldOut] | None = None
 
     # One step.
@@ -163,29 +163,27 @@ class Trainer:
     def run(self) -> bool:
         """Trains to max_steps. Returns False when it was asked to stop before that; the state is then saved."""
         config = self.config
-        saved_step = self.step
         clock = Throughput(
             warmup_steps=2 if config.compile_model else 1,
             flops_per_token=self.model.flops_per_token(),
             peak_flops=measure_peak_flops(self.ranks.device, DTYPES[self.precision]) * self.ranks.world_size,
         )
-        while self.step < config.max_steps:
-            tokens_before = self.tokens_seen
-            result = self.train_step()
-            clock.step_done(self.tokens_seen - tokens_before)
-            self._report(result, clock)
-            ending = result.stop or self.step == config.max_steps
-            if self.step == config.max_steps or (config.eval_interval and self.step % config.eval_interval == 0):
-                self.validate()
-                clock.resume()
-            if ending or (config.save_interval and self.step % config.save_interval == 0):
-                self.save()
-                saved_step = self.step
-                clock.resume()
-            if result.stop and self.step < config.max_steps:
-                return False
-        if saved_step == 0:
-            self.save()
+        with step_profiler(config.profile, self.run_dir, self.ranks.rank) as profiled_step:
+            while self.step < config.max_steps:
+                tokens_before = self.tokens_seen
+                result = self.train_step()
+                clock.step_done(self.tokens_seen - tokens_before)
+                profiled_step()
+                self._report(result, clock)
+                finished = self.step == config.max_steps
+                if finished or _is_due(self.step, config.eval_interval):
+                    self.validate()
+                    clock.resume()
+                if finished or result.stop or _is_due(self.step, config.save_interval):
+                    self.save()
+                    clock.resume()
+                if result.stop:
+                    return finished
         return True
 
     def validate(self) -> HeldOut:
@@ -200,7 +198,6 @@ class Trainer:
             precision=self.precision,
         )
         self.last_validation = (self.step, held_out)
-        self.best_val_loss = held_out.loss if self.best_val_loss is None else min(self.best_val_loss, held_out.loss)
         if self.log is not None:
             numbers = {"val_loss": held_out.loss, "val_bits_per_byte": held_out.bits_per_byte}
             self.log.record({"kind": "eval", "step": self.step, "tokens": self.tokens_seen} | numbers)
@@ -226,13 +223,14 @@ class Trainer:
         }
         # JSON has no NaN; a step that was skipped is marked as such.
         self.log.record({name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()})
-        if self.step % self.config.log_interval == 0 or self.step in (1, self.config.max_steps) or result.skipped:
-            left = (self.config.max_steps - self.step) * clock.seconds_per_step
-            self.log.say(
-                f"step {self.step}/{self.config.max_steps} | loss {result.loss:.4f} | lr {result.learning_rate:.2e} | "
-                f"grad norm {result.grad_norm:.2f} | {clock.tokens_per_second:,.0f} tokens/s | MFU {clock.mfu:.0%} | "
-                f"{duration(left)} left" + (" | SKIPPED: not finite" if result.skipped else "")
-            )
+        text = f"loss {result.loss:.4f} | lr {result.learning_rate:.2e} | grad norm {result.grad_norm:.2f}"
+        if clock.tokens_per_second:
+            left = duration((self.config.max_steps - self.step) * clock.seconds_per_step)
+            text += f" | {clock.tokens_per_second:,.0f} tokens/s | MFU {clock.mfu:.0%} | {left} left"
+        if result.skipped:
+            text += " | SKIPPED: not finite"
+        due = result.skipped or self.step in (1, self.config.max_steps) or _is_due(self.step, self.config.log_interval)
+        self.log.progress(self.step, self.config.max_steps, text, due)
 
     # State.
 
@@ -263,7 +261,6 @@ class Trainer:
             "tokens_seen": self.tokens_seen,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "best_val_loss": self.best_val_loss,
             "run_id": self.run_id,
             "dataset_id": self.data.dataset_id,
             "tokenizer_id": self.data.tokenizer_id,
@@ -286,7 +283,10 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
-        self.best_val_loss = state["best_val_loss"]
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
 
 
 def _compared(state: TrainingState) -> dict[str, Any]:

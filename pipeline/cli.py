@@ -3,12 +3,15 @@
 import argparse
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_core.cli import run_tool
-from pipeline.catalog.catalog import Catalog, rebuild
+from llm_core.errors import DataError, UserError
+from pipeline.catalog.catalog import Catalog
+from pipeline.catalog.rebuild import rebuild
 
 PROG = "textmill"
 
@@ -17,43 +20,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `textmill` command."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `textmill lineage ... | head` ends without a traceback
     options = _parser().parse_args(arguments)
-    home = Path(options.home)
+    home = Path(options.home if "home" in options else os.environ.get("TEXTMILL_HOME", "data"))
     run_tool(lambda: options.run(home, home / "catalog.duckdb", options), PROG)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROG, description="Asks the catalog where a model came from and where a text went.")
-    default_home = os.environ.get("TEXTMILL_HOME", "data")
-    parser.add_argument(
-        "--home", default=default_home, help="root of everything textmill wrote (default: TEXTMILL_HOME or ./data)"
-    )
+    # --home is understood before and after the command; no default here, or the second would overwrite the first.
+    home = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    home.add_argument("--home", help="root of everything textmill wrote (default: TEXTMILL_HOME or ./data)")
+    description = "Asks the catalog where a model came from and where a text went."
+    parser = argparse.ArgumentParser(prog=PROG, description=description, parents=[home])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    lineage = commands.add_parser("lineage", help="everything a checkpoint was made from")
+    lineage = commands.add_parser("lineage", help="everything a checkpoint was made from", parents=[home])
     lineage.add_argument("checkpoint", help="id of a checkpoint")
     lineage.set_defaults(run=_lineage)
 
-    usage = commands.add_parser("usage", help="the checkpoints that have seen a document or a raw file")
+    usage = commands.add_parser("usage", help="the checkpoints that have seen a document or a raw file", parents=[home])
     usage.add_argument("document", help="id of a document, or path of a raw file relative to the raw text folder")
     usage.set_defaults(run=_usage)
 
-    runs = commands.add_parser("runs", help="all training runs")
+    runs = commands.add_parser("runs", help="all training runs", parents=[home])
     runs.set_defaults(run=_runs)
 
     catalog = commands.add_parser("catalog", help="care for the catalog file").add_subparsers(required=True, metavar="COMMAND")
-    catalog.add_parser("rebuild", help="make the catalog anew from the files on disk").set_defaults(run=_rebuild)
+    rebuilding = catalog.add_parser("rebuild", help="make the catalog anew from the files on disk", parents=[home])
+    rebuilding.set_defaults(run=_rebuild)
     return parser
 
 
 def _lineage(home: Path, path: Path, options: argparse.Namespace) -> None:
     rows = Catalog(path).lineage(options.checkpoint)
-    if not rows:
-        print(f"checkpoint {options.checkpoint} has seen no text yet")
-        return
     facts = ("checkpoint_id", "run_id", "step", "seed", "dataset_id", "snapshot_id", "tokenizer_id", "code_version", "git_commit")
     print(_table([{"what": name, "value": rows[0][name]} for name in (*facts, "config")]))
     print()
-    print(_table([{name: row[name] for name in ("path", "start_byte", "end_byte", "document_id", "first_step")} for row in rows]))
+    seen = [row for row in rows if row["document_id"] is not None]
+    places = [{name: row[name] for name in ("path", "start_byte", "end_byte", "document_id", "first_step")} for row in seen]
+    print(_table(places) if places else f"checkpoint {options.checkpoint} has seen no text yet")
 
 
 def _usage(home: Path, path: Path, options: argparse.Namespace) -> None:
@@ -67,10 +70,14 @@ def _runs(home: Path, path: Path, options: argparse.Namespace) -> None:
 
 
 def _rebuild(home: Path, path: Path, options: argparse.Namespace) -> None:
+    if not home.is_dir():
+        raise UserError(f"--home {home}: no such folder; name the root of everything textmill wrote")
     problems = rebuild(home, path)
     for problem in problems:
-        print(f"left out: {problem}")
+        print(f"left out: {_shown(problem)}", file=sys.stderr)
     print(f"{path}: rebuilt from {home}, {len(problems)} artifact(s) left out")
+    if problems:
+        raise SystemExit(DataError.exit_code)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,12 +1,13 @@
 """Records artifacts and answers where they came from.
 
-Each `record_*` reads an artifact's own files and upserts what they say, in one transaction: recording twice is recording once, and
-a lost catalog is rebuilt by recording everything that is on disk.
+Each `record_*` reads an artifact's own files and upserts what they say, in one transaction: recording twice is recording
+once, and a lost catalog is rebuilt by recording everything that is on disk.
 """
 
 import datetime
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 
 from llm_core.checkpoint_files import CheckpointRecord, checkpoint_manifests
 from llm_core.errors import DataError, UserError
-from llm_core.files import read_json
+from llm_core.files import read_json, verify_file
 from llm_core.runlog import read_metrics
 from pipeline.catalog.database import Database
 
@@ -26,7 +27,8 @@ class Catalog:
     """The catalog of one textmill home.
 
     Raises (every method):
-        DataError: the catalog or an artifact's file is damaged or missing; the message names it.
+        DataError: an artifact's file is damaged, missing or not what it should be; the message names it.
+        CatalogError: the same of the catalog's own file, which a rebuild then replaces.
     """
 
     def __init__(self, path: Path, wait_seconds: float = 60.0) -> None:
@@ -42,110 +44,109 @@ class Catalog:
     def record_snapshot(self, processed_dir: Path, snapshot_id: str) -> None:
         folder = processed_dir / "snapshots"
         path = folder / f"{snapshot_id}.json"
-        summary = read_json(path)
-        taken_at = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).replace(tzinfo=None)
-        documents = str(folder / summary["documents_table"]["file"])
-        with self._database.connect() as connection:
-            if _known(connection, "SELECT 1 FROM snapshots WHERE snapshot_id = ?", snapshot_id):
-                return
-            row = [summary[name] for name in ("files", "documents", "bytes_read", "bytes_kept")]
-            connection.execute(
-                "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [snapshot_id, summary["parent_snapshot_id"], taken_at, *row, *_json(summary, "bytes_dropped", "config")],
-            )
-            connection.execute(
-                'INSERT INTO snapshot_documents SELECT ?, document_id, path, start, "end", status FROM read_parquet(?)',
-                [snapshot_id, documents],
-            )
-            connection.execute(
-                """
-                INSERT INTO documents
-                SELECT document_id, path, bytes, characters, split, ? FROM read_parquet(?) WHERE status = 'kept'
-                ON CONFLICT DO UPDATE SET path = excluded.path, first_seen = excluded.first_seen
-                WHERE excluded.first_seen < documents.first_seen
-                """,
-                [taken_at, documents],
-            )
+        with _artifact(path) as summary:
+            taken_at = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).replace(tzinfo=None)
+            counts = [summary[name] for name in ("files", "documents", "bytes_read", "bytes_kept")]
+            row = [snapshot_id, summary["parent_snapshot_id"], taken_at, *counts, *_json(summary, "bytes_dropped", "config")]
+            documents = folder / summary["documents_table"]["file"]
+            verify_file(documents, summary["documents_table"]["sha256"])
+            with self._database.connect() as connection:
+                if _known(connection, "SELECT 1 FROM snapshots WHERE snapshot_id = ?", snapshot_id):
+                    return
+                connection.execute(f"INSERT INTO snapshots VALUES ({_marks(row)})", row)
+                connection.execute(
+                    """
+                    INSERT INTO snapshot_documents
+                    SELECT ?, document_id, path, start, "end", status FROM read_parquet(?, hive_partitioning = false)
+                    """,
+                    [snapshot_id, str(documents)],
+                )
+                connection.execute(
+                    """
+                    INSERT INTO documents
+                    SELECT document_id, path, bytes, characters, split, ? FROM read_parquet(?, hive_partitioning = false)
+                    WHERE status = 'kept'
+                    ON CONFLICT DO UPDATE SET path = excluded.path, split = excluded.split, first_seen = excluded.first_seen
+                    WHERE excluded.first_seen < documents.first_seen
+                    """,
+                    [taken_at, str(documents)],
+                )
 
     def record_tokenizer(self, processed_dir: Path, tokenizer_id: str) -> None:
-        report = read_json(processed_dir / "tokenizers" / f"{tokenizer_id}.report.json")
-        names = ("tokenizer_type", "vocab_size", "snapshot_id", "train_bytes", "bytes_per_token", "tokens_per_word", "vocab_used")
-        with self._database.connect() as connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO tokenizers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [tokenizer_id, *(report[name] for name in names), report["sha256"], *_json(report, "config")],
-            )
+        with _artifact(processed_dir / "tokenizers" / f"{tokenizer_id}.report.json") as report:
+            names = ("tokenizer_type", "vocab_size", "snapshot_id", "train_bytes", "bytes_per_token", "tokens_per_word")
+            row = [tokenizer_id, *(report[name] for name in (*names, "vocab_used", "sha256")), *_json(report, "config")]
+            with self._database.connect() as connection:
+                connection.execute(f"INSERT OR REPLACE INTO tokenizers VALUES ({_marks(row)})", row)
 
     def record_dataset(self, processed_dir: Path, dataset_id: str) -> None:
-        manifest = read_json(processed_dir / "manifests" / f"{dataset_id}.json")
-        train, val = manifest["splits"]["train"], manifest["splits"]["val"]
-        tokenizer_id = manifest["tokenizer"]["tokenizer_id"]
-        with self._database.connect() as connection:
-            if _known(connection, "SELECT 1 FROM datasets WHERE dataset_id = ?", dataset_id):
-                return
-            ids = [manifest[name] for name in ("snapshot_id",)] + [tokenizer_id, manifest["parent_dataset_id"]]
-            counts = [train["tokens"], val["tokens"], train["documents"], val["documents"]]
-            connection.execute(
-                "INSERT INTO datasets VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [dataset_id, *ids, *counts, manifest["dtype"]]
-            )
-            for position, shard in enumerate(manifest["shards"]):
-                shard_id = shard["shard_id"]
-                connection.execute(
-                    "INSERT INTO dataset_shards VALUES (?, ?, ?, ?)", [dataset_id, shard_id, position, len(shard["removed_rows"])]
-                )
-                if _known(connection, "SELECT 1 FROM shards WHERE shard_id = ?", shard_id):
-                    continue
-                sizes = [shard[name] for name in ("tokens", "documents", "bytes", "file_bytes", "sha256")]
-                connection.execute(
-                    "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    [shard_id, tokenizer_id, shard["split"], manifest["dtype"], *sizes],
-                )
-                connection.execute(
-                    "INSERT INTO shard_documents SELECT ?, document_id, token_start, token_count FROM read_parquet(?)",
-                    [shard_id, str(processed_dir / shard["facts_file"])],
-                )
+        with _artifact(processed_dir / "manifests" / f"{dataset_id}.json") as manifest:
+            tokenizer_id, dtype = manifest["tokenizer"]["tokenizer_id"], manifest["dtype"]
+            totals = [manifest["splits"][split][name] for name in ("tokens", "documents") for split in ("train", "val")]
+            row = [dataset_id, manifest["snapshot_id"], tokenizer_id, manifest["parent_dataset_id"], *totals, dtype]
+            with self._database.connect() as connection:
+                connection.execute(f"INSERT OR REPLACE INTO datasets VALUES ({_marks(row)})", row)
+                for position, shard in enumerate(manifest["shards"]):
+                    shard_id = shard["shard_id"]
+                    connection.execute(
+                        "INSERT OR REPLACE INTO dataset_shards VALUES (?, ?, ?, ?)",
+                        [dataset_id, shard_id, position, len(shard["removed_rows"])],
+                    )
+                    if _known(connection, "SELECT 1 FROM shards WHERE shard_id = ?", shard_id):
+                        continue
+                    facts = processed_dir / shard["facts_file"]
+                    verify_file(facts, shard["facts_sha256"])
+                    sizes = [shard[name] for name in ("tokens", "documents", "bytes", "file_bytes", "sha256")]
+                    connection.execute(
+                        "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                        [shard_id, tokenizer_id, shard["split"], dtype, *sizes],
+                    )
+                    connection.execute(
+                        """
+                        INSERT INTO shard_documents
+                        SELECT ?, document_id, token_start, token_count FROM read_parquet(?, hive_partitioning = false)
+                        """,
+                        [shard_id, str(facts)],
+                    )
 
     def record_run(self, run_dir: Path) -> None:
         """Records a run as it stands: its state, its metrics so far, its checkpoints and the documents it reads."""
         if not (run_dir / "run.json").exists():
             return  # it failed before it began
-        run = read_json(run_dir / "run.json")
-        run_id = run["run_id"]
-        ids = [run[name] for name in ("dataset_id", "tokenizer_id", "parent_run_id")]
-        facts = [run[name] for name in ("seed", "code_version", "git_commit", "status", "error")]
-        counts = [run[name] for name in ("steps_done", "tokens_seen", "skipped_steps", "parameters", "world_size", "threads")]
-        machine = [run[name] for name in ("device", "precision", "attention", "torch_version")]
-        row = [run_id, *ids, *_json(run, "config"), *facts, _utc(run["started_at"]), _utc(run["finished_at"]), *counts, *machine]
-        metrics = read_metrics(run_dir / "metrics.jsonl")
+        steps, saved = _read_metrics(run_dir / "metrics.jsonl")
         document_steps = run_dir / "document_steps.parquet"
-        with self._database.connect() as connection:
-            connection.execute(f"INSERT OR REPLACE INTO training_runs VALUES ({_marks(row)})", row)
-            _insert_metrics(connection, run_id, metrics)
-            _insert_checkpoints(connection, run_dir, metrics)
-            if document_steps.exists() and not _known(connection, "SELECT 1 FROM run_documents WHERE run_id = ? LIMIT 1", run_id):
-                connection.execute(
-                    "INSERT INTO run_documents SELECT ?, document_id, first_step FROM read_parquet(?)",
-                    [run_id, str(document_steps)],
-                )
+        with _artifact(run_dir / "run.json") as run:
+            run_id = run["run_id"]
+            ids = [run[name] for name in ("dataset_id", "tokenizer_id", "parent_run_id")]
+            facts = [run[name] for name in ("seed", "code_version", "git_commit", "status", "error")]
+            counts = [run[name] for name in ("steps_done", "tokens_seen", "skipped_steps", "parameters", "world_size", "threads")]
+            machine = [run[name] for name in ("device", "precision", "attention", "torch_version")]
+            times = [_utc(run[name]) for name in ("started_at", "finished_at")]
+            row = [run_id, *ids, *_json(run, "config"), *facts, *times, *counts, *machine]
+            with self._database.connect() as connection:
+                connection.execute(f"INSERT OR REPLACE INTO training_runs VALUES ({_marks(row)})", row)
+                _insert_metrics(connection, run_id, steps)
+                _insert_checkpoints(connection, run_id, run_dir, saved)
+                known = _known(connection, "SELECT 1 FROM run_documents WHERE run_id = ? LIMIT 1", run_id)
+                if document_steps.exists() and not known:
+                    _insert_document_steps(connection, run_id, document_steps)
 
     def record_evaluation(self, path: Path) -> None:
-        value = read_json(path)
-        ids = [value["evaluation_id"], value["checkpoint_id"], value["dataset_id"]]
-        rows = [
-            [*ids, entry["metric"], entry["split"], entry["source"], entry["value"], _utc(value["created_at"])]
-            for entry in value["metrics"]
-        ]
-        with self._database.connect() as connection:
-            connection.executemany("INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        with _artifact(path) as value:
+            ids = [value[name] for name in ("evaluation_id", "checkpoint_id", "dataset_id")]
+            rows = [
+                [*ids, entry["metric"], entry["split"], entry["source"], entry["value"], _utc(value["created_at"])]
+                for entry in value["metrics"]
+            ]
+            with self._database.connect() as connection:
+                connection.executemany("INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def record_model(self, model_dir: Path) -> None:
-        facts = read_json(model_dir / "textmill.json")
-        ids = [facts[name] for name in ("model_id", "checkpoint_id", "run_id")]
-        with self._database.connect() as connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO models VALUES (?, ?, ?, ?, ?, ?)",
-                [*ids, _utc(facts["released_at"]), facts["reason"], facts["metrics"]["bits_per_byte"]],
-            )
+        with _artifact(model_dir / "textmill.json") as facts:
+            ids = [facts[name] for name in ("model_id", "checkpoint_id", "run_id")]
+            row = [*ids, _utc(facts["released_at"]), facts["reason"], facts["metrics"]["bits_per_byte"]]
+            with self._database.connect() as connection:
+                connection.execute(f"INSERT OR REPLACE INTO models VALUES ({_marks(row)})", row)
 
     # Questions.
 
@@ -171,6 +172,8 @@ class Catalog:
 
     def lineage(self, checkpoint_id: str) -> list[Row]:
         """Everything a checkpoint was made from: a row for each place in a raw file whose text it has seen.
+
+        A checkpoint that has seen none yet has one row without a document.
 
         Raises:
             UserError: there is no such checkpoint.
@@ -200,50 +203,9 @@ class Catalog:
         )
 
 
-def rebuild(home: Path, path: Path) -> list[str]:
-    """Makes the catalog at `path` anew from the files under `home`; the old one stays until the new one is whole.
-
-    Returns:
-        What could not be read and is therefore not in the new catalog.
-    """
-    fresh_path = path.with_name(path.name + ".rebuild")
-    for left_behind in (fresh_path, fresh_path.with_name(fresh_path.name + ".wal")):
-        left_behind.unlink(missing_ok=True)
-    fresh = Catalog(fresh_path)
-    problems = []
-    processed, checkpoints, models = home / "processed_data", home / "checkpoints", home / "models"
-    with Database(path).exclusive():
-        fresh.create()
-        for record, arguments in [
-            *((fresh.record_snapshot, (processed, p.stem)) for p in _artifacts(processed / "snapshots", "*.json")),
-            *(
-                (fresh.record_tokenizer, (processed, p.name.split(".")[0]))
-                for p in _artifacts(processed / "tokenizers", "*.report.json")
-            ),
-            *((fresh.record_dataset, (processed, p.stem)) for p in _artifacts(processed / "manifests", "*.json")),
-            *((fresh.record_run, (p.parent,)) for p in _artifacts(checkpoints, "*/run.json")),
-            *((fresh.record_evaluation, (p,)) for p in _artifacts(checkpoints, "*/evaluation_step_*.json")),
-            *((fresh.record_model, (p.parent,)) for p in _artifacts(models, "*/textmill.json")),
-        ]:
-            try:
-                record(*arguments)  # type: ignore[operator]
-            except (DataError, KeyError, OSError, duckdb.Error) as error:
-                problems.append(f"{arguments[-1]}: {error}")
-        path.with_name(path.name + ".wal").unlink(missing_ok=True)  # belongs to the old file, would spoil the new one
-        os.replace(fresh_path, path)
-        fresh_path.with_name(fresh_path.name + ".lock").unlink(missing_ok=True)
-    return problems
-
-
-def _artifacts(folder: Path, pattern: str) -> list[Path]:
-    """Manifests in the order they were written, so that what was first seen stays first seen."""
-    found = [path for path in folder.glob(pattern) if path.name != "current.json"]
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path))
-
-
+_CHECKPOINT = ("checkpoint_id", "run_id", "step", "tokens_seen", "sha256", "bytes", "val_loss")
 _METRICS = pa.schema(
     [
-        ("run_id", pa.string()),
         ("step", pa.int64()),
         ("tokens", pa.int64()),
         ("loss", pa.float64()),
@@ -257,32 +219,69 @@ _METRICS = pa.schema(
 )
 
 
-def _insert_metrics(connection: duckdb.DuckDBPyConnection, run_id: str, metrics: list[Row]) -> None:
-    """Replaces a run's metrics; a step's training and validation lines become one row."""
-    steps: dict[int, Row] = {}
-    for line in metrics:
-        if line["kind"] in ("train", "eval"):
-            steps.setdefault(line["step"], {"run_id": run_id}).update(line)
+def _read_metrics(path: Path) -> tuple[pa.Table, list[Row]]:
+    """The steps of a run, a step's training and validation lines in one row, and the checkpoints it told of."""
+    with _naming(path):
+        lines = read_metrics(path)
+        steps: dict[int, Row] = {}
+        for line in lines:
+            if line["kind"] in ("train", "eval"):
+                steps.setdefault(line["step"], {}).update(line)
+        saved = [{name: line[name] for name in _CHECKPOINT} for line in lines if line["kind"] == "checkpoint"]
+        return pa.Table.from_pylist(list(steps.values()), _METRICS), saved
+
+
+def _insert_metrics(connection: duckdb.DuckDBPyConnection, run_id: str, steps: pa.Table) -> None:
     connection.execute("DELETE FROM train_metrics WHERE run_id = ?", [run_id])
-    connection.register("new_metrics", pa.Table.from_pylist(list(steps.values()), _METRICS))
-    connection.execute("INSERT INTO train_metrics SELECT * FROM new_metrics")
-    connection.unregister("new_metrics")
+    connection.register("new_metrics", steps)
+    connection.execute("INSERT INTO train_metrics SELECT ?, * FROM new_metrics", [run_id])
 
 
-def _insert_checkpoints(connection: duckdb.DuckDBPyConnection, run_dir: Path, metrics: list[Row]) -> None:
+def _insert_checkpoints(connection: duckdb.DuckDBPyConnection, run_id: str, run_dir: Path, saved: list[Row]) -> None:
     """Those that the metrics tell of, deleted ones included, and those on disk."""
-    names = ("checkpoint_id", "run_id", "step", "tokens_seen", "sha256", "bytes", "val_loss")
-    found = {line["checkpoint_id"]: line | {"on_disk": False} for line in metrics if line["kind"] == "checkpoint"}
-    for path in checkpoint_manifests(run_dir):
-        record = CheckpointRecord.read(path)
-        found[record.checkpoint_id] = vars(record) | {"on_disk": True}
+    found = {row["checkpoint_id"]: row | {"on_disk": False} for row in saved}
+    for manifest in checkpoint_manifests(run_dir):
+        try:
+            record = CheckpointRecord.read(manifest)
+        except DataError:
+            continue  # a checkpoint without a sound manifest does not exist
+        found[record.checkpoint_id] = vars(record) | {"on_disk": record.path.is_file()}
+    # Those that neither knows any more were passed over as damaged by a resumed run.
+    connection.execute("UPDATE checkpoints SET on_disk = false WHERE run_id = ?", [run_id])
     for checkpoint in found.values():
-        checkpoint_id, run_id, step, tokens_seen, sha256, size, val_loss = (checkpoint[name] for name in names)
+        checkpoint_id, owner, step, tokens_seen, sha256, size, val_loss = (checkpoint[name] for name in _CHECKPOINT)
         path = f"{run_dir.name}/checkpoint_step_{step}.pt"
         connection.execute(
             "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [checkpoint_id, run_id, step, tokens_seen, path, sha256, size, val_loss, checkpoint["on_disk"]],
+            [checkpoint_id, owner, step, tokens_seen, path, sha256, size, val_loss, checkpoint["on_disk"]],
         )
+
+
+def _insert_document_steps(connection: duckdb.DuckDBPyConnection, run_id: str, path: Path) -> None:
+    table = "read_parquet(?, hive_partitioning = false)"
+    try:  # the file has no digest, so it is read through once: what goes wrong here is the file's, later the catalog's
+        connection.execute(f"SELECT max(document_id), max(first_step) FROM {table}", [str(path)])
+    except duckdb.Error as error:
+        raise DataError(f"{path}: damaged ({error}); resuming the run writes it anew") from None
+    connection.execute(f"INSERT INTO run_documents SELECT ?, document_id, first_step FROM {table}", [run_id, str(path)])
+
+
+@contextmanager
+def _artifact(path: Path) -> Iterator[Row]:
+    """An artifact's JSON file, blamed for whatever goes wrong in the block."""
+    with _naming(path):
+        yield read_json(path)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Makes one DataError that names the file of whatever does not fit in it."""
+    try:
+        yield
+    except KeyError as error:
+        raise DataError(f"{path}: damaged, field {error} is missing") from error
+    except (TypeError, ValueError, AttributeError, duckdb.Error) as error:
+        raise DataError(f"{path}: not what the catalog expects ({error})") from error
 
 
 def _known(connection: duckdb.DuckDBPyConnection, sql: str, identifier: str) -> bool:

@@ -1,6 +1,6 @@
 """Short, serialized connections to the catalog file.
 
-DuckDB lets one process open a file for writing, and then nobody else at all. A side file with a `flock` makes our own processes
+DuckDB lets one process open a file for writing, and then nobody else at all. Side files with a `flock` make our own processes
 wait for each other in turn; against foreign ones, such as the duckdb command, opening is retried within the same bound.
 """
 
@@ -10,23 +10,47 @@ import random
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import IO
 
 import duckdb
 
-from llm_core.errors import DataError, UserError
+from llm_core.errors import DataError, TextmillError, UserError
+from llm_core.files import fsync_directory
 
 STORAGE_VERSION = "v1.5.0"
 """Written so that DuckDB clients from 1.5 on can read the file."""
 
 _REMEDY = "make it again from the files on disk with: textmill catalog rebuild"
+_SETTINGS: dict[str, str | bool | int | float | list[str]] = {
+    # An extension that is not built in would be fetched from the network.
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+    # The work is small: a thread for each of many cores would cost more than it gives.
+    "threads": "2",
+}
+# What DuckDB raises about the file and the disk, not about a statement. A wrong checksum comes as a bare `duckdb.Error`.
+_FILE_ERRORS = (
+    duckdb.IOException,
+    duckdb.InternalException,
+    duckdb.FatalException,
+    duckdb.SerializationException,
+    duckdb.TransactionException,
+)
+
+
+class CatalogError(DataError):
+    """The catalog's own file is damaged, or the disk refuses it."""
+
+
+class CatalogBusyError(CatalogError):
+    """Others held the catalog for the whole waiting time."""
 
 
 class Database:
-    """One DuckDB file. Nothing is held open between two `connect` blocks."""
+    """One DuckDB file. Nothing is held open between two `connect` blocks; they do not nest."""
 
     def __init__(self, path: Path, wait_seconds: float = 60.0) -> None:
         self.path = path
@@ -37,51 +61,96 @@ class Database:
         """One transaction: committed when the block ends, rolled back when it raises.
 
         Raises:
-            UserError: there is no file to read.
-            DataError: the file is damaged, or others held it for the whole waiting time.
+            UserError: there is no file to read, or its schema is not this program's.
+            CatalogError: the file is damaged, the disk is full, or others held the file for the whole waiting time.
         """
         if read_only and not self.path.exists():
             raise UserError(f"{self.path}: no such catalog; run a job first, or name its folder with --home or TEXTMILL_HOME")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + self._wait_seconds
-        with self._turn(deadline, shared=read_only):
+        with self._turn(shared=read_only) as deadline:
             connection = self._open(deadline, read_only)
             try:
                 connection.execute("BEGIN")
                 yield connection
                 connection.execute("COMMIT")
+            except duckdb.Error as error:
+                if type(error) is duckdb.Error or isinstance(error, _FILE_ERRORS):
+                    raise CatalogError(
+                        f"{self.path}: not readable or writable ({error}); if there is room on the disk, {_REMEDY}"
+                    ) from None
+                raise
             finally:
                 connection.close()  # rolls back what was not committed
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Keeps our other processes away from the file, to replace it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._turn(time.monotonic() + self._wait_seconds, shared=False):
-            yield
+    def replaced(self) -> Iterator[Path]:
+        """Gives the path for a new file, which takes the old one's place when the block ends without an error.
+
+        Raises:
+            CatalogError: the new file could not be written whole, or others kept the old one open.
+        """
+        with self._turn(shared=False):
+            fresh = self._beside(".rebuild")
+            _delete(fresh)  # what a killed rebuild left
+            try:
+                yield fresh
+                Database(fresh)._settle()
+                # The old file too takes in its log, so that one rename is the whole change. Nothing is lost with a damaged one.
+                try:
+                    self._settle()
+                except CatalogBusyError:
+                    raise
+                except TextmillError:
+                    self._beside(".wal").unlink(missing_ok=True)  # it would spoil the new file
+                os.replace(fresh, self.path)
+                fsync_directory(self.path.parent)
+            finally:
+                _delete(fresh)
+
+    def _settle(self) -> None:
+        """Takes the write-ahead log into the file."""
+        connection = self._open(time.monotonic() + self._wait_seconds, read_only=False)
+        try:
+            connection.execute("CHECKPOINT")
+        except duckdb.Error as error:
+            raise CatalogError(f"{self.path}: could not be written ({error})") from None
+        finally:
+            connection.close()
 
     @contextmanager
-    def _turn(self, deadline: float, shared: bool) -> Iterator[None]:
-        side_file = self.path.with_name(self.path.name + ".lock")
-        with open(side_file, "a+", encoding="utf-8") as lock:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            while True:
-                try:
-                    fcntl.flock(lock, kind | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    self._pause(deadline, f"process {_holder(lock)} holds {side_file}")
+    def _turn(self, shared: bool) -> Iterator[float]:
+        """Waits for our other processes, readers together or one writer alone, and gives the deadline of all waiting.
+
+        Only one process at a time waits for those inside, all others wait behind it: otherwise readers that overlap would
+        keep a writer out for as long as they come.
+        """
+        deadline = time.monotonic() + self._wait_seconds
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            queue, lock = (open(self._beside(suffix), "a+", encoding="utf-8") for suffix in (".queue", ".lock"))
+        except OSError as error:
+            raise UserError(f"{self.path.parent}: not a folder to keep the catalog's lock in ({error.strerror})") from None
+        with queue, lock:
+            for file, kind in ((queue, fcntl.LOCK_EX), (lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)):
+                while True:
+                    try:
+                        fcntl.flock(file, kind | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        self._pause(deadline, f"process {_holder(lock)} holds {lock.name}")
+            fcntl.flock(queue, fcntl.LOCK_UN)
             if not shared:
-                lock.truncate(0)
+                lock.truncate(0)  # a killed process leaves its number
                 lock.write(str(os.getpid()))
                 lock.flush()
-            yield
+            try:
+                yield deadline
+            finally:
+                if not shared:
+                    lock.truncate(0)
 
     def _open(self, deadline: float, read_only: bool) -> duckdb.DuckDBPyConnection:
-        # An extension that is not built in would be fetched from the network.
-        settings = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
         while True:
-            connection = duckdb.connect(":memory:", config=settings)
+            connection = duckdb.connect(":memory:", config=_SETTINGS)
             try:
                 options = "READ_ONLY" if read_only else f"STORAGE_VERSION '{STORAGE_VERSION}'"
                 # ATTACH takes no bound parameter for its file; a quote in the path is doubled.
@@ -90,29 +159,33 @@ class Database:
                 connection.execute("USE catalog")
                 if not read_only:
                     migrate(connection)
+                _check_version(connection, self.path)
                 return connection
-            except duckdb.IOException as error:
-                connection.close()
-                if "lock" not in str(error):
-                    raise DataError(f"{self.path}: not readable ({error}); {_REMEDY}") from None
-                self._pause(deadline, "another program has it open")
             except duckdb.Error as error:
                 connection.close()
-                raise DataError(f"{self.path}: damaged ({error}); {_REMEDY}") from None
+                if "Could not set lock on file" not in str(error):
+                    raise CatalogError(f"{self.path}: damaged or not readable ({error}); {_REMEDY}") from None
+                holder = re.search(r"held in (.*?\(PID \d+\))", str(error))
+                self._pause(deadline, f"{holder[1] if holder else 'another program'} has it open")
+            except BaseException:
+                connection.close()
+                raise
 
     def _pause(self, deadline: float, reason: str) -> None:
         if time.monotonic() >= deadline:
-            raise DataError(f"{self.path}: busy for {self._wait_seconds:.0f} seconds: {reason}; close it and run again")
-        time.sleep(random.uniform(0.01, 0.1))
+            raise CatalogBusyError(f"{self.path}: busy for {self._wait_seconds:.0f} seconds: {reason}; close it and run again")
+        time.sleep(random.uniform(0.005, 0.05))
+
+    def _beside(self, suffix: str) -> Path:
+        return self.path.with_name(self.path.name + suffix)
 
 
 def migrate(connection: duckdb.DuckDBPyConnection) -> None:
     """Brings the file to the newest schema version, each missing version in a transaction of its own."""
     connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY)")
-    row = connection.execute("SELECT coalesce(max(version), 0) FROM schema_version").fetchone()
-    assert row is not None
+    present = _version(connection)
     for version, statements in schema_versions():
-        if version > row[0]:
+        if version > present:
             connection.execute("BEGIN")
             connection.execute(statements)
             connection.execute("INSERT INTO schema_version VALUES (?)", [version])
@@ -126,6 +199,27 @@ def schema_versions() -> list[tuple[int, str]]:
     return [(int(version), statements) for version, statements in zip(parts[1::2], parts[2::2], strict=True)]
 
 
+def _version(connection: duckdb.DuckDBPyConnection) -> int:
+    row = connection.execute("SELECT coalesce(max(version), 0) FROM schema_version").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def _check_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    present, known = _version(connection), schema_versions()[-1][0]
+    if present > known:
+        raise UserError(f"{path}: has schema version {present}, this textmill knows {known}; use a newer textmill")
+    if present < known:  # only a reader meets this
+        raise UserError(f"{path}: has the older schema version {present}; bring it to {known}: textmill catalog rebuild")
+
+
 def _holder(lock: IO[str]) -> str:
     lock.seek(0)
     return lock.read().strip() or "unknown"
+
+
+def _delete(path: Path) -> None:
+    """Deletes a database file and the files beside it."""
+    for suffix in ("", ".wal", ".lock", ".queue"):
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).unlink()

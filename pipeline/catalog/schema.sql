@@ -167,15 +167,16 @@ CREATE TABLE models (
     bits_per_byte DOUBLE NOT NULL
 );
 
--- A checkpoint's whole past: one row for each place in a raw file whose text it has seen.
+-- A checkpoint's whole past: one row for each place in a raw file whose text it has seen. What is not recorded, or was not
+-- seen yet, is NULL: a gap in the catalog must not hide the rest.
 CREATE VIEW checkpoint_lineage AS
 SELECT c.checkpoint_id, c.run_id, c.step, r.dataset_id, d.snapshot_id, r.tokenizer_id, r.config, r.code_version, r.git_commit,
        r.seed, seen.document_id, seen.first_step, raw.path, raw.start_byte, raw.end_byte
 FROM checkpoints c
-JOIN training_runs r USING (run_id)
-JOIN datasets d USING (dataset_id)
-JOIN run_documents seen ON seen.run_id = c.run_id AND seen.first_step < c.step
-JOIN snapshot_documents raw ON raw.snapshot_id = d.snapshot_id AND raw.document_id = seen.document_id;
+LEFT JOIN training_runs r USING (run_id)
+LEFT JOIN datasets d USING (dataset_id)
+LEFT JOIN run_documents seen ON seen.run_id = c.run_id AND seen.first_step < c.step
+LEFT JOIN snapshot_documents raw ON raw.snapshot_id = d.snapshot_id AND raw.document_id = seen.document_id;
 
 -- The checkpoints that have seen a document.
 CREATE VIEW document_usage AS

@@ -51,3 +51,15 @@ def test_wsd_is_flat_until_its_last_fifth() -> None:
     config = TrainConfig(max_steps=100, warmup_steps=5, learning_rate=1e-3, min_lr=0, lr_schedule="wsd").resolved(64, 0)
     assert {learning_rate(step, config) for step in range(5, 80)} == {1e-3}
     assert learning_rate(89, config) == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest(tie_embeddings: bool) -> None:
+    model = build(tie_embeddings=tie_embeddings)
+    muon, adamw = build_optimizers(model, TrainConfig(optimizer="muon").resolved(64, 0))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = [[names[id(p)] for group in optimizer.param_groups for p in group["params"]] for optimizer in (muon, adamw)]
+    assert sorted(taken[0] + taken[1]) == sorted(names.values())
+    assert all(name.startswith("blocks.") and "norm" not in name for name in taken[0])
+    assert "embedding.weight" in taken[1]
+    assert adamw.param_groups[-1]["weight_decay"] == 0

@@ -22,7 +22,7 @@ from tests.llm_core.training import gradients, make_trainer, run_train
 
 def train_lines(run_dir: Path) -> list[dict[str, Any]]:
     """What the metrics say of the training steps, times and rates apart."""
-    timed = {"time", "tokens_per_second"}
+    timed = {"time", "tokens_per_second", "mfu"}
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 
@@ -32,9 +32,10 @@ def assert_same_state(one: Path, other: Path, **tolerance: float) -> None:
     first, second = load_checkpoint(one), load_checkpoint(other)
     for name, weight in first["model"].items():
         torch.testing.assert_close(weight, second["model"][name], **(tolerance or {"rtol": 0, "atol": 0}))
-    for number, entry in first["optimizer"]["state"].items():
-        for name, value in entry.items():
-            torch.testing.assert_close(value, second["optimizer"]["state"][number][name], **(tolerance or {"rtol": 0, "atol": 0}))
+    for saved, other_saved in zip(first["optimizers"], second["optimizers"], strict=True):
+        for number, entry in saved["state"].items():
+            for name, value in entry.items():
+                torch.testing.assert_close(value, other_saved["state"][number][name], **(tolerance or {"rtol": 0, "atol": 0}))
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
@@ -66,7 +67,8 @@ def test_rule_1_accumulated_gradients_are_those_of_the_whole_batch(
 def test_rule_1_every_layout_of_ranks_and_micro_batches_trains_the_same(processed_dir: Path, tmp_path: Path) -> None:
     layouts = {"1x8": (0, 1), "2x4": (2, 1), "8x1": (8, 1), "1x1": (0, 8)}
     for name, (ranks, micro) in layouts.items():
-        run_train(processed_dir, tmp_path / name, ranks, micro_batch_size=micro, max_steps=2)
+        # The large epsilon keeps AdamW from blowing up the rounding of gradients that are almost 0.
+        run_train(processed_dir, tmp_path / name, ranks, micro_batch_size=micro, max_steps=2, adam_eps=1e-3)
     for name in ("2x4", "8x1", "1x1"):
         assert_same_state(tmp_path / "1x8/checkpoint_step_2.pt", tmp_path / name / "checkpoint_step_2.pt", rtol=1e-3, atol=1e-5)
 
@@ -279,3 +281,11 @@ def test_a_gpu_trains_in_mixed_precision(precision: str, attention: str, process
     run_train(processed_dir, tmp_path, device="cuda", precision=precision, attention=attention, max_steps=5, hidden_size=128)
     losses = [line["loss"] for line in train_lines(tmp_path)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_rule_17_holds_for_muon_too(processed_dir: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"optimizer": "muon", "save_interval": 3, "keep_checkpoints": 5, "max_steps": 6}
+    run_train(processed_dir, tmp_path / "whole", **options)
+    run_train(processed_dir, tmp_path / "other", **options, checkpoint=tmp_path / "whole/checkpoint_step_3.pt")
+    assert_same_state(tmp_path / "whole/checkpoint_step_6.pt", tmp_path / "other/checkpoint_step_6.pt")
