@@ -186,8 +186,10 @@ def test_an_empty_raw_text_folder_says_where_to_put_text(make_home: Any) -> None
 
 
 @pytest.mark.slow
-def test_dagster_job_execute_runs_and_reports_failure_by_its_exit_code(trained_home: tuple[Home, Any], tmp_path: Path) -> None:
-    home, _ = trained_home
+def test_dagster_job_execute_runs_and_reports_failure_by_its_exit_code(
+    trained_home: tuple[Home, Any], clone: Any, tmp_path: Path
+) -> None:
+    home, _ = clone(trained_home)
     environment = os.environ | {"TEXTMILL_HOME": str(home.storage.root)}
     environment.pop("DAGSTER_HOME", None)
     config = tmp_path / "run.yaml"
