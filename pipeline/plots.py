@@ -9,6 +9,7 @@ import dagster as dg
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 _TRAIN, _VALIDATION, _BASELINE = "#4c72b0", "#dd8452", "#8c8c8c"
 
@@ -34,6 +35,7 @@ def loss_curve(records: Sequence[dict[str, Any]]) -> dg.MarkdownMetadataValue:
     rate.plot(tokens, [record["learning_rate"] for record in train], color=_BASELINE)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("training tokens")
+    rate.xaxis.set_major_formatter(EngFormatter())
     return _markdown(figure, "loss curve")
 
 

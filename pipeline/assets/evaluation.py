@@ -36,7 +36,7 @@ def evaluation(
     if released is not None and released.checkpoint_id != record.checkpoint_id:
         _, released_result = _judge(context, released, manifest, storage, config.part(EvaluateConfig), catalog)
         compared["released model"] = metric(released_result, "bits_per_byte")
-    samples = "\n\n".join(f"**{sample['prompt']}**{sample['continuation']}" for sample in result["samples"])
+    samples = "\n\n".join(f"**{sample['prompt'].strip()}** {sample['continuation']}" for sample in result["samples"])
     return dg.MaterializeResult(
         data_version=dg.DataVersion(result["evaluation_id"]),
         metadata={
