@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 if __name__ == "__main__" and not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a plain file
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run as a plain file: find the package, not its modules
 
 # Read when PyTorch loads OpenMP: a thread that waits for the others sleeps instead of spinning. On a machine that is busy with
 # something else too, spinning threads keep each other off the cores.
@@ -26,7 +26,7 @@ from llm_core.distributed import Ranks, StopRequest, join_ranks
 from llm_core.errors import Preempted, TextmillError
 from llm_core.evaluate import token_bytes
 from llm_core.explain import explain
-from llm_core.files import write_json
+from llm_core.files import read_json, write_json
 from llm_core.resume import find_resume_state
 from llm_core.runlog import Listener, RunLog, now
 from llm_core.shards import DatasetManifest, load_manifest
@@ -134,7 +134,7 @@ def _announce(log: RunLog, trainer: Trainer, manifest: DatasetManifest, resumed:
             "code_version": code_version(),
             "git_commit": git_commit(),
             "status": "running",
-            "started_at": now(),
+            "started_at": _first_start(log.run_dir, trainer.run_id),
             "finished_at": None,
             "error": None,
             "resumed_from_step": trainer.step,
@@ -164,6 +164,13 @@ def _announce(log: RunLog, trainer: Trainer, manifest: DatasetManifest, resumed:
     )
     if resumed is not None:
         log.say(f"resumed from {resumed[0]} at step {trainer.step}")
+
+
+def _first_start(run_dir: Path, run_id: str) -> str:
+    """When the run began, however often it was resumed since."""
+    path = run_dir / "run.json"
+    state = read_json(path) if path.exists() else {}
+    return state["started_at"] if state.get("run_id") == run_id else now()
 
 
 def print_explanation(config: TrainConfig, data_dir: Path) -> None:

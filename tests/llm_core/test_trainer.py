@@ -207,7 +207,9 @@ def test_rule_17_ten_steps_equal_six_a_kill_and_four_bit_for_bit(processed_dir: 
             path.unlink()
     lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
     (broken / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 8) + '{"kind": "tr')
+    started_at = json.loads((broken / "run.json").read_text())["started_at"]
     done = run_train(processed_dir, broken, resume="auto", **options)
+    assert json.loads((broken / "run.json").read_text())["started_at"] == started_at
     assert "at step 6" in done.stderr
     assert_same_state(whole / "checkpoint_step_10.pt", broken / "checkpoint_step_10.pt")
     assert train_lines(whole) == train_lines(broken)
