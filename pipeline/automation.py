@@ -15,7 +15,7 @@ LINEAGE = [*PREPARATION, checkpoint, evaluation, released_model]
 
 # The steps of one job follow each other, and the heavy one trains in processes of its own: a process per step would only add
 # seconds of start-up to each.
-_EXECUTOR = dg.in_process_executor
+EXECUTOR = dg.in_process_executor
 
 # Small enough for a first look on two CPU cores: a few minutes from text to model.
 QUICKSTART_CONFIG = {
@@ -44,18 +44,18 @@ quickstart = dg.define_asset_job(
     "quickstart",
     selection=[sample_corpus, *LINEAGE],
     config=QUICKSTART_CONFIG,
-    executor_def=_EXECUTOR,
+    executor_def=EXECUTOR,
     description="The whole lineage on the sample corpus: a first model in a few minutes, without a download.",
 )
 pretrain = dg.define_asset_job(
     "pretrain",
     selection=LINEAGE,
-    executor_def=_EXECUTOR,
+    executor_def=EXECUTOR,
     description="From your raw text to a released model; whatever is unchanged is reused.",
 )
 prepare_data = dg.define_asset_job(
     "prepare_data",
     selection=PREPARATION,
-    executor_def=_EXECUTOR,
+    executor_def=EXECUTOR,
     description="From your raw text to token shards, without training.",
 )
