@@ -51,11 +51,12 @@ pretrain = dg.define_asset_job(
     "pretrain",
     selection=LINEAGE,
     executor_def=EXECUTOR,
-    description="From your raw text to a released model; whatever is unchanged is reused.",
+    description="From your raw text (raw_text_data/ in TEXTMILL_HOME) to a released model; whatever is unchanged is reused. "
+    "The defaults are made for a GPU: on a CPU, take the sizes of the quickstart.",
 )
 prepare_data = dg.define_asset_job(
     "prepare_data",
     selection=PREPARATION,
     executor_def=EXECUTOR,
-    description="From your raw text to token shards, without training.",
+    description="From your raw text (raw_text_data/ in TEXTMILL_HOME) to token shards, without training.",
 )

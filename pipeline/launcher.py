@@ -88,6 +88,7 @@ class TorchrunProcess:
         self.log_path = log_path
         self._grace_seconds = grace_seconds
         self._log = open(log_path, "ab")
+        self._log_start = self._log.seek(0, os.SEEK_END)  # what stands before is from earlier attempts
         self._process = subprocess.Popen(
             self.command, env=dict(environment), stdout=self._log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
@@ -115,6 +116,12 @@ class TorchrunProcess:
         code = self._process.poll()
         assert code is not None, "the training still runs"
         return code
+
+    def output(self) -> list[str]:
+        """The lines this process and its ranks have printed."""
+        with open(self.log_path, "rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace").splitlines()
 
     def stop(self) -> None:
         """Asks the ranks to save and end; kills what is left when the grace period is over."""

@@ -17,8 +17,8 @@ _TRAIN, _VALIDATION, _BASELINE = "#4c72b0", "#dd8452", "#8c8c8c"
 def loss_curve(records: Sequence[dict[str, Any]]) -> dg.MarkdownMetadataValue:
     """Training and validation loss over tokens, with the learning rate below. records: lines of metrics.jsonl."""
     train = [record for record in records if record["kind"] == "train" and record["loss"] is not None]
-    validation = [record for record in records if record["kind"] == "eval"]
-    figure, (loss, rate) = _figure(rows=2, heights=(3, 1))
+    validation = [record for record in records if record["kind"] == "eval" and record["val_loss"] is not None]
+    figure, (loss, rate) = _figure(rows=2, heights=(5, 2))
     tokens = [record["tokens"] for record in train]
     loss.plot(tokens, [record["loss"] for record in train], color=_TRAIN, linewidth=0.6, alpha=0.35)
     loss.plot(tokens, _smoothed([record["loss"] for record in train]), color=_TRAIN, label="training")
@@ -28,10 +28,10 @@ def loss_curve(records: Sequence[dict[str, Any]]) -> dg.MarkdownMetadataValue:
         color=_VALIDATION,
         marker="o",
         markersize=4,
-        label="validation",
+        label=f"validation, {validation[-1]['val_loss']:.3f} at the end" if validation else "validation",
     )
     loss.set_ylabel("loss (nats per token)")
-    loss.legend(frameon=False)
+    loss.legend(frameon=False, loc="upper right")
     rate.plot(tokens, [record["learning_rate"] for record in train], color=_BASELINE)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("training tokens")
@@ -45,6 +45,7 @@ def bits_per_byte_bars(values: dict[str, float]) -> dg.MarkdownMetadataValue:
     names = list(values)[::-1]
     colors = [_TRAIN if name == next(iter(values)) else _BASELINE for name in names]
     bars = axes.barh(names, [values[name] for name in names], color=colors)
+    axes.grid(False, axis="y")
     axes.bar_label(bars, fmt="%.3f", padding=4)
     axes.set_xlabel("bits per byte of held-out text (smaller is better)")
     axes.margins(x=0.12)
@@ -58,6 +59,7 @@ def _figure(rows: int, heights: Sequence[int], height: float = 4.2) -> tuple[Fig
     for part in axes:
         part.spines[["top", "right"]].set_visible(False)
         part.grid(alpha=0.25)
+        part.set_axisbelow(True)
     return figure, list(axes)
 
 

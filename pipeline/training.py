@@ -13,6 +13,9 @@ from llm_core.files import read_json
 from pipeline.launcher import TorchrunProcess, option_list, torchrun_arguments, training_environment
 from pipeline.resources import Torchrun
 
+_ERROR = "python -m llm_core.train: error: "
+"""How the training tool begins the message it ends with."""
+
 
 def finished_checkpoint(run_dir: Path) -> CheckpointRecord | None:
     """The last checkpoint of a run that has reached its last step, if it is whole."""
@@ -72,11 +75,16 @@ def _report(context: AssetExecutionContext, records: Any, max_steps: int) -> Non
 
 
 def _failure(run_dir: Path, process: TorchrunProcess) -> dg.Failure:
+    """What the training said of its end; where it could say nothing, how it ended."""
     state = read_json(run_dir / "run.json") if (run_dir / "run.json").exists() else {"status": "not started"}
-    last_lines = process.log_path.read_text(errors="replace").splitlines()[-40:]
-    reason = state.get("error") or f"the training ended with code {process.exit_code} and state {state['status']!r}"
+    output = process.output()
+    said = [line.removeprefix(_ERROR) for line in output if line.startswith(_ERROR)]
+    reason = said[0] if said else f"the training ended with code {process.exit_code} and state {state['status']!r}"
     return dg.Failure(
         description=f"{reason}\nCheckpoints are kept in {run_dir}; running the job again resumes from the newest one.",
-        metadata={"last output": dg.MetadataValue.md("```\n" + "\n".join(last_lines) + "\n```"), "log": str(process.log_path)},
-        allow_retries=state["status"] != "preempted",
+        metadata={
+            "last_output": dg.MetadataValue.md("```\n" + "\n".join(output[-40:]) + "\n```"),
+            "log": dg.MetadataValue.path(process.log_path),
+        },
+        allow_retries=not said,  # what the training can explain does not go away by itself
     )

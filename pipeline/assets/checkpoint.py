@@ -8,7 +8,7 @@ from llm_core.files import read_json
 from llm_core.identity import run_id
 from llm_core.runlog import read_metrics
 from llm_core.shards import load_manifest
-from pipeline.assets.common import MODEL, OWNERS
+from pipeline.assets.common import MODEL, OWNERS, rounded
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.current import set_current
 from pipeline.plots import loss_curve
@@ -54,21 +54,23 @@ def checkpoint(
         data_version=dg.DataVersion(record.checkpoint_id),
         metadata={
             "run_id": run,
-            "checkpoint_id": record.checkpoint_id,
-            "reused": reused,
+            "loss_curve": loss_curve(metrics),
+            "training_loss": rounded(last["train"]["loss"]),
+            "validation_loss": rounded(last["eval"]["val_loss"]),
+            "validation_bits_per_byte": rounded(last["eval"]["val_bits_per_byte"]),
             "steps": record.step,
             "tokens_seen": record.tokens_seen,
+            "tokens_per_second": rounded(last["train"]["tokens_per_second"], 0),
             "parameters": state["parameters"],
-            "training_loss": last["train"]["loss"],
-            "validation_loss": last["eval"]["val_loss"],
-            "validation_bits_per_byte": last["eval"]["val_bits_per_byte"],
-            "tokens_per_second": last["train"]["tokens_per_second"],
+            "reused": reused,
             "skipped_steps": state["skipped_steps"],
             "processes": state["world_size"],
             "device": state["device"],
             "precision": state["precision"],
             "attention": state["attention"],
-            "loss_curve": loss_curve(metrics),
+            "dataset_id": manifest.dataset_id,
+            "checkpoint_id": record.checkpoint_id,
             "file": dg.MetadataValue.path(record.path),
+            "run": dg.MetadataValue.json(state),
         },
     )

@@ -1,7 +1,30 @@
 """What every asset of the lineage shares in the web UI."""
 
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import dagster as dg
+
 OWNERS = ["team:textmill"]
 """Who is asked about an asset; teams replace it with their own."""
 
 DATA, MODEL = "data", "model"
 """Groups: preparation of the text, and what is made of it."""
+
+
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    """A figure as people read it; None, which stands for one that is not finite, stays. The catalog has every digit."""
+    return None if value is None else round(value, digits)
+
+
+def table(rows: Iterable[Mapping[str, Any]], **columns: str) -> dg.TableMetadataValue:
+    """Rows as a table of the asset page; columns: name -> type ("string", "int" or "float"), in the order they are shown."""
+    schema = dg.TableSchema(columns=[dg.TableColumn(name, type) for name, type in columns.items()])
+    return dg.MetadataValue.table([dg.TableRecord({name: row[name] for name in columns}) for row in rows], schema)
+
+
+def literal(text: str, width: int = 44) -> str:
+    """Text as a code block of markdown: no character of it means anything, and no line is wider than the page's table."""
+    wrapped = [textwrap.wrap(line, width) for line in text.splitlines()]
+    return "\n".join(f"    {line}" for lines in wrapped for line in lines or [""])

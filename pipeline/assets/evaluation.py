@@ -9,7 +9,7 @@ from llm_core.config import EvaluateConfig
 from llm_core.evaluation_file import Evaluation, evaluation_path, metric, read_evaluation
 from llm_core.shards import DatasetManifest, load_manifest
 from pipeline.assets.checkpoint import checkpoint
-from pipeline.assets.common import MODEL, OWNERS
+from pipeline.assets.common import MODEL, OWNERS, literal, rounded
 from pipeline.current import get_current, set_current
 from pipeline.launcher import run_tool
 from pipeline.plots import bits_per_byte_bars
@@ -25,7 +25,10 @@ class EvaluationConfig(EvaluateConfig, dg.Config):
 def evaluation(
     context: dg.AssetExecutionContext, config: EvaluationConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
-    """Loss, perplexity and bits per byte of held-out text, beside a unigram baseline and the released model, and samples."""
+    """Loss, perplexity and bits per byte of held-out text, beside a unigram baseline and the released model, and samples.
+
+    Bits per byte can be compared between tokenizers, loss and perplexity cannot.
+    """
     record = CheckpointRecord.read(manifest_path(get_current(storage.current_checkpoint, "checkpoint")))
     manifest = load_manifest(storage.processed)
     path, result = _judge(context, record, manifest, storage, config.part(EvaluateConfig), catalog)
@@ -36,19 +39,20 @@ def evaluation(
     if released is not None and released.checkpoint_id != record.checkpoint_id:
         _, released_result = _judge(context, released, manifest, storage, config.part(EvaluateConfig), catalog)
         compared["released model"] = metric(released_result, "bits_per_byte")
-    samples = "\n\n".join(f"**{sample['prompt'].strip()}** {sample['continuation']}" for sample in result["samples"])
+    texts = [sample["prompt"] + sample["continuation"] for sample in result["samples"]]
+    samples = "\n\n".join(f"sample {number}:\n\n{literal(text)}" for number, text in enumerate(texts, start=1))
     return dg.MaterializeResult(
         data_version=dg.DataVersion(result["evaluation_id"]),
         metadata={
-            "checkpoint_id": record.checkpoint_id,
-            "loss": metric(result, "loss"),
-            "perplexity": metric(result, "perplexity"),
-            "bits_per_byte": metric(result, "bits_per_byte"),
-            "unigram_bits_per_byte": metric(result, "unigram_bits_per_byte"),
-            "tokens": int(metric(result, "tokens")),
+            "evaluation_id": result["evaluation_id"],
             "comparison": bits_per_byte_bars(compared),
+            "bits_per_byte": rounded(metric(result, "bits_per_byte")),
+            "unigram_bits_per_byte": rounded(metric(result, "unigram_bits_per_byte")),
+            "loss": rounded(metric(result, "loss")),
+            "perplexity": rounded(metric(result, "perplexity"), 2),
+            "tokens": int(metric(result, "tokens")),
+            "checkpoint_id": record.checkpoint_id,
             "samples": dg.MetadataValue.md(samples),
-            "file": dg.MetadataValue.path(path),
         },
     )
 

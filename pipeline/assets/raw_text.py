@@ -4,7 +4,7 @@ import dagster as dg
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus import take_snapshot
-from pipeline.assets.common import DATA, OWNERS
+from pipeline.assets.common import DATA, OWNERS, table
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.current import set_current
 from pipeline.resources import CatalogResource, Storage
@@ -14,7 +14,7 @@ class RawTextConfig(CorpusConfig, dg.Config):
     """How files become documents."""
 
 
-@dg.asset(deps=[sample_corpus], kinds={"text", "parquet"}, group_name=DATA, owners=OWNERS)
+@dg.asset(deps=[sample_corpus], kinds={"file", "parquet"}, group_name=DATA, owners=OWNERS)
 def raw_text(
     context: dg.AssetExecutionContext, config: RawTextConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
@@ -26,7 +26,7 @@ def raw_text(
     snapshot = take_snapshot(storage.raw_text, storage.processed, config.part(CorpusConfig))
     catalog.open().record_snapshot(storage.processed, snapshot.snapshot_id)
     set_current(storage.current_snapshot, storage.current_snapshot.with_name(f"{snapshot.snapshot_id}.json"))
-    summary = snapshot.summary
+    summary, dropped = snapshot.summary, snapshot.summary["bytes_dropped"]
     for file in summary["quarantined"]:
         context.log.warning(f"set aside {file['path']}: {file['reason']} ({file['detail']})")
     return dg.MaterializeResult(
@@ -37,10 +37,13 @@ def raw_text(
             "documents": summary["documents"],
             "train_bytes": summary["train_bytes"],
             "validation_bytes": summary["val_bytes"],
-            "bytes_dropped": summary["bytes_dropped"],
-            "quarantined": summary["quarantined"],
             "files_added": summary["files_added"],
             "files_changed": summary["files_changed"],
             "files_removed": summary["files_removed"],
+            "bytes_dropped": sum(dropped.values()),
+            "dropped_by_reason": table([{"reason": why, "bytes": dropped[why]} for why in dropped], reason="string", bytes="int"),
+            "quarantined": sum(summary["quarantined_by_reason"].values()),
+            "quarantined_files": table(summary["quarantined"], path="string", reason="string", detail="string"),
+            "folder": dg.MetadataValue.path(storage.raw_text),
         },
     )

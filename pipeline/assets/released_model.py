@@ -7,7 +7,7 @@ from llm_core.config import ReleaseConfig
 from llm_core.evaluation_file import metric, read_evaluation
 from llm_core.files import read_json
 from llm_core.shards import load_manifest
-from pipeline.assets.common import MODEL, OWNERS
+from pipeline.assets.common import MODEL, OWNERS, rounded
 from pipeline.assets.evaluation import evaluation
 from pipeline.current import get_current
 from pipeline.release import decide, release
@@ -24,7 +24,10 @@ class ReleasedModelConfig(ReleaseConfig, dg.Config):
 def released_model(
     context: dg.AssetExecutionContext, config: ReleasedModelConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
-    """The checkpoint as a Hugging Face Llama, if it beats the released one on the same text; otherwise the old release stays."""
+    """The checkpoint as a Hugging Face Llama, if it beats the released one on the same text; otherwise the old release stays.
+
+    The directory loads with `transformers`: `AutoModelForCausalLM.from_pretrained(directory)`.
+    """
     record = CheckpointRecord.read(manifest_path(get_current(storage.current_checkpoint, "checkpoint")))
     evaluation_file = get_current(storage.current_evaluation, "evaluation")
     result = read_evaluation(evaluation_file)
@@ -60,7 +63,7 @@ def released_model(
             "promoted": verdict.promoted,
             "reason": verdict.reason,
             "checkpoint_id": released["checkpoint_id"],
-            "bits_per_byte": released["metrics"]["bits_per_byte"],
+            "bits_per_byte": rounded(released["metrics"]["bits_per_byte"]),
             "directory": dg.MetadataValue.path(storage.models / released["model_id"]),
         },
     )

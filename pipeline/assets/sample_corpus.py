@@ -14,7 +14,7 @@ class SampleCorpusConfig(dg.Config):
     at_least_bytes: int = Field(6_000_000, ge=100_000, le=20_000_000, description="Bytes of text to write.")
 
 
-@dg.asset(kinds={"python", "text"}, group_name=DATA, owners=OWNERS)
+@dg.asset(kinds={"python", "file"}, group_name=DATA, owners=OWNERS)
 def sample_corpus(config: SampleCorpusConfig, storage: Storage) -> dg.MaterializeResult:
     """English technical prose out of the Python installation itself: the language reference and docstrings.
 

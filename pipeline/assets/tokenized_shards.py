@@ -6,7 +6,7 @@ from llm_core.config import ShardConfig
 from llm_core.corpus import load_snapshot
 from llm_core.shards import build_dataset
 from llm_core.tokenizer_training import current_tokenizer
-from pipeline.assets.common import DATA, OWNERS
+from pipeline.assets.common import DATA, OWNERS, rounded
 from pipeline.assets.trained_tokenizer import trained_tokenizer
 from pipeline.current import get_current
 from pipeline.resources import CatalogResource, Storage
@@ -34,7 +34,7 @@ def tokenized_shards(config: TokenizedShardsConfig, storage: Storage, catalog: C
             "train_tokens": train.tokens,
             "validation_tokens": val.tokens,
             "documents": train.documents + val.documents,
-            "bytes_per_token": train.bytes / train.tokens,
+            "bytes_per_token": rounded(train.bytes / train.tokens, 3),
             "shards": len(manifest.shards),
             "dtype": manifest.dtype,
             "max_length": config.max_length,

@@ -5,7 +5,7 @@ import dagster as dg
 from llm_core.config import TokenizerConfig
 from llm_core.corpus import load_snapshot
 from llm_core.tokenizer_training import prepare_tokenizer
-from pipeline.assets.common import DATA, OWNERS
+from pipeline.assets.common import DATA, OWNERS, rounded
 from pipeline.assets.raw_text import raw_text
 from pipeline.current import get_current
 from pipeline.resources import CatalogResource, Storage
@@ -31,9 +31,9 @@ def trained_tokenizer(config: TrainedTokenizerConfig, storage: Storage, catalog:
             "tokenizer_id": artifact.tokenizer_id,
             "tokenizer_type": report["tokenizer_type"],
             "vocab_size": report["vocab_size"],
-            "bytes_per_token": report["bytes_per_token"],
-            "tokens_per_word": report["tokens_per_word"],
-            "vocabulary_used": report["vocab_used"],
+            "bytes_per_token": rounded(report["bytes_per_token"], 3),
+            "tokens_per_word": rounded(report["tokens_per_word"], 3),
+            "share_of_vocabulary_used": rounded(report["vocab_used"]),
             "file": dg.MetadataValue.path(storage.processed / artifact.file),
         },
     )

@@ -121,7 +121,8 @@ def test_a_training_that_fails_says_why_on_the_run_page(trained_home: tuple[Home
     home, _ = clone(trained_home)
     result = home.materialize(checkpoint, expect_success=False, checkpoint={"batch_size": 3, "micro_batch_size": 2})
     (failure,) = [event for event in result.all_events if event.is_step_failure]
-    assert "--batch_size 3 is not a multiple of --micro_batch_size 2" in str(failure.event_specific_data)
+    reason = failure.event_specific_data.user_failure_data.description
+    assert reason.startswith("--batch_size 3 is not a multiple of --micro_batch_size 2")
 
 
 def test_progress_is_reported_while_it_trains(trained_home: tuple[Home, Any], clone: Any) -> None:

@@ -1,6 +1,8 @@
-"""The web UI as a person sees it: a real `dagster dev` and a real browser."""
+"""The web UI as a person uses it: a real `dagster dev`, a real browser, a run that is launched by a click and watched."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,19 +12,24 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
-import dagster as dg
 import psutil
 import pytest
 
-from tests.pipeline.conftest import Home
+from pipeline.catalog.catalog import Catalog
+from tests.pipeline.conftest import TINY
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+
+LOCATION = "/locations/pipeline.definitions"
+STEPS = 400  # a few seconds of training: long enough to watch
 
 # Without these a browser looks for its maker's servers at every start.
 _QUIET = [
@@ -31,92 +38,177 @@ _QUIET = [
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
+    "--disable-component-update",
     "--disable-sync",
 ]
 
 
 @pytest.fixture(scope="module")
-def materialized(make_home: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Path, Any]:
-    """A home whose lineage ran under a Dagster instance that the web UI then shows."""
-    dagster_home = tmp_path_factory.mktemp("dagster_home")
-    (dagster_home / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
-    with dg.DagsterInstance.from_config(str(dagster_home)) as instance:
-        home = Home(make_home().storage.root, instance)
-        result = home.materialize(checkpoint={"max_steps": 60, "eval_interval": 20})
-    return home, dagster_home, result
+def home(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A textmill home that holds raw text and nothing else; one of the files is not UTF-8."""
+    root = tmp_path_factory.mktemp("home")
+    shutil.copytree(corpus_dir, root / "raw_text_data")
+    (root / "raw_text_data" / "latin1.txt").write_bytes("caf\xe9".encode("latin-1") * 100)
+    return root
 
 
 @pytest.fixture(scope="module")
-def address(materialized: tuple[Home, Path, Any]) -> Iterator[str]:
-    """Where a real `dagster dev` serves that home."""
-    home, dagster_home, _ = materialized
+def address(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where `dagster dev` serves that home, with a Dagster instance that has never seen a run."""
+    dagster_home = tmp_path_factory.mktemp("dagster_home")
+    (dagster_home / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "dagster", "dev", "-m", "pipeline.definitions", "-h", "127.0.0.1", "-p", str(port)]
-    environment = os.environ | {"DAGSTER_HOME": str(dagster_home), "TEXTMILL_HOME": str(home.storage.root)}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
+    environment = os.environ | {"DAGSTER_HOME": str(dagster_home), "TEXTMILL_HOME": str(home)}
+    log = dagster_home / "dagster_dev.log"
+    with open(log, "wb") as output:
+        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"{url}/server_info", timeout=2)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        yield url
+        _wait_until_served(f"http://127.0.0.1:{port}/server_info", server, log)
+        yield f"http://127.0.0.1:{port}"
     finally:
-        family = psutil.Process(server.pid).children(recursive=True)
-        server.send_signal(signal.SIGINT)
-        _, alive = psutil.wait_procs([psutil.Process(server.pid), *family], timeout=20)
-        for process in alive:
-            process.kill()
+        _stop(server)
 
 
 @pytest.fixture(scope="module")
 def page(address: str) -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=_QUIET)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page = browser.new_page(viewport={"width": 1400, "height": 1000}, base_url=address)
         page.set_default_timeout(60_000)
-        page.goto(f"{address}/assets")
-        # The first visit may be greeted by an invitation.
+        # The first visit is greeted by an invitation to Dagster's community, at a moment of its own choice.
         page.add_locator_handler(page.get_by_role("button", name="Skip"), lambda button: button.click())
         yield page
         browser.close()
 
 
-def test_the_catalog_lists_every_asset_of_the_lineage(page: Any, address: str) -> None:
-    page.goto(f"{address}/locations/pipeline.definitions/asset-groups/data")
-    for asset in ("sample_corpus", "raw_text", "trained_tokenizer", "tokenized_shards"):
+@dataclass(frozen=True)
+class WatchedRun:
+    """What a person saw on the page of a run."""
+
+    progress: str
+    """The last line about the training while it went on."""
+    status: str
+    run_id: str
+    model_id: str
+
+
+@pytest.fixture(scope="module")
+def run(page: Any, home: Path) -> WatchedRun:
+    """The job `pretrain`, launched from its launchpad with a tiny configuration and watched to its end."""
+    ops = {name: {"config": dict(options)} for name, options in TINY.items()}
+    ops["checkpoint"]["config"] |= {"max_steps": STEPS, "eval_interval": STEPS // 4, "save_interval": STEPS}
+    config = {"ops": ops, "resources": {"torchrun": {"config": {"report_seconds": 0.5}}}}
+    page.goto(f"{LOCATION}/jobs/pretrain/playground/setup?{urlencode({'config': json.dumps(config)})}")
+    page.get_by_text("No errors").wait_for()
+    page.get_by_role("button", name="Launch Run").click()
+    page.wait_for_url("**/runs/*")
+    # A run can be terminated while it goes on, and only then.
+    terminate, progress = page.get_by_role("button", name="Terminate"), page.get_by_text(re.compile(rf"^step \d+/{STEPS}: "))
+    progress.filter(visible=True).last.wait_for()
+    seen = progress.last.inner_text() if terminate.is_visible() else "the run had ended"
+    status = page.get_by_text(re.compile("^(Success|Failure|Canceled)$")).first
+    status.wait_for()
+    catalog = Catalog(home / "catalog.duckdb")
+    (trained,), (model,) = catalog.query("SELECT run_id FROM training_runs"), catalog.query("SELECT model_id FROM models")
+    return WatchedRun(seen, status.inner_text(), trained["run_id"], model["model_id"])
+
+
+def test_the_graph_shows_the_lineage_in_two_groups(page: Any) -> None:
+    page.goto("/asset-groups?expanded=global@global:data,global@global:model")  # as after "Expand all groups"
+    for group in ("data", "model"):
+        page.get_by_text(group, exact=True).first.wait_for()
+    for asset in ("sample_corpus", *TINY, "released_model"):
         page.get_by_text(asset, exact=True).first.wait_for()
-    page.goto(f"{address}/locations/pipeline.definitions/asset-groups/model")
-    for asset in ("checkpoint", "evaluation", "released_model"):
-        page.get_by_text(asset, exact=True).first.wait_for()
 
 
-def test_the_checkpoint_page_tells_what_was_trained_and_draws_its_loss(
-    page: Any, address: str, materialized: tuple[Home, Path, Any]
-) -> None:
-    home, _, result = materialized
-    page.goto(f"{address}/assets/checkpoint")
-    page.get_by_text(home.metadata(result, "checkpoint")["run_id"]).first.wait_for()
-    page.get_by_text("validation_bits_per_byte").first.wait_for()
-    page.get_by_text("Show Markdown").first.click()
-    picture = page.locator("img[src^='data:image/png']").first
-    picture.wait_for()
-    assert picture.evaluate("image => image.complete && image.naturalWidth") > 400
+def test_the_launchpad_offers_every_option_with_type_default_and_explanation(page: Any) -> None:
+    page.goto(f"{LOCATION}/jobs/pretrain/playground")
+    page.get_by_text("No errors").wait_for()
+    options = page.locator(".CodeMirror-line")
+    for default in ("batch_size: 8", "learning_rate: 0.0003", "nproc_per_node: 1"):
+        options.filter(has_text=default).first.wait_for()
+    options.filter(has_text="learning_rate: 0.0003").click()
+    page.get_by_text("Peak learning rate.").first.wait_for()  # the help beside the editor follows the cursor
+    page.get_by_text("Literal['adamw', 'muon']").first.wait_for()
 
 
-def test_the_released_model_page_names_the_model(page: Any, address: str, materialized: tuple[Home, Path, Any]) -> None:
-    home, _, result = materialized
-    page.goto(f"{address}/assets/released_model")
-    page.get_by_text(home.metadata(result, "released_model")["model_id"]).first.wait_for()
+def test_a_launched_run_tells_its_progress_while_it_trains_and_succeeds(run: WatchedRun) -> None:
+    assert "loss" in run.progress
+    assert "tokens_per_second" in run.progress
+    assert run.status == "Success"
 
 
-def test_the_launchpad_offers_every_option_with_its_default(page: Any, address: str) -> None:
-    page.goto(f"{address}/locations/pipeline.definitions/jobs/pretrain/playground")
-    for line in ("batch_size: 8", "learning_rate: 0.0003", "nproc_per_node: 1"):
-        page.get_by_text(line).first.wait_for()
-    page.get_by_text("No errors").first.wait_for()
+def test_the_raw_text_page_lists_what_was_set_aside_and_why(page: Any, run: WatchedRun) -> None:
+    page.goto("/assets/raw_text")
+    assert "latin1.txt" in _shown(page, "quarantined_files")
+    assert "not_utf8" in _shown(page, "quarantined_files")
+
+
+def test_the_checkpoint_page_tells_what_was_trained_and_draws_its_loss(page: Any, run: WatchedRun) -> None:
+    page.goto("/assets/checkpoint")
+    assert _shown(page, "run_id") == run.run_id
+    assert _shown(page, "steps") == str(STEPS)
+    assert 0 < float(_shown(page, "validation_bits_per_byte")) < 8
+    assert _picture(page, "loss_curve") > (400, 200)
+    page.get_by_role("button", name="Plots").first.click()
+    page.get_by_text("grad_norm", exact=True).first.wait_for()  # what was observed while it trained
+
+
+def test_the_evaluation_page_compares_the_model_and_shows_what_it_writes(page: Any, run: WatchedRun) -> None:
+    page.goto("/assets/evaluation")
+    assert float(_shown(page, "bits_per_byte")) < float(_shown(page, "unigram_bits_per_byte"))
+    assert _picture(page, "comparison") > (400, 100)
+    assert "Return the" in _shown(page, "samples")
+
+
+def test_the_released_model_page_names_the_model_and_its_directory(page: Any, run: WatchedRun, home: Path) -> None:
+    page.goto("/assets/released_model")
+    assert _shown(page, "model_id") == run.model_id
+    assert _shown(page, "promoted") == "true"
+    assert _shown(page, "directory") == str(home / "models" / run.model_id)
+
+
+def _metadata(page: Any, key: str) -> Any:
+    """The row of an asset page's metadata table."""
+    return page.get_by_role("row").filter(has=page.get_by_text(key, exact=True)).first
+
+
+def _shown(page: Any, key: str) -> str:
+    return str(_metadata(page, key).locator("> td").last.inner_text()).strip()
+
+
+def _picture(page: Any, key: str) -> tuple[int, int]:
+    """Width and height of the PNG behind a metadata entry, as the browser has decoded it."""
+    _metadata(page, key).get_by_text("[Show Markdown]").click()
+    image = page.locator("img[src^='data:image/png;base64,']")
+    image.wait_for()
+    width, height = image.evaluate("async image => { await image.decode(); return [image.naturalWidth, image.naturalHeight]; }")
+    page.get_by_role("button", name="Close").click()
+    image.wait_for(state="detached")
+    return width, height
+
+
+def _wait_until_served(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    pytest.fail(f"dagster dev does not answer:\n{log.read_text()[-4000:]}")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C as at a terminal; whatever is left of the family after that is killed."""
+    if server.poll() is not None:
+        return
+    family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    server.send_signal(signal.SIGINT)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for process in alive:
+        process.kill()
+    server.wait()
