@@ -29,6 +29,7 @@ class TrainingState(TypedDict):
     run_id: str
     dataset_id: str
     tokenizer_id: str
+    parent_checkpoint_id: str | None
     eot_id: int
     model_config: dict[str, Any]
     train_config: dict[str, Any]

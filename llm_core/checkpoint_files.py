@@ -69,8 +69,12 @@ def newest_valid(run_dir: Path) -> tuple[CheckpointRecord | None, list[str]]:
     return None, damaged
 
 
-def prune_checkpoints(run_dir: Path, keep: int) -> list[Path]:
-    """Deletes all but the newest `keep` checkpoints and the best validated one, manifests first. Returns what was deleted."""
+def prune_checkpoints(run_dir: Path, keep: int, keep_step: int | None = None) -> list[Path]:
+    """Deletes all but the newest `keep` checkpoints, the best validated one and that of `keep_step`, manifests first.
+
+    Returns:
+        What was deleted.
+    """
     records = []
     for path in checkpoint_manifests(run_dir):
         try:
@@ -81,7 +85,7 @@ def prune_checkpoints(run_dir: Path, keep: int) -> list[Path]:
     best = min(validated, key=lambda record: (record.val_loss, -record.step), default=None)
     deleted = []
     for record in records[keep:]:
-        if record != best:
+        if record != best and record.step != keep_step:
             manifest_path(record.path).unlink(missing_ok=True)
             fsync_directory(run_dir)
             record.path.unlink(missing_ok=True)

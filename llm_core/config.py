@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from llm_core.errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 END_OF_TEXT = "<|endoftext|>"
 MODEL_NAMES = Literal["tiny", "small", "medium", "large", "xl"]
@@ -114,6 +115,7 @@ class TrainConfig(StageConfig):
     execution_fields = frozenset(
         {
             "model",  # enters through the sizes it stands for
+            "init_from",  # enters through the checkpoint's id
             "micro_batch_size",
             "attention",
             "compile_model",
@@ -154,6 +156,22 @@ class TrainConfig(StageConfig):
     )
     document_masking: bool = Field(False, description="Tokens attend only inside their own document; positions restart there.")
     seed: int = Field(1337, ge=0, description="Seed of the initial weights, the data order and dropout.")
+    source_weights: dict[str, Weight] = Field(
+        {},
+        description="Share of the windows from each source, as relative weights by top-level folder of the raw text "
+        "('.': files in none; '*': every other source); empty: all text alike.",
+    )
+    max_repetition: float = Field(
+        4.0, ge=1, description="Times a part of a mixture is read at most; what is cut goes to the others in proportion."
+    )
+
+    # Continued training.
+    init_from: str | None = Field(
+        None, description="Start from the weights of this checkpoint, or of a run's folder, with a new warm-up and optimizer."
+    )
+    replay_share: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="With init_from: share of the windows from text its parents have seen, the others from new text."
+    )
 
     # Optimisation.
     batch_size: PositiveInt = Field(8, description="Windows per optimizer step, over all ranks.")
@@ -227,6 +245,8 @@ class TrainConfig(StageConfig):
             raise ValueError(f"min_lr {self.min_lr} must not exceed learning_rate {self.learning_rate}")
         if self.profile is not None and int(self.profile.split(":")[0]) >= int(self.profile.split(":")[1]):
             raise ValueError(f"profile {self.profile} must end after it starts")
+        if self.replay_share is not None and self.init_from is None:
+            raise ValueError(f"replay_share {self.replay_share} needs init_from: only a continued run has old text")
         if self.warmup_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must not exceed max_steps {self.max_steps}")
         return self

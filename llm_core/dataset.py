@@ -1,6 +1,6 @@
 """Windows over the token shards of one split: index arithmetic on memory-mapped tokens, no copy and no index file."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ from torch import Tensor
 from llm_core.errors import UserError
 from llm_core.loss import IGNORE_INDEX
 from llm_core.order import Indices
-from llm_core.shards import DatasetManifest, kept_runs
+from llm_core.parts import Parts, kept_runs
+from llm_core.shards import DatasetManifest
 
 
 class TokenStream:
@@ -39,50 +40,61 @@ class Windows:
     """Training examples of `max_length` inputs and their targets, each window `max_length - stride` tokens after the one before.
 
     Window i reads max_length + 1 tokens: the inputs and, shifted by one, the targets. The last target of a window is the first
-    input of the next, so that with stride 0 every token but the stream's first is a target exactly once. The last
-    window is filled up with end-of-text inputs whose targets are ignored.
+    input of the next, so that with stride 0 every token but a stream's first is a target exactly once. The last window of a
+    stream is filled up with end-of-text inputs whose targets are ignored. Where the text is a mixture, each part is a stream of
+    its own and the windows are numbered through all of them.
+
+    sizes: windows of each stream; 0 where it has too few tokens for one target.
     """
 
-    def __init__(self, stream: TokenStream, max_length: int, stride: int, eot_id: int) -> None:
-        self.stream = stream
+    def __init__(self, streams: Sequence[TokenStream], max_length: int, stride: int, eot_id: int) -> None:
+        self.streams = list(streams)
         self.max_length = max_length
         self.stride = stride
         self.eot_id = eot_id
         self._step = max_length - stride
+        self._targets = np.array([len(stream) - 1 for stream in streams])
+        self.sizes = [max(1, -(-(int(targets) - stride) // self._step)) if targets > 0 else 0 for targets in self._targets]
+        self._offsets = np.cumsum([0, *self.sizes])
 
     @classmethod
-    def open(cls, data_dir: Path, manifest: DatasetManifest, split: str, max_length: int, stride: int) -> "Windows":
-        """Opens and verifies the shards of one split.
+    def open(
+        cls, data_dir: Path, manifest: DatasetManifest, split: str, max_length: int, stride: int, parts: Parts | None = None
+    ) -> "Windows":
+        """Opens and verifies the shards of one split, divided into `parts` where these are given.
 
         Raises:
             UserError: the split has too few tokens for one target.
             DataError: a shard is missing or damaged.
         """
-        stream = TokenStream(kept_runs(data_dir, manifest, split))
-        if len(stream) < 2:
+        streams = [TokenStream(runs) for runs in kept_runs(data_dir, manifest, split, parts)]
+        if max(len(stream) for stream in streams) < 2:
             raise UserError(
-                f"{data_dir}: the {split} split has {len(stream)} tokens; prepare more text or another --val_fraction"
+                f"{data_dir}: the {split} split has {sum(map(len, streams))} tokens; prepare more text or another --val_fraction"
             )
-        return cls(stream, max_length, stride, manifest.tokenizer.eot_id)
+        return cls(streams, max_length, stride, manifest.tokenizer.eot_id)
 
     def __len__(self) -> int:
-        targets = len(self.stream) - 1
-        return max(1, -(-(targets - self.stride) // self._step))
+        return int(self._offsets[-1])
 
     def num_targets(self, windows: Indices) -> int:
         """How many targets these windows hold together, by arithmetic alone."""
-        left = len(self.stream) - 1 - windows * self._step
-        return int(np.minimum(left, self.max_length).sum())
+        part, start = self._locate(windows)
+        return int(np.minimum(self._targets[part] - start, self.max_length).sum())
 
     def batch(self, windows: Indices) -> tuple[Tensor, Tensor]:
         """Inputs and targets of these windows, each (len(windows), max_length), int64."""
         tokens = np.full((len(windows), self.max_length + 1), self.eot_id, dtype=np.int64)
         lengths = np.empty(len(windows), dtype=np.int64)
-        for row, window in enumerate(windows):
-            start = int(window) * self._step
-            piece = self.stream.read(start, start + self.max_length + 1)
+        for row, (part, start) in enumerate(zip(*(places.tolist() for places in self._locate(windows)), strict=True)):
+            piece = self.streams[part].read(start, start + self.max_length + 1)
             tokens[row, : piece.size] = piece
             lengths[row] = piece.size
         inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
         targets[np.arange(1, self.max_length + 1) >= lengths[:, None]] = IGNORE_INDEX
         return torch.from_numpy(np.ascontiguousarray(inputs)), torch.from_numpy(targets)
+
+    def _locate(self, windows: Indices) -> tuple[Indices, Indices]:
+        """The stream of each window and its first token there."""
+        part = np.searchsorted(self._offsets, windows, side="right") - 1
+        return part, (windows - self._offsets[part]) * self._step

@@ -94,7 +94,8 @@ def unigram_baseline(
     """The same text predicted by token frequencies alone: add-one smoothed, of the first `count_tokens` training tokens."""
     counts = np.bincount(train.read(0, count_tokens), minlength=len(token_bytes)).astype(np.float64) + 1
     cost = -np.log(counts / counts.sum())
-    stop = len(windows.stream) if max_tokens == 0 else -(-max_tokens // windows.max_length) * windows.max_length + 1
-    targets = windows.stream.read(1, stop)
+    (stream,) = windows.streams
+    stop = len(stream) if max_tokens == 0 else -(-max_tokens // windows.max_length) * windows.max_length + 1
+    targets = stream.read(1, stop)
     nll, size = cost[targets], token_bytes.numpy()[targets]
     return HeldOut(float(nll.sum()), len(targets), float(nll[size > 0].sum()), float(size.sum()))

@@ -12,7 +12,8 @@ from llm_core.loss import chunk_rows
 from llm_core.model import Transformer
 from llm_core.precision import DTYPES, Precision, autocast, resolve_precision
 from llm_core.throughput import duration, measure_peak_flops
-from llm_core.trainer import TrainingData, micro_batch_size
+from llm_core.trainer import micro_batch_size
+from llm_core.training_data import TrainingData
 
 _UTILIZATION = 0.5
 """Share of the measured matrix-product peak that the time estimate assumes; the run's own log shows what it is."""
@@ -84,9 +85,9 @@ def explain(config: TrainConfig, data: TrainingData, ranks: Ranks) -> dict[str, 
     precision = resolve_precision(config, ranks.device)
     micro = micro_batch_size(config, ranks.world_size)
     with torch.device("meta"):
-        model = Transformer(ModelConfig.of(config, data.vocab_size))
+        model = Transformer(ModelConfig.of(config, data.tokenizer.vocab_size))
     parameters, flops = model.num_parameters(), model.flops_per_token()
-    memory = estimate_memory(config, data.vocab_size, micro, precision)
+    memory = estimate_memory(config, data.tokenizer.vocab_size, micro, precision)
     tokens_per_step = config.batch_size * data.train.max_length
     tokens = tokens_per_step * config.max_steps
     peak = measure_peak_flops(ranks.device, DTYPES[precision]) * ranks.world_size
@@ -99,10 +100,18 @@ def explain(config: TrainConfig, data: TrainingData, ranks: Ranks) -> dict[str, 
         "memory per rank": f"{_bytes(memory.total)}: {parts}",
         "training tokens": f"{tokens:,} in {config.max_steps:,} steps of {tokens_per_step:,}",
         "epochs": f"{config.max_steps * config.batch_size / len(data.train):.2f} of {len(data.train):,} windows",
+        **_mixture(config, data),
         "tokens per parameter": f"{tokens / parameters:.1f} (about 20 is compute-optimal, Hoffmann et al. 2022)",
         "ranks": f"{ranks.world_size} on {ranks.device.type}, {precision}, micro batch {micro} x {accumulation}",
         "expected time": f"{duration(seconds)} at {_UTILIZATION:.0%} of the {peak / 1e9:,.0f} GFLOP/s just measured",
     }
+
+
+def _mixture(config: TrainConfig, data: TrainingData) -> dict[str, str]:
+    if data.parts is None:
+        return {}
+    parts = data.mixture(config)
+    return {"mixture": ", ".join(f"{part['share']:.1%} {part['part']} ({part['epochs']:.2f} epochs)" for part in parts)}
 
 
 def _bytes(size: float) -> str:

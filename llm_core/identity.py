@@ -2,6 +2,7 @@
 
 from llm_core.config import EvaluateConfig, TrainConfig
 from llm_core.files import content_id
+from llm_core.shards import DatasetManifest
 
 # Each is raised when the same inputs begin to give another result.
 TRAINING_VERSION = 1
@@ -9,9 +10,12 @@ EVALUATION_VERSION = 1
 EXPORT_VERSION = 1
 
 
-def run_id(dataset_id: str, tokenizer_id: str, config: TrainConfig) -> str:
-    """The training run that a resolved configuration makes of a dataset."""
-    return content_id("run", TRAINING_VERSION, dataset_id, tokenizer_id, config.identity())
+def run_id(manifest: DatasetManifest, config: TrainConfig, parent_checkpoint_id: str | None = None) -> str:
+    """The training run that a resolved configuration makes of a dataset, from the start or from a parent's weights."""
+    # Which source a document belongs to is no fact of the dataset: the same documents can move to another folder.
+    sources = manifest.snapshot_id if config.source_weights else None
+    ids = (manifest.dataset_id, manifest.tokenizer.tokenizer_id, parent_checkpoint_id, sources)
+    return content_id("run", TRAINING_VERSION, *ids, config.identity())
 
 
 def evaluation_id(checkpoint_id: str, dataset_id: str, config: EvaluateConfig) -> str:

@@ -9,7 +9,7 @@ from llm_core.checkpoint import load_model
 from llm_core.checkpoint_files import CheckpointRecord, manifest_path
 from llm_core.cli import parse_options, run_tool
 from llm_core.config import EvaluateConfig
-from llm_core.dataset import Windows
+from llm_core.dataset import TokenStream, Windows
 from llm_core.distributed import Ranks
 from llm_core.errors import UserError
 from llm_core.evaluate import evaluate, token_bytes, unigram_baseline
@@ -18,6 +18,7 @@ from llm_core.files import write_json
 from llm_core.generate import generate
 from llm_core.identity import evaluation_id
 from llm_core.model import Transformer
+from llm_core.parts import kept_runs
 from llm_core.runlog import now
 from llm_core.shards import load_manifest
 from llm_core.tokenizer import Tokenizer
@@ -54,8 +55,8 @@ def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig) -> E
     windows = Windows.open(data_dir, manifest, "val", model.config.max_length, 0)
     sizes = token_bytes(tokenizer, manifest)
     held_out = evaluate(model, windows, sizes, max_tokens=config.max_eval_tokens, batch_size=config.eval_batch_size, ranks=ranks)
-    train = Windows.open(data_dir, manifest, "train", model.config.max_length, 0).stream
-    unigram = unigram_baseline(train, windows, sizes, config.max_eval_tokens)
+    (train,) = kept_runs(data_dir, manifest, "train")
+    unigram = unigram_baseline(TokenStream(train), windows, sizes, config.max_eval_tokens)
     values = {
         "loss": held_out.loss,
         "perplexity": held_out.perplexity,

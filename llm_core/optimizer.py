@@ -1,12 +1,12 @@
-"""Parameter groups, AdamW and the learning rate."""
+"""Parameter groups, AdamW and Muon."""
 
-import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from llm_core.config import TrainConfig
+from llm_core.schedule import learning_rate
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -48,23 +48,3 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
         groups, lr=learning_rate(0, config), betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
     )
     return [*optimizers, adamw]
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of 0-based optimizer step `step`: a pure function, never stored state.
-
-    Linear warm-up that starts above 0, then the schedule's decay, which reaches min_lr at the last step and stays there.
-    """
-    peak, lowest, warmup = config.learning_rate, config.min_lr, config.warmup_steps
-    assert lowest is not None and warmup is not None, "learning_rate needs a resolved configuration"
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    last = config.max_steps - 1
-    decay_start = warmup if config.lr_schedule != "wsd" else max(warmup, last - round(config.decay_fraction * config.max_steps))
-    if step >= last:
-        return lowest
-    if step <= decay_start:
-        return peak
-    progress = (step - decay_start) / (last - decay_start)
-    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_schedule == "cosine" else 1 - progress
-    return lowest + (peak - lowest) * shape

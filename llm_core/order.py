@@ -1,15 +1,22 @@
 """Which windows a step reads: a pure function of (seed, epoch, step), with no file and no memory.
 
 Positions count windows in the order they are read: step s of batch size B reads positions s*B to s*B + B - 1, and epoch e
-holds the positions e*N to e*N + N - 1 of N windows. Inside an epoch a keyed permutation says which window stands where.
+holds the positions e*N to e*N + N - 1 of N windows. Inside an epoch a keyed permutation says which window stands where. Where the
+text is a mixture of parts, the positions are first dealt to the parts by their shares, and each part has epochs of its own.
 The permutation is a Feistel network over the next even power of two with cycle walking (Black and Rogaway 2002): it can be
 evaluated at one point and inverted, which a shuffled list of a billion windows cannot.
 """
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
+
+SHARE_UNITS = 1 << 20
+"""Shares of a mixture are whole numbers of these: a position times them fits 64 bits up to 8 * 10^12 positions."""
+
 _ROUNDS = 6
 _MASK64 = (1 << 64) - 1
 
@@ -23,13 +30,13 @@ def _mix(values: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
 
 
 class Permutation:
-    """A pseudo-random permutation of range(size), keyed by (seed, epoch)."""
+    """A pseudo-random permutation of range(size), keyed by (seed, epoch, part)."""
 
-    def __init__(self, size: int, seed: int, epoch: int) -> None:
+    def __init__(self, size: int, seed: int, epoch: int, part: int = 0) -> None:
         self.size = size
         self._half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
         self._half_mask = np.uint64((1 << int(self._half_bits)) - 1)
-        words = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64)
+        words = np.random.SeedSequence([seed, epoch, part]).generate_state(_ROUNDS, np.uint64)
         self._keys = [int(word) & _MASK64 for word in words]
 
     def __call__(self, positions: Indices) -> Indices:
@@ -59,18 +66,69 @@ class Permutation:
         return (left << self._half_bits) | right
 
 
-def windows_of_step(step: int, batch_size: int, num_windows: int, seed: int) -> Indices:
-    """The window numbers of one global batch, in order: shape (batch_size,).
+class WindowOrder:
+    """Which window a run reads at each position.
 
-    A batch may cross the end of an epoch, so every window is read exactly once per epoch and none is dropped.
+    sizes: windows of each part; the windows are numbered through all parts. shares: the part of the positions that each one gets,
+    in units of 1 / SHARE_UNITS; by default there is one part and it gets all.
     """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    windows = np.empty_like(positions)
-    epochs = positions // num_windows
-    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-        here = epochs == epoch
-        windows[here] = Permutation(num_windows, seed, epoch)(positions[here] % num_windows)
-    return windows
+
+    def __init__(self, sizes: Sequence[int], seed: int, shares: Sequence[int] = (SHARE_UNITS,)) -> None:
+        self.sizes, self.seed = list(sizes), seed
+        self._offsets = np.cumsum([0, *sizes])
+        # Positions that the parts before have left are dealt on: what a part takes of them, over what is left for all.
+        left = np.cumsum(shares[::-1])[::-1]
+        self._takes = [(int(share), int(rest)) for share, rest in zip(shares, left, strict=True)]
+
+    def windows_of_step(self, step: int, batch_size: int) -> Indices:
+        """The window numbers of one global batch, in order: shape (batch_size,).
+
+        A batch may cross the end of an epoch, so every window is read exactly once per epoch and none is dropped.
+        """
+        windows = np.empty(batch_size, dtype=np.int64)
+        for part, chosen, ranks in self._deal(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)):
+            epochs = ranks // self.sizes[part]
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                permutation = Permutation(self.sizes[part], self.seed, int(epoch), part)
+                windows[chosen[here]] = self._offsets[part] + permutation(ranks[here] % self.sizes[part])
+        return windows
+
+    def windows_read(self, positions: int) -> list[int]:
+        """How many windows of each part the first `positions` positions read, repetitions included."""
+        counts = []
+        for take, left in self._takes:
+            counts.append(positions * take // left if left else 0)
+            positions -= counts[-1]
+        return counts
+
+    def first_positions(self, part: int) -> Indices:
+        """For each window of a part the position at which it is read first."""
+        positions = Permutation(self.sizes[part], self.seed, 0, part).inverse(np.arange(self.sizes[part], dtype=np.int64))
+        take, left = self._takes[part]
+        if not take:
+            return np.full(self.sizes[part], np.iinfo(np.int64).max)
+        # The inverse of _deal: the rank-th position that is taken here, then that many left over by each part before.
+        positions = -(-(positions + 1) * left // take) - 1
+        for take, left in reversed(self._takes[:part]):
+            positions = positions * left // (left - take)
+        return positions
+
+    def _deal(self, positions: Indices) -> Iterator[tuple[int, Indices, Indices]]:
+        """For each part: which of `positions` (as indices) are its, and their ranks among its own.
+
+        Of the positions that reach a part, number p is taken where floor((p + 1) * take / left) exceeds floor(p * take / left):
+        every stretch of positions then holds each part in its share, to within one.
+        """
+        indices = np.arange(len(positions))
+        for part, (take, left) in enumerate(self._takes):
+            if not take:
+                continue
+            ranks = positions * take // left
+            taken = (positions + 1) * take // left > ranks
+            if taken.any():
+                yield part, indices[taken], ranks[taken]
+            indices, positions = indices[~taken], (positions - ranks)[~taken]
 
 
 def rank_micro_batches(windows: Indices, micro_batch_size: int, rank: int, world_size: int) -> Indices:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,15 +22,13 @@ from llm_core.corpus import Snapshot, iter_texts
 from llm_core.errors import DataError, UserError
 from llm_core.files import content_id, read_json, write_json
 from llm_core.shard_file import ShardEntry, ShardWriter, open_tokens, read_facts
-from llm_core.tokenizer import Ids, Tokenizer
+from llm_core.tokenizer import Tokenizer
 from llm_core.tokenizer_training import TokenizerArtifact
 
 __all__ = [
     "DatasetManifest",
     "ShardEntry",
     "build_dataset",
-    "kept_documents",
-    "kept_runs",
     "load_manifest",
     "open_tokens",
     "read_facts",
@@ -112,38 +109,6 @@ def load_manifest(processed_dir: Path, dataset_id: str | None = None) -> Dataset
         raise DataError(f"{path}: not a dataset manifest ({where}: {error.errors()[0]['msg']}); prepare the data again") from None
 
 
-def kept_runs(processed_dir: Path, manifest: DatasetManifest, split: str) -> Iterator[Ids]:
-    """The tokens of a split in order, as memory-mapped views [tokens] that leave out removed rows; verifies each shard.
-
-    Raises:
-        DataError: a shard is missing or damaged.
-    """
-    for shard in manifest.shards:
-        if shard.split != split:
-            continue
-        tokens = open_tokens(processed_dir, shard)
-        if not shard.removed_rows:
-            yield tokens
-            continue
-        facts = read_facts(processed_dir, shard)
-        starts, counts = facts["token_start"].to_numpy(), facts["token_count"].to_numpy()
-        # The bounds of what is kept: from the end of one removed row to the start of the next.
-        begins = [0, *(starts + counts)[shard.removed_rows]]
-        ends = [*starts[shard.removed_rows], len(tokens)]
-        yield from (tokens[begin:end] for begin, end in zip(begins, ends, strict=True) if begin < end)
-
-
-def kept_documents(processed_dir: Path, manifest: DatasetManifest, split: str) -> tuple[pa.ChunkedArray, npt.NDArray[np.int64]]:
-    """Ids [documents] of a split in the order of its tokens, and their token counts [documents], end-of-text included."""
-    ids, counts = [], []
-    for shard in manifest.shards:
-        if shard.split == split:
-            facts = _without(read_facts(processed_dir, shard), shard.removed_rows)
-            ids += facts["document_id"].chunks
-            counts.append(facts["token_count"].to_numpy())
-    return pa.chunked_array(ids, pa.string()), np.concatenate([np.empty(0, np.int64), *counts])
-
-
 def build_dataset(
     snapshot: Snapshot,
     artifact: TokenizerArtifact,
@@ -204,9 +169,10 @@ def build_dataset(
 def _publish(processed_dir: Path, manifest: DatasetManifest, current: DatasetManifest | None) -> DatasetManifest:
     """Writes the manifest and makes it current; a version that exists already keeps the manifest it has."""
     windows = {"max_length": manifest.max_length, "stride": manifest.stride}
+    present = windows | {"snapshot_id": manifest.snapshot_id}  # the same documents may lie in other files now
     path = processed_dir / "manifests" / f"{manifest.dataset_id}.json"
     if path.is_file() and current:
-        manifest = load_manifest(processed_dir, manifest.dataset_id).model_copy(update=windows)
+        manifest = load_manifest(processed_dir, manifest.dataset_id).model_copy(update=present)
     else:
         write_json(path, manifest.model_dump(exclude=set(windows)))
     if manifest != current:
@@ -287,12 +253,6 @@ def _totals(processed_dir: Path, shards: list[ShardEntry], split: str) -> SplitT
             documents += shard.documents - len(shard.removed_rows)
             size += shard.bytes - (pc.sum(removed["bytes"]).as_py() if removed else 0)
     return SplitTotals(tokens=tokens, documents=documents, bytes=size)
-
-
-def _without(facts: pa.Table, removed_rows: list[int]) -> pa.Table:
-    kept = np.ones(facts.num_rows, dtype=bool)
-    kept[removed_rows] = False
-    return facts.filter(pa.array(kept))
 
 
 def _is_whole(path: Path, size: int) -> bool:

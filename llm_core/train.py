@@ -18,21 +18,18 @@ import torch
 from pydantic import Field
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from llm_core.checkpoint import TrainingState
+from llm_core.checkpoint import TrainingState, load_checkpoint
 from llm_core.cli import parse_options
 from llm_core.config import TrainConfig
-from llm_core.dataset import Windows
 from llm_core.distributed import Ranks, StopRequest, join_ranks
 from llm_core.errors import Preempted, TextmillError
-from llm_core.evaluate import token_bytes
 from llm_core.explain import explain
 from llm_core.files import read_json, write_json
 from llm_core.resume import find_resume_state
 from llm_core.runlog import Listener, RunLog, now
-from llm_core.shards import DatasetManifest, load_manifest
-from llm_core.tokenizer import Tokenizer
-from llm_core.trainer import Trainer, TrainingData
-from llm_core.usage import write_document_steps
+from llm_core.shards import load_manifest
+from llm_core.trainer import Trainer
+from llm_core.training_data import TrainingData
 from llm_core.version import code_version, git_commit
 
 PROG = "python -m llm_core.train"
@@ -48,21 +45,6 @@ class TrainOptions(TrainConfig):
         "never", description="auto: continue from the newest checkpoint in save_dir that verifies."
     )
     explain: bool = Field(False, description="Print parameters, memory, tokens and the expected time, and do not train.")
-
-
-def open_data(data_dir: Path, manifest: DatasetManifest, config: TrainConfig) -> TrainingData:
-    """Opens both splits as the resolved configuration wants them. Validation windows never overlap."""
-    assert config.max_length is not None and config.stride is not None
-    tokenizer = Tokenizer.load(data_dir / manifest.tokenizer.file)
-    return TrainingData(
-        dataset_id=manifest.dataset_id,
-        tokenizer_id=manifest.tokenizer.tokenizer_id,
-        vocab_size=manifest.tokenizer.vocab_size,
-        eot_id=manifest.tokenizer.eot_id,
-        train=Windows.open(data_dir, manifest, "train", config.max_length, config.stride),
-        val=Windows.open(data_dir, manifest, "val", config.max_length, 0),
-        token_bytes=token_bytes(tokenizer, manifest),
-    )
 
 
 def train(
@@ -83,15 +65,17 @@ def train(
     manifest = load_manifest(data_dir)
     config = config.resolved(manifest.max_length, manifest.stride)
     with join_ranks(config, run_dir) as ranks, StopRequest() as stop:
-        data = open_data(data_dir, manifest, config)
+        data = TrainingData.open(data_dir, manifest, config)
         with _run_log(run_dir, ranks, listener) as log:
             found = find_resume_state(run_dir, checkpoint, resume)
             trainer = Trainer(config, data, run_dir, ranks, log, stop)
             if found is not None:
                 trainer.restore(*found)
+            elif data.parent is not None:
+                trainer.start_from(data.parent.path, load_checkpoint(data.parent.path))
             if log is not None:
-                write_document_steps(run_dir / "document_steps.parquet", data_dir, manifest, data.train, config)
-                _announce(log, trainer, manifest, found)
+                data.write_usage(run_dir, data_dir, config)
+                _announce(log, trainer, found)
             finished = trainer.run()
             if log is not None:
                 log.update({"status": "finished" if finished else "preempted", "finished_at": now()})
@@ -117,18 +101,22 @@ def _run_log(run_dir: Path, ranks: Ranks, listener: Listener | None) -> Iterator
         log.close()
 
 
-def _announce(log: RunLog, trainer: Trainer, manifest: DatasetManifest, resumed: tuple[Path, TrainingState] | None) -> None:
+def _announce(log: RunLog, trainer: Trainer, resumed: tuple[Path, TrainingState] | None) -> None:
     """Writes what this run is, to its files and to the console."""
-    config, model, ranks = trainer.config, trainer.model, trainer.ranks
+    config, model, ranks, data = trainer.config, trainer.model, trainer.ranks, trainer.data
+    mixture = data.mixture(config)
     write_json(log.run_dir / "config.json", config.model_dump(mode="json"))
     accumulation = config.batch_size // (trainer.micro_batch_size * ranks.world_size)
     log.begin(
         {
             "format_version": 1,
             "run_id": trainer.run_id,
-            "dataset_id": manifest.dataset_id,
-            "tokenizer_id": manifest.tokenizer.tokenizer_id,
-            "parent_run_id": None,
+            "dataset_id": data.manifest.dataset_id,
+            "tokenizer_id": data.tokenizer.tokenizer_id,
+            "parent_run_id": data.parent.run_id if data.parent is not None else None,
+            "parent_step": data.parent.step if data.parent is not None else None,
+            "parent_checkpoint_id": data.parent_checkpoint_id,
+            "mixture": mixture,
             "config": config.model_dump(mode="json"),
             "seed": config.seed,
             "code_version": code_version(),
@@ -154,7 +142,7 @@ def _announce(log: RunLog, trainer: Trainer, manifest: DatasetManifest, resumed:
         },
         step=trainer.step,
     )
-    windows = len(trainer.data.train)
+    windows = len(data.train)
     epochs = config.max_steps * config.batch_size / windows
     log.say(
         f"run {trainer.run_id}: {model.num_parameters():,} parameters, {windows:,} windows of {config.max_length} tokens, "
@@ -162,6 +150,11 @@ def _announce(log: RunLog, trainer: Trainer, manifest: DatasetManifest, resumed:
         f"{ranks.world_size} rank(s) on {ranks.device.type} with {ranks.threads} thread(s), {trainer.precision}, "
         f"attention {model.backend}, micro batch {trainer.micro_batch_size} x {accumulation}"
     )
+    if data.parent is not None:
+        log.say(f"weights from {data.parent.path}, step {data.parent.step} of run {data.parent.run_id}")
+    if data.parts is not None:
+        for part in mixture:
+            log.say(f"{part['share']:7.1%} {part['part']}: {part['windows']:,} windows, {part['epochs']:.2f} epochs")
     if resumed is not None:
         log.say(f"resumed from {resumed[0]} at step {trainer.step}")
 
@@ -180,7 +173,7 @@ def print_explanation(config: TrainConfig, data_dir: Path) -> None:
     ranks = Ranks.alone(config.device, config.threads_per_process, int(os.environ.get("WORLD_SIZE", 1)))
     if int(os.environ.get("RANK", 0)) == 0:
         torch.set_num_threads(ranks.threads)
-        for name, value in explain(config, open_data(data_dir, manifest, config), ranks).items():
+        for name, value in explain(config, TrainingData.open(data_dir, manifest, config), ranks).items():
             print(f"{name:<22} {value}")
 
 

@@ -15,31 +15,18 @@ from llm_core.attention import choose_backend
 from llm_core.checkpoint import TrainingState, require_same, save_checkpoint
 from llm_core.checkpoint_files import prune_checkpoints
 from llm_core.config import ModelConfig, TrainConfig
-from llm_core.dataset import Windows
 from llm_core.distributed import Ranks, StopRequest
 from llm_core.errors import DataError, UserError
 from llm_core.evaluate import HeldOut, evaluate
-from llm_core.identity import run_id
 from llm_core.model import Transformer
-from llm_core.optimizer import build_optimizers, learning_rate
-from llm_core.order import Indices, rank_micro_batches, windows_of_step
+from llm_core.optimizer import build_optimizers
+from llm_core.order import Indices, rank_micro_batches
 from llm_core.precision import DTYPES, autocast, resolve_precision
 from llm_core.profiling import step_profiler
 from llm_core.runlog import RunLog
+from llm_core.schedule import decay_start, learning_rate
 from llm_core.throughput import Throughput, duration, measure_peak_flops
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a run reads: the windows of both splits and the facts of the dataset they come from."""
-
-    dataset_id: str
-    tokenizer_id: str
-    vocab_size: int
-    eot_id: int
-    train: Windows
-    val: Windows
-    token_bytes: Tensor  # (V,) fp64, UTF-8 bytes of each token, 0 for special tokens
+from llm_core.training_data import TrainingData
 
 
 @dataclass(frozen=True)
@@ -65,11 +52,11 @@ class Trainer:
     ) -> None:
         self.config, self.data, self.ranks, self.log, self.stop = config, data, ranks, log, stop
         self.run_dir = run_dir
-        self.run_id = run_id(data.dataset_id, data.tokenizer_id, config)
+        self.run_id = data.run_id(config)
         self.micro_batch_size = micro_batch_size(config, ranks.world_size)
         self.precision = resolve_precision(config, ranks.device)
 
-        self.model = Transformer(ModelConfig.of(config, data.vocab_size), data.eot_id)
+        self.model = Transformer(ModelConfig.of(config, data.tokenizer.vocab_size), data.tokenizer.eot_id)
         self.model.init_weights(config.seed)
         self.model.to(ranks.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
@@ -98,7 +85,7 @@ class Trainer:
         """Runs optimizer step number `self.step` on its global batch."""
         config, ranks = self.config, self.ranks
         torch.manual_seed(_step_seed(config.seed, self.step, ranks.rank))  # dropout
-        windows = windows_of_step(self.step, config.batch_size, len(self.data.train), config.seed)
+        windows = self.data.order.windows_of_step(self.step, config.batch_size)
         targets = self.data.train.num_targets(windows)
         rate = learning_rate(self.step, config)
         for optimizer in self.optimizers:
@@ -179,7 +166,8 @@ class Trainer:
                 if finished or _is_due(self.step, config.eval_interval):
                     self.validate()
                     clock.resume()
-                if finished or result.stop or _is_due(self.step, config.save_interval):
+                decays = config.lr_schedule == "wsd" and self.step == decay_start(config)
+                if finished or result.stop or decays or _is_due(self.step, config.save_interval):
                     self.save()
                     clock.resume()
                 if result.stop:
@@ -244,7 +232,8 @@ class Trainer:
                 record = save_checkpoint(self.run_dir, self.state(), val_loss)
                 facts = {name: value for name, value in vars(record).items() if name != "path"}
                 self.log.record({"kind": "checkpoint"} | facts)
-                prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
+                before_decay = decay_start(self.config) if self.config.lr_schedule == "wsd" else None
+                prune_checkpoints(self.run_dir, self.config.keep_checkpoints, before_decay)
                 self.log.update({"steps_done": self.step, "tokens_seen": self.tokens_seen, "skipped_steps": self.skipped_steps})
                 self.log.say(f"step {self.step}/{self.config.max_steps} | saved {record.path} ({record.bytes / 1e6:.1f} MB)")
             except Exception as failure:
@@ -262,12 +251,22 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "run_id": self.run_id,
-            "dataset_id": self.data.dataset_id,
-            "tokenizer_id": self.data.tokenizer_id,
-            "eot_id": self.data.eot_id,
+            "dataset_id": self.data.manifest.dataset_id,
+            "tokenizer_id": self.data.tokenizer.tokenizer_id,
+            "parent_checkpoint_id": self.data.parent_checkpoint_id,
+            "eot_id": self.data.tokenizer.eot_id,
             "model_config": self.model.config.model_dump(mode="json"),
             "train_config": self.config.identity(),
         }
+
+    def start_from(self, path: Path, state: TrainingState) -> None:
+        """Takes over the weights alone: the optimizer, the schedule and the data begin anew.
+
+        Raises:
+            UserError: the weights are of another shape or tokenizer; the message names what differs.
+        """
+        require_same(path, _shape(state), _shape(self.state()))
+        self.model.load_state_dict(state["model"], strict=True)
 
     def restore(self, path: Path, state: TrainingState) -> None:
         """Takes over a saved state.
@@ -291,8 +290,15 @@ def _is_due(step: int, interval: int) -> bool:
 
 def _compared(state: TrainingState) -> dict[str, Any]:
     """What must be equal for a resume to go on as if nothing had happened."""
-    ids = {"dataset_id": state["dataset_id"], "tokenizer_id": state["tokenizer_id"]}
+    ids = {name: state[name] for name in ("dataset_id", "tokenizer_id", "parent_checkpoint_id", "run_id")}
     return state["model_config"] | state["train_config"] | ids
+
+
+def _shape(state: TrainingState) -> dict[str, Any]:
+    """What must be equal for the weights of one run to begin another: everything that has a part in their shape and meaning."""
+    kept = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "tie_embeddings")
+    config = {name: state["model_config"][name] for name in (*kept, "rope_theta", "norm_eps")}
+    return config | {"tokenizer_id": state["tokenizer_id"]}
 
 
 def micro_batch_size(config: TrainConfig, world_size: int) -> int:

@@ -51,12 +51,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _lineage(home: Path, path: Path, options: argparse.Namespace) -> None:
     rows = Catalog(path).lineage(options.checkpoint)
-    facts = ("checkpoint_id", "run_id", "step", "seed", "dataset_id", "snapshot_id", "tokenizer_id", "code_version", "git_commit")
-    print(_table([{"what": name, "value": rows[0][name]} for name in (*facts, "config")]))
-    print()
-    seen = [row for row in rows if row["document_id"] is not None]
-    places = [{name: row[name] for name in ("path", "start_byte", "end_byte", "document_id", "first_step")} for row in seen]
-    print(_table(places) if places else f"checkpoint {options.checkpoint} has seen no text yet")
+    runs = {row["generation"]: row for row in rows}
+    facts = ("run_id", "step", "seed", "dataset_id", "snapshot_id", "tokenizer_id", "code_version", "git_commit", "config")
+    for generation, run in runs.items():
+        title = (
+            {"checkpoint_id": options.checkpoint} if generation == 0 else {"began with": f"the weights of run {run['run_id']}"}
+        )
+        print(_table([{"what": name, "value": value} for name, value in (title | {name: run[name] for name in facts}).items()]))
+        print()
+    places = ("path", "start_byte", "end_byte", "document_id", "first_step", *(["run_id"] if len(runs) > 1 else []))
+    seen = [{name: row[name] for name in places} for row in rows if row["document_id"] is not None]
+    print(_table(seen) if seen else f"checkpoint {options.checkpoint} has seen no text yet")
 
 
 def _usage(home: Path, path: Path, options: argparse.Namespace) -> None:

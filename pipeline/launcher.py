@@ -45,7 +45,7 @@ def option_list(options: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             arguments.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            arguments += [f"--{name}", json.dumps(value) if isinstance(value, list) else str(value)]
+            arguments += [f"--{name}", json.dumps(value) if isinstance(value, list | dict) else str(value)]
     return arguments
 
 

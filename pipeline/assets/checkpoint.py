@@ -3,22 +3,32 @@
 import dagster as dg
 from pydantic import Field
 
+from llm_core.checkpoint_files import CheckpointRecord
 from llm_core.config import TrainConfig
 from llm_core.files import read_json
 from llm_core.identity import run_id
+from llm_core.parent import find_parent
 from llm_core.runlog import read_metrics
 from llm_core.shards import load_manifest
-from pipeline.assets.common import MODEL, OWNERS, rounded
+from pipeline.assets.common import MODEL, OWNERS, rounded, table
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.current import set_current
 from pipeline.plots import loss_curve
+from pipeline.release import released_checkpoint
 from pipeline.resources import CatalogResource, Storage, Torchrun
 from pipeline.training import finished_checkpoint, run_training
+
+RELEASED = "released"
 
 
 class CheckpointConfig(TrainConfig, dg.Config):
     """Shape of the model, everything that decides its training, and how many processes share it."""
 
+    init_from: str | None = Field(
+        None,
+        description="Start from the weights of this checkpoint or run folder, with a new warm-up and optimizer; 'released': from "
+        "the released model, or from nothing where there is none yet.",
+    )
     nproc_per_node: int = Field(1, ge=1, le=64, description="Training processes on this machine: one per GPU, 1 or 2 on a CPU.")
 
 
@@ -30,11 +40,19 @@ def checkpoint(
 
     The same data and configuration are the same run: a finished one is reused, an interrupted one goes on where it stopped.
     """
-    train_config = config.part(TrainConfig)
     manifest = load_manifest(storage.processed)
-    run = run_id(
-        manifest.dataset_id, manifest.tokenizer.tokenizer_id, train_config.resolved(manifest.max_length, manifest.stride)
-    )
+    train_config = config.part(TrainConfig)
+    if config.init_from == RELEASED:
+        released = released_checkpoint(storage, manifest.tokenizer.tokenizer_id)
+        if released is not None and read_json(released.path.parent / "run.json")["dataset_id"] == manifest.dataset_id:
+            context.log.info("the released model was trained on this very text: nothing to train")
+            return _result(storage, released, reused=True)
+        # Without a release there is nothing to replay either.
+        start = {"init_from": str(released.path.parent)} if released is not None else {"init_from": None, "replay_share": None}
+        train_config = train_config.model_copy(update=start)
+    parent = find_parent(train_config.init_from) if train_config.init_from is not None else None
+    resolved = train_config.resolved(manifest.max_length, manifest.stride)
+    run = run_id(manifest, resolved, parent.checkpoint_id if parent is not None else None)
     run_dir = storage.checkpoints / run
     record = finished_checkpoint(run_dir)
     reused = record is not None
@@ -46,14 +64,19 @@ def checkpoint(
     else:
         context.log.info(f"run {run} is finished already: nothing to train")
         catalog.open().record_run(run_dir)
-    set_current(storage.current_checkpoint, record.path)
+    return _result(storage, record, reused)
 
+
+def _result(storage: Storage, record: CheckpointRecord, reused: bool) -> dg.MaterializeResult:
+    """Makes a checkpoint the current one and tells what it is."""
+    set_current(storage.current_checkpoint, record.path)
+    run_dir = record.path.parent
     state, metrics = read_json(run_dir / "run.json"), read_metrics(run_dir / "metrics.jsonl")
     last = {line["kind"]: line for line in metrics}
     return dg.MaterializeResult(
         data_version=dg.DataVersion(record.checkpoint_id),
         metadata={
-            "run_id": run,
+            "run_id": record.run_id,
             "loss_curve": loss_curve(metrics),
             "training_loss": rounded(last["train"]["loss"]),
             "validation_loss": rounded(last["eval"]["val_loss"]),
@@ -68,7 +91,9 @@ def checkpoint(
             "device": state["device"],
             "precision": state["precision"],
             "attention": state["attention"],
-            "dataset_id": manifest.dataset_id,
+            "mixture": table(state["mixture"], part="string", windows="int", windows_read="int", share="float", epochs="float"),
+            "parent_run_id": state["parent_run_id"] or "none: trained from the start",
+            "dataset_id": state["dataset_id"],
             "checkpoint_id": record.checkpoint_id,
             "file": dg.MetadataValue.path(record.path),
             "run": dg.MetadataValue.json(state),

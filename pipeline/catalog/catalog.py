@@ -117,7 +117,7 @@ class Catalog:
         document_steps = run_dir / "document_steps.parquet"
         with _artifact(run_dir / "run.json") as run:
             run_id = run["run_id"]
-            ids = [run[name] for name in ("dataset_id", "tokenizer_id", "parent_run_id")]
+            ids = [run[name] for name in ("dataset_id", "tokenizer_id", "parent_run_id", "parent_step")]
             facts = [run[name] for name in ("seed", "code_version", "git_commit", "status", "error")]
             counts = [run[name] for name in ("steps_done", "tokens_seen", "skipped_steps", "parameters", "world_size", "threads")]
             machine = [run[name] for name in ("device", "precision", "attention", "torch_version")]
@@ -171,16 +171,18 @@ class Catalog:
         )
 
     def lineage(self, checkpoint_id: str) -> list[Row]:
-        """Everything a checkpoint was made from: a row for each place in a raw file whose text it has seen.
+        """Everything a checkpoint was made from: its own run (generation 0) and those whose weights it began with (1, 2, ...).
 
-        A checkpoint that has seen none yet has one row without a document.
+        For each run a row for each place in a raw file whose text it has seen; one row without a document where it has seen none.
 
         Raises:
             UserError: there is no such checkpoint.
         """
         if not self.query("SELECT 1 FROM checkpoints WHERE checkpoint_id = ?", [checkpoint_id]):
             raise UserError(f"checkpoint {checkpoint_id}: not in the catalog; `SELECT checkpoint_id FROM checkpoints` lists them")
-        return self.query("SELECT * FROM checkpoint_lineage WHERE checkpoint_id = ? ORDER BY path, start_byte", [checkpoint_id])
+        return self.query(
+            "SELECT * FROM checkpoint_lineage WHERE checkpoint_id = ? ORDER BY generation, path, start_byte", [checkpoint_id]
+        )
 
     def usage(self, document_or_path: str) -> list[Row]:
         """The checkpoints that have seen a document, given by its id, or any document of a raw file, given by its path.
@@ -195,7 +197,8 @@ class Catalog:
             )
         return self.query(
             f"""
-            SELECT checkpoint_id, run_id, step, on_disk, count(*) AS documents, min(first_step) AS first_step
+            SELECT checkpoint_id, run_id, step, on_disk, count(DISTINCT document_id) AS documents,
+                   min_by(seen_by_run_id, first_step) AS seen_by_run_id, min(first_step) AS first_step
             FROM document_usage WHERE document_id IN ({known})
             GROUP BY ALL ORDER BY run_id, step
             """,

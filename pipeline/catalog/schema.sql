@@ -91,7 +91,8 @@ CREATE TABLE training_runs (
     run_id VARCHAR PRIMARY KEY,
     dataset_id VARCHAR NOT NULL,
     tokenizer_id VARCHAR NOT NULL,
-    parent_run_id VARCHAR,
+    parent_run_id VARCHAR,              -- whose weights it began with
+    parent_step BIGINT,
     config JSON NOT NULL,
     seed BIGINT NOT NULL,
     code_version VARCHAR NOT NULL,
@@ -167,19 +168,33 @@ CREATE TABLE models (
     bits_per_byte DOUBLE NOT NULL
 );
 
--- A checkpoint's whole past: one row for each place in a raw file whose text it has seen. What is not recorded, or was not
--- seen yet, is NULL: a gap in the catalog must not hide the rest.
+-- The runs that made a checkpoint: its own up to its step, and each parent's (generation 1, 2, ...) up to the step that
+-- the child began with.
+CREATE VIEW checkpoint_ancestry AS
+WITH RECURSIVE ancestry(checkpoint_id, generation, run_id, step) AS (
+    SELECT checkpoint_id, 0, run_id, step FROM checkpoints
+    UNION ALL
+    SELECT a.checkpoint_id, a.generation + 1, r.parent_run_id, r.parent_step
+    FROM ancestry a
+    JOIN training_runs r USING (run_id)
+    WHERE r.parent_run_id IS NOT NULL
+)
+FROM ancestry;
+
+-- A checkpoint's whole past: for each run that made it, one row for each place in a raw file whose text that run has seen.
+-- What is not recorded, or was not seen yet, is NULL: a gap in the catalog must not hide the rest.
 CREATE VIEW checkpoint_lineage AS
-SELECT c.checkpoint_id, c.run_id, c.step, r.dataset_id, d.snapshot_id, r.tokenizer_id, r.config, r.code_version, r.git_commit,
+SELECT a.checkpoint_id, a.generation, a.run_id, a.step, r.dataset_id, d.snapshot_id, r.tokenizer_id, r.config, r.code_version, r.git_commit,
        r.seed, seen.document_id, seen.first_step, raw.path, raw.start_byte, raw.end_byte
-FROM checkpoints c
+FROM checkpoint_ancestry a
 LEFT JOIN training_runs r USING (run_id)
 LEFT JOIN datasets d USING (dataset_id)
-LEFT JOIN run_documents seen ON seen.run_id = c.run_id AND seen.first_step < c.step
+LEFT JOIN run_documents seen ON seen.run_id = a.run_id AND seen.first_step < a.step
 LEFT JOIN snapshot_documents raw ON raw.snapshot_id = d.snapshot_id AND raw.document_id = seen.document_id;
 
--- The checkpoints that have seen a document.
+-- The checkpoints that have seen a document, themselves (seen_by_run_id = run_id) or by one of their parents.
 CREATE VIEW document_usage AS
-SELECT seen.document_id, c.checkpoint_id, c.run_id, c.step, seen.first_step, c.on_disk
+SELECT seen.document_id, c.checkpoint_id, c.run_id, c.step, seen.run_id AS seen_by_run_id, seen.first_step, c.on_disk
 FROM run_documents seen
-JOIN checkpoints c ON c.run_id = seen.run_id AND seen.first_step < c.step;
+JOIN checkpoint_ancestry a ON a.run_id = seen.run_id AND seen.first_step < a.step
+JOIN checkpoints c USING (checkpoint_id);

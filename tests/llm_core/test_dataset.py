@@ -13,7 +13,7 @@ EOT = 0
 
 def windows(tokens: int, max_length: int, stride: int = 0, pieces: int = 1) -> Windows:
     stream = np.arange(1, tokens + 1, dtype=np.uint16)
-    return Windows(TokenStream(np.array_split(stream, pieces)), max_length, stride, EOT)
+    return Windows([TokenStream(np.array_split(stream, pieces))], max_length, stride, EOT)
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 10])

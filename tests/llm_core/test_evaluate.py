@@ -31,7 +31,7 @@ def test_rule_23_bits_per_byte_counts_text_alone(batch_size: int) -> None:
     sizes = torch.arange(300).double() % 5 + 1
     sizes[EOT] = 0
     model = build(length=16).eval()
-    found = evaluate(model, Windows(TokenStream([tokens]), 16, 0, EOT), sizes, max_tokens=0, batch_size=batch_size, ranks=ALONE)
+    found = evaluate(model, Windows([TokenStream([tokens])], 16, 0, EOT), sizes, max_tokens=0, batch_size=batch_size, ranks=ALONE)
     nll = 0.0
     text = []
     for start in range(0, 99, 16):  # window by window, each with no context but its own
@@ -58,17 +58,17 @@ def test_the_text_of_a_split_is_all_of_its_bytes(processed_dir: Path) -> None:
 
 
 def test_a_budget_reads_the_first_windows() -> None:
-    windows = Windows(TokenStream([stream_of(100)]), 16, 0, EOT)
+    windows = Windows([TokenStream([stream_of(100)])], 16, 0, EOT)
     model, sizes = build(length=16), torch.ones(300).double()
     assert evaluate(model, windows, sizes, max_tokens=20, batch_size=4, ranks=ALONE).targets == 32
 
 
 def test_the_unigram_baseline_is_the_entropy_of_token_frequencies() -> None:
     tokens = stream_of(1000)
-    windows = Windows(TokenStream([tokens]), 16, 0, EOT)
+    windows = Windows([TokenStream([tokens])], 16, 0, EOT)
     sizes = torch.ones(300).double()
     sizes[EOT] = 0
-    found = unigram_baseline(windows.stream, windows, sizes, 0)
+    found = unigram_baseline(windows.streams[0], windows, sizes, 0)
     counts = np.bincount(tokens, minlength=300) + 1
     cost = -np.log(counts / counts.sum())[tokens[1:]]
     assert found.loss == pytest.approx(cost.mean())

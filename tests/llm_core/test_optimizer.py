@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llm_core.config import TrainConfig
-from llm_core.optimizer import build_optimizers, learning_rate, parameter_groups
+from llm_core.optimizer import build_optimizers, parameter_groups
+from llm_core.schedule import learning_rate
 from tests.llm_core.test_model import build
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llm_core.order import Permutation, rank_micro_batches, windows_of_step
+from llm_core.order import SHARE_UNITS, Permutation, WindowOrder, rank_micro_batches
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
@@ -16,14 +16,15 @@ def test_a_permutation_reaches_every_window_once_and_has_an_inverse(size: int) -
 
 def test_rule_14_every_window_is_seen_once_per_epoch_in_an_order_of_its_own() -> None:
     batch, windows, seed = 6, 50, 11  # 50 is no multiple of 6: batches cross the end of an epoch
-    read = np.concatenate([windows_of_step(step, batch, windows, seed) for step in range(25)])
+    order = WindowOrder([windows], seed)
+    read = np.concatenate([order.windows_of_step(step, batch) for step in range(25)])
     epochs = read.reshape(3, windows)
     for epoch in epochs:
         assert sorted(epoch) == list(range(windows))
     assert not np.array_equal(epochs[0], epochs[1])
-    assert not np.array_equal(epochs[0], windows_of_step(0, windows, windows, seed + 1))
+    assert not np.array_equal(epochs[0], WindowOrder([windows], seed + 1).windows_of_step(0, windows))
     # Pure: a step can be asked for alone, in any order.
-    assert np.array_equal(windows_of_step(17, batch, windows, seed), read[17 * batch : 18 * batch])
+    assert np.array_equal(order.windows_of_step(17, batch), read[17 * batch : 18 * batch])
 
 
 def test_neighbours_are_far_apart() -> None:
@@ -35,7 +36,7 @@ def test_neighbours_are_far_apart() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_rule_15_ranks_take_disjoint_slices_of_one_global_batch(world_size: int, micro_batch_size: int) -> None:
-    batch = windows_of_step(4, 8, 1000, seed=0)
+    batch = WindowOrder([1000], seed=0).windows_of_step(4, 8)
     shares = [rank_micro_batches(batch, micro_batch_size, rank, world_size) for rank in range(world_size)]
     assert {share.shape for share in shares} == {(8 // (micro_batch_size * world_size), micro_batch_size)}
     assert sorted(np.concatenate([share.ravel() for share in shares])) == sorted(batch)
@@ -49,6 +50,41 @@ def test_ranks_together_form_the_micro_batches_of_one_rank() -> None:
 
 
 def test_a_corpus_of_any_size_costs_no_memory() -> None:
-    windows = windows_of_step(10**9, 4, 10**12, seed=0)
+    windows = WindowOrder([10**12], seed=0).windows_of_step(10**9, 4)
     assert len(set(windows.tolist())) == 4
     assert windows.max() < 10**12
+
+
+def shares(*values: float) -> list[int]:
+    units = [int(value * SHARE_UNITS) for value in values]
+    return [SHARE_UNITS - sum(units[1:]), *units[1:]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"), [([50, 30], (0.95, 0.05)), ([7, 20, 40], (0.5, 0.2, 0.3)), ([5, 0, 9], (0.6, 0.0, 0.4))]
+)
+def test_rule_14_a_mixture_reads_each_part_in_its_share_and_in_epochs_of_its_own(
+    sizes: list[int], wanted: tuple[float, ...]
+) -> None:
+    order = WindowOrder(sizes, 5, shares(*wanted))
+    read = np.concatenate([order.windows_of_step(step, 8) for step in range(100)])
+    offsets = np.cumsum([0, *sizes])
+    part_of = np.searchsorted(offsets, read, side="right") - 1
+    for part, (size, share) in enumerate(zip(sizes, wanted, strict=True)):
+        own = read[part_of == part] - offsets[part]
+        assert len(own) == order.windows_read(800)[part] == pytest.approx(800 * share, abs=len(sizes))
+        # Any stretch of the run holds the part in its share, not only the whole.
+        assert (part_of[100:200] == part).sum() == pytest.approx(100 * share, abs=len(sizes))
+        for epoch in range(len(own) // max(1, size)):
+            assert sorted(own[epoch * size : (epoch + 1) * size]) == list(range(size))
+    # Pure: a step can be asked for alone.
+    assert np.array_equal(order.windows_of_step(31, 8), read[31 * 8 : 32 * 8])
+
+
+def test_a_mixture_knows_when_each_window_is_read_first() -> None:
+    sizes = [11, 23, 6]
+    order = WindowOrder(sizes, 5, shares(0.5, 0.3, 0.2))
+    read = np.concatenate([order.windows_of_step(step, 4) for step in range(100)]).tolist()
+    for part, offset in enumerate((0, 11, 34)):
+        positions = order.first_positions(part)
+        assert positions.tolist() == [read.index(offset + window) for window in range(sizes[part])]

@@ -19,7 +19,8 @@ from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.corpus import iter_texts, readers, take_snapshot
 from llm_core.dataset import TokenStream, Windows
 from llm_core.errors import DataError, UserError
-from llm_core.shards import DatasetManifest, build_dataset, kept_documents, kept_runs, load_manifest, open_tokens, read_facts
+from llm_core.parts import kept_documents, kept_runs
+from llm_core.shards import DatasetManifest, build_dataset, load_manifest, open_tokens, read_facts
 from llm_core.tokenizer import Tokenizer
 from llm_core.tokenizer_training import prepare_tokenizer
 
@@ -59,7 +60,7 @@ def contents(out: Path) -> dict[str, tuple[int, str]]:
 def decoded(out: Path, manifest: DatasetManifest, split: str) -> list[str]:
     """The documents of a split, as read back from its tokens."""
     tokenizer = Tokenizer.load(out / manifest.tokenizer.file)
-    tokens = np.concatenate(list(kept_runs(out, manifest, split)))
+    tokens = np.concatenate(kept_runs(out, manifest, split)[0])
     assert tokens[0] == tokenizer.eot_id
     return [tokenizer.decode(part[1:]) for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot_id))[1:]]
 
@@ -76,12 +77,12 @@ def assert_holds(raw: Path, out: Path, manifest: DatasetManifest) -> None:
     """The dataset is exactly the text of the folder, and its totals add up."""
     for split in ("train", "val"):
         expected = wanted(raw, out, manifest, split)
-        ids, counts = kept_documents(out, manifest, split)
+        ((ids, counts),) = kept_documents(out, manifest, split)
         assert dict(zip(ids.to_pylist(), decoded(out, manifest, split), strict=True)) == expected
         totals = manifest.splits[split]
         assert totals.documents == len(expected) == len(counts)
         assert totals.bytes == sum(len(text.encode()) for text in expected.values())
-        assert totals.tokens == counts.sum() == sum(len(run) for run in kept_runs(out, manifest, split))
+        assert totals.tokens == counts.sum() == sum(len(run) for run in kept_runs(out, manifest, split)[0])
 
 
 # What a shard is
@@ -162,9 +163,9 @@ def test_rule_32_each_token_is_stored_once_whatever_the_stride(raw: Path, out: P
     assert contents(out / "dataset") == files
     assert second.dataset_id == first.dataset_id
     assert (second.max_length, second.stride) == (32, 16) == (load_manifest(out).max_length, load_manifest(out).stride)
-    stream = TokenStream(kept_runs(out, second, "train"))
+    stream = TokenStream(kept_runs(out, second, "train")[0])
     assert len(stream) == second.splits["train"].tokens
-    assert len(Windows(stream, 32, 16, 0)) > 1.9 * len(Windows(stream, 32, 0, 0))
+    assert len(Windows([stream], 32, 16, 0)) > 1.9 * len(Windows([stream], 32, 0, 0))
 
 
 # Rule 33
@@ -272,7 +273,7 @@ def test_a_document_that_changes_side_moves(raw: Path, out: Path) -> None:
     prepare(raw, out)
     other = CorpusConfig(max_document_bytes=2048, val_fraction=0.4)
     manifest = prepare(raw, out, corpus=other)
-    train, val = (set(kept_documents(out, manifest, split)[0].to_pylist()) for split in ("train", "val"))
+    train, val = (set(kept_documents(out, manifest, split)[0][0].to_pylist()) for split in ("train", "val"))
     rows = take_snapshot(raw, out, other).kept_documents().to_pylist()
     assert train == {row["document_id"] for row in rows if row["split"] == "train"}
     assert val == {row["document_id"] for row in rows if row["split"] == "val"}
@@ -348,12 +349,12 @@ def test_an_interrupted_build_leaves_the_old_dataset_valid_and_the_next_one_fini
         except OSError:
             seen = load_manifest(out)
             assert seen == before or seen.parent_dataset_id == before.dataset_id
-            assert list(kept_runs(out, seen, "train"))
-            assert list(kept_runs(out, seen, "val"))
+            assert kept_runs(out, seen, "train") != [[]]
+            assert kept_runs(out, seen, "val") != [[]]
         assert not list(out.rglob("*.tmp"))
         after = prepare(raw, out, **config)
         assert after == load_manifest(out)
-        assert list(kept_runs(out, after, "train"))
+        assert kept_runs(out, after, "train") != [[]]
         finished.add(after.dataset_id)
         shutil.rmtree(out)
     assert call > 20

@@ -14,7 +14,6 @@ from llm_core.checkpoint import load_checkpoint, load_model
 from llm_core.config import TrainConfig
 from llm_core.errors import DataError, UserError
 from llm_core.loss import IGNORE_INDEX
-from llm_core.order import windows_of_step
 from llm_core.precision import resolve_precision
 from llm_core.runlog import read_metrics
 from tests.llm_core.training import gradients, make_trainer, run_train
@@ -150,7 +149,7 @@ def test_rule_4_a_gradient_that_is_not_finite_never_reaches_the_optimizer(
     assert math.isnan(result.grad_norm)
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
     trainer.train_step()
-    windows = windows_of_step(3, 8, len(trainer.data.train), trainer.config.seed).tolist()
+    windows = trainer.data.order.windows_of_step(3, 8).tolist()
     with pytest.raises(DataError, match="3 steps in a row were not finite") as stopped:
         trainer.train_step()
     assert str(windows) in str(stopped.value), "the ids of the offending windows are named"
@@ -159,7 +158,7 @@ def test_rule_4_a_gradient_that_is_not_finite_never_reaches_the_optimizer(
 
 def test_rule_12_one_batch_can_be_learned_by_heart(processed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(processed_dir, tmp_path, batch_size=2, max_steps=200, hidden_size=64, warmup_steps=5, weight_decay=0)
-    monkeypatch.setattr("llm_core.trainer.windows_of_step", lambda *_: np.array([0, 1]))
+    monkeypatch.setattr(trainer.data.order, "windows_of_step", lambda *_: np.array([0, 1]))
     losses = [trainer.train_step().loss for _ in range(150)]
     assert losses[0] == pytest.approx(math.log(512), abs=0.15)
     assert losses[-1] < 0.05

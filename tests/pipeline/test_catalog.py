@@ -129,6 +129,7 @@ class Artifacts:
             "dataset_id": dataset_id,
             "tokenizer_id": tokenizer_id,
             "parent_run_id": None,
+            "parent_step": None,
             "config": {"learning_rate": 0.001},
             "seed": 1337,
             "code_version": "0.1.0",

@@ -1,0 +1,91 @@
+"""What a run reads: the windows of both splits, their order, and what they come from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from torch import Tensor
+
+from llm_core.checkpoint_files import CheckpointRecord
+from llm_core.config import TrainConfig
+from llm_core.dataset import Windows
+from llm_core.evaluate import token_bytes
+from llm_core.identity import run_id
+from llm_core.mixture import final_shares, plan_mixture
+from llm_core.order import WindowOrder
+from llm_core.parent import DOCUMENT_STEPS, find_parent, known_documents, write_known_documents
+from llm_core.parts import Parts
+from llm_core.shards import DatasetManifest, TokenizerEntry
+from llm_core.tokenizer import Tokenizer
+from llm_core.usage import write_document_steps
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of one run; `open` is how it is made."""
+
+    manifest: DatasetManifest
+    train: Windows
+    val: Windows
+    order: WindowOrder
+    parts: Parts | None  # of the training text; None: all of it is alike
+    parent: CheckpointRecord | None  # where the weights come from
+    known: pa.Array | None  # ids of the documents that the parent has seen; None where that is unknown
+    token_bytes: Tensor  # (V,) fp64, UTF-8 bytes of each token, 0 for special tokens
+
+    @classmethod
+    def open(cls, data_dir: Path, manifest: DatasetManifest, config: TrainConfig) -> "TrainingData":
+        """Opens both splits as a resolved configuration wants them. Validation windows never overlap.
+
+        Raises:
+            UserError: the options do not go together with this text or this parent.
+            DataError: a shard, the tokenizer or the parent is missing or damaged.
+        """
+        assert config.max_length is not None and config.stride is not None
+        parent = find_parent(config.init_from) if config.init_from is not None else None
+        known = known_documents(parent) if parent is not None else None
+        mixture = plan_mixture(config, data_dir, manifest, known)
+        parts = mixture.parts if mixture is not None else None
+        train = Windows.open(data_dir, manifest, "train", config.max_length, config.stride, parts)
+        order = WindowOrder(train.sizes, config.seed)
+        if mixture is not None:
+            windows = config.max_steps * config.batch_size
+            order = WindowOrder(train.sizes, config.seed, final_shares(mixture, train.sizes, windows, config.max_repetition))
+        tokenizer = Tokenizer.load(data_dir / manifest.tokenizer.file)
+        return cls(
+            manifest=manifest,
+            train=train,
+            val=Windows.open(data_dir, manifest, "val", config.max_length, 0),
+            order=order,
+            parts=parts,
+            parent=parent,
+            known=known,
+            token_bytes=token_bytes(tokenizer, manifest),
+        )
+
+    @property
+    def tokenizer(self) -> TokenizerEntry:
+        return self.manifest.tokenizer
+
+    @property
+    def parent_checkpoint_id(self) -> str | None:
+        return self.parent.checkpoint_id if self.parent is not None else None
+
+    def run_id(self, config: TrainConfig) -> str:
+        return run_id(self.manifest, config, self.parent_checkpoint_id)
+
+    def mixture(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """What the run reads of each part: its windows, how many of them are read in all, and how often each one."""
+        read = self.order.windows_read(config.max_steps * config.batch_size)
+        names = self.parts.names if self.parts is not None else ["all"]
+        return [
+            {"part": name, "windows": size, "windows_read": count, "share": count / sum(read), "epochs": count / max(1, size)}
+            for name, size, count in zip(names, self.train.sizes, read, strict=True)
+        ]
+
+    def write_usage(self, run_dir: Path, data_dir: Path, config: TrainConfig) -> None:
+        """Writes which documents the run reads when, and which ones its parents have seen, where that is known."""
+        write_document_steps(run_dir / DOCUMENT_STEPS, data_dir, self.manifest, self.parts, self.train, self.order, config)
+        if self.known is not None:
+            write_known_documents(run_dir, self.known)

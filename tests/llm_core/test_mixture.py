@@ -1,0 +1,245 @@
+"""What a run reads of each part of the text: weighted sources, a cap on repetition, new text with a replay of old."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from llm_core.checkpoint import load_checkpoint
+from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig, TrainConfig
+from llm_core.corpus import load_snapshot, take_snapshot
+from llm_core.errors import UserError
+from llm_core.mixture import Mixture, final_shares
+from llm_core.order import SHARE_UNITS
+from llm_core.parts import Parts, kept_documents, parts_by_source
+from llm_core.shards import build_dataset, load_manifest
+from llm_core.tokenizer_training import prepare_tokenizer
+from llm_core.training_data import TrainingData
+from tests.llm_core.training import SMALL, make_trainer, run_train
+
+SOURCES = [".", "more"]
+
+
+def mixture(*wanted: float) -> Mixture:
+    return Mixture(Parts([f"part{number}" for number in range(len(wanted))], lambda ids: np.zeros(len(ids), np.int64)), [*wanted])
+
+
+def open_data(processed: Path, **options: Any) -> TrainingData:
+    manifest = load_manifest(processed)
+    return TrainingData.open(processed, manifest, TrainConfig(**(SMALL | options)).resolved(manifest.max_length, manifest.stride))
+
+
+@pytest.fixture
+def grown(corpus_dir: Path, processed_dir: Path, tmp_path: Path) -> Path:
+    """The prepared corpus after a run of 6 steps on it, and 30 new documents in a source of their own after that."""
+    raw, processed = tmp_path / "raw", tmp_path / "processed"
+    shutil.copytree(corpus_dir, raw)
+    shutil.copytree(processed_dir, processed)
+    run_train(processed, tmp_path / "parent", max_steps=6, save_interval=3)
+    (raw / "news").mkdir()
+    for number in range(30):
+        text = "\n".join(f"Today, on day {number}, the price of item {row} rose to {row * number} crowns." for row in range(20))
+        (raw / "news" / f"{number}.txt").write_text(text)
+    snapshot = take_snapshot(raw, processed, CorpusConfig(max_document_bytes=2048))
+    artifact = prepare_tokenizer(snapshot, raw, processed, TokenizerConfig(vocab_size=512))
+    build_dataset(snapshot, artifact, raw, processed, ShardConfig(max_length=64, num_workers=1, shard_bytes=1 << 16))
+    return processed
+
+
+def test_shares_are_the_weights_where_nothing_is_read_too_often() -> None:
+    units = final_shares(mixture(0.75, 0.25), [1000, 1000], windows=100, max_repetition=1)
+    assert units == [SHARE_UNITS * 3 // 4, SHARE_UNITS // 4]
+
+
+def test_what_the_repetition_cap_cuts_goes_to_the_others_in_proportion() -> None:
+    # Half of 1000 windows would read the 50 of the first part 10 times over; 4 times is a share of 0.2.
+    units = final_shares(mixture(0.5, 0.3, 0.2), [50, 1000, 1000], windows=1000, max_repetition=4)
+    assert [unit / SHARE_UNITS for unit in units] == pytest.approx([0.2, 0.48, 0.32], abs=1e-5)
+    assert sum(units) == SHARE_UNITS
+    # A part that is pushed over its own cap by that is cut too.
+    units = final_shares(mixture(0.5, 0.3, 0.2), [50, 110, 1000], windows=1000, max_repetition=4)
+    assert [unit / SHARE_UNITS for unit in units] == pytest.approx([0.2, 0.44, 0.36], abs=1e-5)
+
+
+def test_a_run_that_is_longer_than_its_text_may_be_repeated_is_refused_with_the_numbers() -> None:
+    with pytest.raises(
+        UserError, match=r"--max_steps: the run reads 1,000 windows, more than part0, part1 can give .*repetition 4"
+    ):
+        final_shares(mixture(0.5, 0.5), [50, 60], windows=1000, max_repetition=4)
+
+
+def test_sources_are_the_top_level_folders_and_are_read_by_weight(processed_dir: Path) -> None:
+    data = open_data(processed_dir, source_weights={".": 1, "more": 3}, max_repetition=100)
+    assert data.parts is not None and data.parts.names == SOURCES
+    shares = {part["part"]: part["share"] for part in data.mixture(TrainConfig(batch_size=8, max_steps=100))}
+    assert shares == {".": pytest.approx(0.25, abs=0.01), "more": pytest.approx(0.75, abs=0.01)}
+    # And the tokens behind the windows are those of that source's documents.
+    documents = {row["document_id"]: row["path"] for row in kept_rows(processed_dir)}
+    for part, (ids, counts) in enumerate(kept_documents(processed_dir, data.manifest, "train", data.parts)):
+        assert len(data.train.streams[part]) == counts.sum()
+        assert {documents[i].startswith("more/") for i in ids.to_pylist()} == {SOURCES[part] == "more"}
+        assert data.train.streams[part].read(0, 1).tolist() == [data.tokenizer.eot_id]
+
+
+def kept_rows(processed: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = load_snapshot(processed, load_manifest(processed).snapshot_id).kept_documents().to_pylist()
+    return rows
+
+
+def test_a_mixture_trains_from_the_command_line_and_its_order_survives_a_resume(processed_dir: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"source_weights": '{".": 1, "*": 1}', "max_repetition": 50, "max_steps": 6, "save_interval": 3}
+    done = run_train(processed_dir, tmp_path / "whole", keep_checkpoints=5, **options)
+    assert "50.0% more" in done.stderr
+    run_train(processed_dir, tmp_path / "other", checkpoint=tmp_path / "whole/checkpoint_step_3.pt", **options)
+    endings = [(tmp_path / run / "checkpoint_step_6.pt").read_bytes() for run in ("whole", "other")]
+    assert endings[0] == endings[1]
+    parts = json.loads((tmp_path / "whole/run.json").read_text())["mixture"]
+    assert [part["windows_read"] for part in parts] == [24, 24]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({".": 1, "moor": 1}, "no source moor in this text; it has ., more"),
+        ({".": 1}, r"no weight for more; add one \(0 leaves a source out\) or \* for all others"),
+        ({"*": 0}, "every weight is 0"),
+    ],
+)
+def test_weights_that_do_not_fit_the_text_are_refused(weights: dict[str, float], message: str, processed_dir: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        open_data(processed_dir, source_weights=weights)
+
+
+def test_negative_weights_are_refused(processed_dir: Path, tmp_path: Path) -> None:
+    done = run_train(processed_dir, tmp_path, check=False, source_weights='{"more": -1}')
+    assert done.returncode == 2
+    assert "--source_weights.more -1" in done.stderr
+
+
+def test_the_documents_of_a_mixture_are_read_at_the_steps_that_are_recorded(processed_dir: Path, tmp_path: Path) -> None:
+    """Replays a tiny run window by window, and compares which documents' tokens are targets with what the run wrote."""
+    trainer = make_trainer(
+        processed_dir, tmp_path, source_weights={".": 1, "more": 1}, max_repetition=50, max_steps=8, batch_size=4
+    )
+    data, config = trainer.data, trainer.config
+    first: dict[str, int] = {}
+    places = [
+        np.repeat(np.arange(len(ids)), counts)
+        for ids, counts in kept_documents(processed_dir, data.manifest, "train", data.parts)
+    ]
+    ids = [part_ids.to_pylist() for part_ids, _ in kept_documents(processed_dir, data.manifest, "train", data.parts)]
+    for step in range(config.max_steps):
+        for window in data.order.windows_of_step(step, config.batch_size):
+            part, local = (0, window) if window < data.train.sizes[0] else (1, window - data.train.sizes[0])
+            targets = places[part][local * 64 + 1 : local * 64 + 65]
+            stream = data.train.streams[part].read(int(local) * 64 + 1, int(local) * 64 + 65)
+            for row, token in zip(targets, stream, strict=True):
+                if token != data.tokenizer.eot_id:
+                    first.setdefault(ids[part][row], step)
+    data.write_usage(tmp_path, processed_dir, config)
+    written = pq.read_table(tmp_path / "document_steps.parquet").to_pylist()
+    assert {row["document_id"]: row["first_step"] for row in written} == first
+
+
+def test_a_continued_run_starts_from_the_weights_with_a_new_warm_up(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path / "parent", max_steps=4)
+    parent = load_checkpoint(tmp_path / "parent/checkpoint_step_4.pt")
+    trainer = make_trainer(processed_dir, tmp_path / "child", init_from=str(tmp_path / "parent"), warmup_steps=5)
+    assert trainer.data.parent_checkpoint_id is not None
+    assert trainer.run_id != make_trainer(processed_dir, tmp_path / "child", warmup_steps=5).run_id, (
+        "the parent is part of the id"
+    )
+    trainer.start_from(tmp_path, parent)
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    assert all(before[name].equal(weight) for name, weight in parent["model"].items())
+    assert trainer.train_step().learning_rate == pytest.approx(1e-2 / 5)
+    assert trainer.step == 1
+
+
+def test_a_continued_run_replays_a_share_of_what_its_parent_has_seen(grown: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"init_from": tmp_path / "parent", "replay_share": 0.25, "max_steps": 5, "save_interval": 2}
+    done = run_train(grown, tmp_path / "child", **options)
+    assert "weights from" in done.stderr
+    run = json.loads((tmp_path / "child/run.json").read_text())
+    assert (run["parent_run_id"], run["parent_step"]) == (json.loads((tmp_path / "parent/run.json").read_text())["run_id"], 6)
+    parts = {part["part"]: part["windows_read"] for part in run["mixture"]}
+    assert parts == {"seen before": 10, "new": 30}
+    # What the parent has seen by its last step is the old part, to the document.
+    seen = pq.read_table(tmp_path / "parent/document_steps.parquet")["document_id"].to_pylist()
+    assert set(pq.read_table(tmp_path / "child/known_documents.parquet")["document_id"].to_pylist()) == set(seen)
+    # A child of the child knows what both have seen.
+    read_by_child = pq.read_table(tmp_path / "child/document_steps.parquet")["document_id"].to_pylist()
+    run_train(grown, tmp_path / "grandchild", init_from=tmp_path / "child", max_steps=1)
+    known = pq.read_table(tmp_path / "grandchild/known_documents.parquet")["document_id"].to_pylist()
+    assert set(known) == set(seen) | set(read_by_child)
+
+
+def test_a_continued_run_resumes_bit_for_bit(grown: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"init_from": tmp_path / "parent", "replay_share": 0.25, "max_steps": 4, "save_interval": 2}
+    run_train(grown, tmp_path / "whole", keep_checkpoints=5, **options)
+    run_train(grown, tmp_path / "other", checkpoint=tmp_path / "whole/checkpoint_step_2.pt", **options)
+    endings = [(tmp_path / run / "checkpoint_step_4.pt").read_bytes() for run in ("whole", "other")]
+    assert endings[0] == endings[1]
+    done = run_train(grown, tmp_path / "no_parent", check=False, checkpoint=tmp_path / "whole/checkpoint_step_2.pt", max_steps=4)
+    assert done.returncode == 2
+    assert "parent_checkpoint_id is" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"replay_share": 0.1}, "replay_share 0.1 needs init_from"),
+        ({"init_from": "nowhere.pt"}, "--init_from nowhere.pt: no such checkpoint"),
+        ({"init_from": "."}, "--init_from .: no whole checkpoint in this folder"),
+        ({"init_from": "parent", "hidden_size": 64}, "hidden_size is 32 in the checkpoint and 64 now"),
+    ],
+)
+def test_a_parent_that_does_not_fit_is_refused(
+    options: dict[str, Any], message: str, processed_dir: Path, tmp_path: Path
+) -> None:
+    if options.get("init_from") == "parent":
+        run_train(processed_dir, tmp_path / "parent", max_steps=1)
+        options = options | {"init_from": tmp_path / "parent"}
+    done = run_train(processed_dir, tmp_path / "child", check=False, **options)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_replay_without_new_text_or_without_a_record_of_the_old_is_refused(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path / "parent", max_steps=200, batch_size=8)
+    options: dict[str, Any] = {"init_from": tmp_path / "parent", "replay_share": 0.1, "max_steps": 1}
+    done = run_train(processed_dir, tmp_path / "child", check=False, **options)
+    assert "--replay_share: the parent has seen all of this text" in done.stderr
+    (tmp_path / "parent/document_steps.parquet").unlink()
+    done = run_train(processed_dir, tmp_path / "child", check=False, **options)
+    assert done.returncode == 2
+    assert "no record tells what it has seen" in done.stderr
+
+
+def test_a_wsd_run_keeps_the_checkpoint_before_its_decay_and_is_continued_from_there(processed_dir: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"lr_schedule": "wsd", "decay_fraction": 0.5, "max_steps": 20, "save_interval": 3}
+    run_train(processed_dir, tmp_path / "parent", **options)
+    kept = sorted(path.name for path in (tmp_path / "parent").glob("*.pt"))
+    assert kept == ["checkpoint_step_18.pt", "checkpoint_step_20.pt", "checkpoint_step_9.pt"]
+    child = make_trainer(processed_dir, tmp_path / "child", init_from=str(tmp_path / "parent"))
+    assert child.data.parent is not None and child.data.parent.step == 9
+
+
+def test_moving_a_file_to_another_source_is_another_run_of_the_same_dataset(corpus_dir: Path, tmp_path: Path) -> None:
+    raw, processed = tmp_path / "raw", tmp_path / "processed"
+    shutil.copytree(corpus_dir, raw)
+    ids = []
+    for _ in range(2):
+        snapshot = take_snapshot(raw, processed, CorpusConfig(max_document_bytes=2048))
+        artifact = prepare_tokenizer(snapshot, raw, processed, TokenizerConfig(vocab_size=512))
+        dataset = build_dataset(snapshot, artifact, raw, processed, ShardConfig(max_length=64, num_workers=1))
+        weighted = make_trainer(processed, tmp_path, source_weights={"*": 1}, max_repetition=50)
+        ids.append((dataset.dataset_id, make_trainer(processed, tmp_path).run_id, weighted.run_id))
+        assert parts_by_source(snapshot.kept_documents()).names == SOURCES
+        (file := min(raw.glob("*.txt"))).rename(raw / "more" / file.name)
+    assert ids[0][:2] == ids[1][:2]
+    assert ids[0][2] != ids[1][2]

@@ -1,0 +1,57 @@
+"""New text lands and training goes on from the released model."""
+
+from typing import Any
+
+from pipeline.assets.checkpoint import checkpoint
+from pipeline.cli import main as textmill
+from tests.pipeline.conftest import Home
+
+CONTINUE = {"init_from": "released", "replay_share": 0.25}
+
+
+def write_news(home: Home) -> None:
+    text = "\n".join(f"A line about the number {number}, which nobody has written before." for number in range(600))
+    (home.storage.raw_text / "news.txt").write_text(text)
+
+
+def test_new_text_is_learned_from_the_released_model_on_with_a_replay_of_the_old(
+    trained_home: tuple[Home, Any], clone: Any, capsys: Any
+) -> None:
+    home, first = clone(trained_home)
+    write_news(home)
+    result = home.materialize(checkpoint=CONTINUE, released_model={"min_improvement": -100})
+    old, new = home.metadata(first, "checkpoint"), home.metadata(result, "checkpoint")
+    assert new["parent_run_id"] == old["run_id"]
+    shares = {record.data["part"]: record.data["share"] for record in new["mixture"].records}
+    assert shares == {"seen before": 0.25, "new": 0.75}
+
+    # One query tells what both runs have seen, each with the data it was trained on.
+    lineage = home.catalog.lineage(new["checkpoint_id"])
+    runs = {(row["generation"], row["run_id"], row["step"], row["dataset_id"]) for row in lineage}
+    assert runs == {(0, new["run_id"], 6, new["dataset_id"]), (1, old["run_id"], 6, old["dataset_id"])}
+    assert {row["path"] for row in lineage if row["generation"] == 0} > {"news.txt"}
+    assert "news.txt" not in {row["path"] for row in lineage if row["generation"] == 1}
+    seen_by_parent = next(row["path"] for row in lineage if row["generation"] == 1)
+    assert new["checkpoint_id"] in {row["checkpoint_id"] for row in home.catalog.usage(seen_by_parent)}
+    assert old["checkpoint_id"] not in {row["checkpoint_id"] for row in home.catalog.usage("news.txt")}
+    textmill(["lineage", new["checkpoint_id"], "--home", str(home.storage.root)])
+    assert f"the weights of run {old['run_id']}" in capsys.readouterr().out
+
+    # The new release has been trained on this very text: there is nothing to go on with.
+    again = home.metadata(home.materialize(checkpoint, checkpoint=CONTINUE), "checkpoint")
+    assert (again["reused"], again["checkpoint_id"]) == (True, new["checkpoint_id"])
+
+
+def test_without_a_release_training_starts_from_the_beginning(trained_home: tuple[Home, Any], clone: Any) -> None:
+    home, first = clone(trained_home)
+    home.storage.released.unlink()
+    result = home.materialize(checkpoint, checkpoint=CONTINUE)
+    assert home.metadata(result, "checkpoint")["checkpoint_id"] == home.metadata(first, "checkpoint")["checkpoint_id"]
+
+
+def test_sources_are_weighted_from_the_launchpad(trained_home: tuple[Home, Any], clone: Any) -> None:
+    home, _ = clone(trained_home)
+    options = {"source_weights": {".": 1.0, "more": 1.0}, "max_repetition": 1000.0}
+    result = home.materialize(checkpoint, checkpoint=options)
+    parts = [record.data for record in home.metadata(result, "checkpoint")["mixture"].records]
+    assert [(part["part"], part["windows_read"]) for part in parts] == [(".", 12), ("more", 12)]
