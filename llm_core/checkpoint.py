@@ -16,7 +16,19 @@ from llm_core.files import atomic_writer, content_id, verify_file, write_json
 from llm_core.model import Transformer
 
 
-class TrainingState(TypedDict):
+class Facts(TypedDict):
+    """What a run is; two runs with other facts are other runs."""
+
+    run_id: str
+    dataset_id: str
+    tokenizer_id: str
+    parent_checkpoint_id: str | None
+    eot_id: int
+    model_config: dict[str, Any]
+    train_config: dict[str, Any]
+
+
+class TrainingState(Facts):
     """Everything a run needs to go on as if it had never stopped."""
 
     model: dict[str, torch.Tensor]
@@ -26,13 +38,6 @@ class TrainingState(TypedDict):
     tokens_seen: int
     skipped_steps: int
     skipped_in_a_row: int
-    run_id: str
-    dataset_id: str
-    tokenizer_id: str
-    parent_checkpoint_id: str | None
-    eot_id: int
-    model_config: dict[str, Any]
-    train_config: dict[str, Any]
 
 
 def save_checkpoint(run_dir: Path, state: TrainingState, val_loss: float | None) -> CheckpointRecord:

@@ -120,6 +120,7 @@ class TrainConfig(StageConfig):
             "attention",
             "compile_model",
             "gradient_checkpointing",
+            "sharding",
             "device",
             "threads_per_process",
             "profile",
@@ -215,6 +216,11 @@ class TrainConfig(StageConfig):
     )
     compile_model: bool = Field(False, description="Compile each block with torch.compile.")
     gradient_checkpointing: bool = Field(False, description="Recompute each block in the backward pass: less memory, more time.")
+    sharding: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="ddp: each rank holds the whole model; fsdp: the ranks share weights, gradients and optimizer state (FSDP2), "
+        "for models that outgrow one device.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto: CUDA where there is a GPU.")
     threads_per_process: Annotated[int, Field(ge=0)] = Field(
         0, description="CPU threads of each process; 0 shares the cores between the processes of this machine."

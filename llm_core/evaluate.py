@@ -15,6 +15,8 @@ from llm_core.precision import Precision, autocast
 from llm_core.shards import DatasetManifest
 from llm_core.tokenizer import Tokenizer
 
+FIRST_WINDOW = np.zeros(1, dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -69,14 +71,19 @@ def evaluate(
     """
     count = len(windows) if max_tokens == 0 else min(len(windows), -(-max_tokens // windows.max_length))
     mine = np.arange(count, dtype=np.int64)[ranks.rank :: ranks.world_size]
+    longest_share = -(-count // ranks.world_size)
     token_bytes = token_bytes.to(ranks.device)
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for start in range(0, len(mine), batch_size):
-                inputs, targets = (t.to(ranks.device) for t in windows.batch(mine[start : start + batch_size]))
+            # As many passes on every rank, since with FSDP each of them is a collective; one without windows counts nothing.
+            for start in range(0, longest_share, batch_size):
+                rows = mine[start : start + batch_size]
+                inputs, targets = (t.to(ranks.device) for t in windows.batch(rows if len(rows) else FIRST_WINDOW))
+                if not len(rows):
+                    targets.fill_(IGNORE_INDEX)
                 with autocast(precision, ranks.device):
                     nll = model(inputs, targets, per_token=True).double()
                 valid = targets != IGNORE_INDEX

@@ -39,7 +39,9 @@ class Memory:
         return sum(vars(self).values())
 
 
-def estimate_memory(config: TrainConfig, vocab_size: int, micro_batch_size: int, precision: Precision) -> Memory:
+def estimate_memory(
+    config: TrainConfig, vocab_size: int, micro_batch_size: int, precision: Precision, world_size: int = 1
+) -> Memory:
     """Asks autograd what it would keep: the forward pass runs on tensors that have shapes and no memory."""
     model_config = ModelConfig.of(config, vocab_size)
     kept: dict[int, int] = {}
@@ -70,11 +72,15 @@ def estimate_memory(config: TrainConfig, vocab_size: int, micro_batch_size: int,
     if config.optimizer == "muon":
         moments -= sum(size for name, size in parameters.items() if name.startswith("blocks.") and "norm" not in name)
     tokens = inputs.numel()
+    # FSDP holds a share of everything, and whole what is at work: embedding and head, and two blocks, the next one being fetched.
+    sharers = world_size if config.sharding == "fsdp" else 1
+    in_blocks = sum(size for name, size in parameters.items() if name.startswith("blocks."))
+    at_work = all_parameters - in_blocks + 2 * in_blocks // model_config.num_layers if sharers > 1 else 0
     chunk = min(tokens, chunk_rows("cpu", vocab_size)) * vocab_size
     return Memory(
-        weights=4 * all_parameters,
-        gradients=4 * all_parameters,
-        optimizer=4 * moments,
+        weights=4 * (all_parameters // sharers + at_work),
+        gradients=4 * (all_parameters // sharers + at_work),
+        optimizer=4 * moments // sharers,
         activations=activations,
         loss=4 * (vocab_size * model_config.hidden_size + tokens * model_config.hidden_size + 2 * chunk),
     )
@@ -87,7 +93,7 @@ def explain(config: TrainConfig, data: TrainingData, ranks: Ranks) -> dict[str, 
     with torch.device("meta"):
         model = Transformer(ModelConfig.of(config, data.tokenizer.vocab_size))
     parameters, flops = model.num_parameters(), model.flops_per_token()
-    memory = estimate_memory(config, data.tokenizer.vocab_size, micro, precision)
+    memory = estimate_memory(config, data.tokenizer.vocab_size, micro, precision, ranks.world_size)
     tokens_per_step = config.batch_size * data.train.max_length
     tokens = tokens_per_step * config.max_steps
     peak = measure_peak_flops(ranks.device, DTYPES[precision]) * ranks.world_size

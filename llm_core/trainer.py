@@ -1,7 +1,6 @@
 """The training loop: one optimizer step as a pure sequence, and around it validation, checkpoints, metrics and the way out."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
 from llm_core.attention import choose_backend
-from llm_core.checkpoint import TrainingState, require_same, save_checkpoint
+from llm_core.checkpoint import Facts, TrainingState, require_same, save_checkpoint
 from llm_core.checkpoint_files import prune_checkpoints
 from llm_core.config import ModelConfig, TrainConfig
 from llm_core.distributed import Ranks, StopRequest
@@ -25,6 +24,7 @@ from llm_core.precision import DTYPES, autocast, resolve_precision
 from llm_core.profiling import step_profiler
 from llm_core.runlog import RunLog
 from llm_core.schedule import decay_start, learning_rate
+from llm_core.sharding import gradient_sync, load_model_state, load_optimizer_state, spread, whole
 from llm_core.throughput import Throughput, duration, measure_peak_flops
 from llm_core.training_data import TrainingData
 
@@ -58,21 +58,13 @@ class Trainer:
 
         self.model = Transformer(ModelConfig.of(config, data.tokenizer.vocab_size), data.tokenizer.eot_id)
         self.model.init_weights(config.seed)
-        self.model.to(ranks.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.model.backend = choose_backend(config.attention, ranks.device, DTYPES[self.precision])
-        self.optimizers = build_optimizers(self.model, config)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         if config.compile_model:
             _compile_blocks(self.model, ranks.device)
-        self.module: nn.Module = self.model
-        if ranks.world_size > 1:
-            self.module = DistributedDataParallel(
-                self.model,
-                device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                forward_sync_buffers=False,  # the rotary tables are the same everywhere
-            )
+        self.module = spread(self.model, ranks, config.sharding)
+        self.optimizers = build_optimizers(self.model, config)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         self.step = 0  # optimizer steps done
         self.tokens_seen = 0
         self.skipped_steps = 0
@@ -98,13 +90,16 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf, foreach=True)
 
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         totals = ranks.sum(torch.stack((nll, torch.tensor(float(self.stop.requested), device=ranks.device))))
         loss, stops, grad_norm = totals[0].item() / targets, totals[1].item(), norm.item()
         skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
         if not skipped:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
-        self.scaler.update()
+        # Every rank lowers the scale by itself after a skip: with FSDP the overflow may lie in the share of one of them alone.
+        overflow = skipped and self.scaler.is_enabled()
+        self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor() if overflow else None)
 
         self.step += 1
         self.tokens_seen += targets
@@ -124,19 +119,13 @@ class Trainer:
         nll = torch.zeros((), device=self.ranks.device)
         for number, micro_batch in enumerate(micro_batches):
             inputs, labels = self._to_device(self.data.train.batch(micro_batch))
-            with self._gradient_sync(last=number == len(micro_batches) - 1):
+            with gradient_sync(self.module, last=number == len(micro_batches) - 1):
                 with autocast(self.precision, self.ranks.device):
                     micro_nll = self.module(inputs, labels)
                 # DDP averages over the ranks; the loss is the mean over all targets of all ranks.
                 self.scaler.scale(micro_nll * (self.ranks.world_size / targets)).backward()
             nll += micro_nll.detach()
         return nll
-
-    def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients travel once per step: with the last micro-batch."""
-        if last or not isinstance(self.module, DistributedDataParallel):
-            return nullcontext()
-        return self.module.no_sync()
 
     def _to_device(self, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         device = self.ranks.device
@@ -225,11 +214,12 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint on the main rank; every rank returns after it is on disk, or fails with it."""
         error: Exception | None = None
+        state = self.state()
         if self.log is not None:
             try:
                 validated = self.last_validation
                 val_loss = validated[1].loss if validated is not None and validated[0] == self.step else None
-                record = save_checkpoint(self.run_dir, self.state(), val_loss)
+                record = save_checkpoint(self.run_dir, state, val_loss)
                 facts = {name: value for name, value in vars(record).items() if name != "path"}
                 self.log.record({"kind": "checkpoint"} | facts)
                 before_decay = decay_start(self.config) if self.config.lr_schedule == "wsd" else None
@@ -241,15 +231,24 @@ class Trainer:
         self.ranks.main_first_error(error)
 
     def state(self) -> TrainingState:
-        """Everything that `restore` needs. Keys are those of the bare model; a tied matrix is stored once."""
+        """Everything that `restore` needs, the same however the ranks share the model; all ranks call this together.
+
+        Keys are those of the bare model; a tied matrix is stored once. Under FSDP the main rank alone gets the tensors.
+        """
         return {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "model": whole(self.model.state_dict(), self.ranks.is_main),
+            "optimizers": [whole(optimizer.state_dict(), self.ranks.is_main) for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
+            **self._facts(),
+        }
+
+    def _facts(self) -> Facts:
+        """What the run is, whatever its step."""
+        return {
             "run_id": self.run_id,
             "dataset_id": self.data.manifest.dataset_id,
             "tokenizer_id": self.data.tokenizer.tokenizer_id,
@@ -265,8 +264,8 @@ class Trainer:
         Raises:
             UserError: the weights are of another shape or tokenizer; the message names what differs.
         """
-        require_same(path, _shape(state), _shape(self.state()))
-        self.model.load_state_dict(state["model"], strict=True)
+        require_same(path, _shape(state), _shape(self._facts()))
+        load_model_state(self.model, state["model"])
 
     def restore(self, path: Path, state: TrainingState) -> None:
         """Takes over a saved state.
@@ -274,10 +273,10 @@ class Trainer:
         Raises:
             UserError: the checkpoint is of another model, configuration or dataset; the message names what differs.
         """
-        require_same(path, _compared(state), _compared(self.state()))
-        self.model.load_state_dict(state["model"], strict=True)
+        require_same(path, _compared(state), _compared(self._facts()))
+        load_model_state(self.model, state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer_state(optimizer, saved)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
@@ -288,13 +287,13 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _compared(state: TrainingState) -> dict[str, Any]:
+def _compared(state: Facts) -> dict[str, Any]:
     """What must be equal for a resume to go on as if nothing had happened."""
     ids = {name: state[name] for name in ("dataset_id", "tokenizer_id", "parent_checkpoint_id", "run_id")}
     return state["model_config"] | state["train_config"] | ids
 
 
-def _shape(state: TrainingState) -> dict[str, Any]:
+def _shape(state: Facts) -> dict[str, Any]:
     """What must be equal for the weights of one run to begin another: everything that has a part in their shape and meaning."""
     kept = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "tie_embeddings")
     config = {name: state["model_config"][name] for name in (*kept, "rope_theta", "norm_eps")}
