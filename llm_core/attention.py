@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -14,8 +14,10 @@ from llm_core.errors import UserError
 Backend = Literal["flash", "sdpa"]
 
 
-def choose_backend(requested: Literal["auto", "flash", "sdpa"], device: torch.device, dtype: torch.dtype) -> Backend:
-    """Picks the attention implementation; flash-attn needs CUDA (compute capability 8.0 or newer) and bf16 or fp16.
+def choose_backend(
+    requested: Literal["auto", "flash", "sdpa"], device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Backend:
+    """Picks the attention implementation; flash-attn needs CUDA (compute capability 8.0 or newer), bf16 or fp16, heads to 256.
 
     Raises:
         UserError: flash was asked for by name and cannot run here.
@@ -29,8 +31,12 @@ def choose_backend(requested: Literal["auto", "flash", "sdpa"], device: torch.de
         obstacles.append("the GPU is older than compute capability 8.0")
     if dtype not in (torch.bfloat16, torch.float16):
         obstacles.append(f"precision is {dtype}, not bf16 or fp16")
-    if find_spec("flash_attn") is None:
-        obstacles.append("the package flash-attn is not installed (pip install 'textmill[gpu]')")
+    if head_dim > 256:
+        obstacles.append(f"heads are {head_dim} wide, more than 256")
+    try:
+        import_module("flash_attn")
+    except ImportError as error:  # not installed, or built for another PyTorch
+        obstacles.append(f"the package flash-attn cannot be loaded ({error}; pip install 'textmill[gpu]')")
     if not obstacles:
         return "flash"
     if requested == "flash":
@@ -78,6 +84,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend, document
     if backend == "flash":
         return _flash_attention(q, k, v, documents)
     mask = documents.mask if documents is not None else None
+    if q.is_cuda and q.shape[2] != k.shape[2] and (mask is not None or q.dtype == torch.float32):
+        # On CUDA only the flash kernel knows grouped heads, and it takes neither a mask nor fp32: without this, PyTorch would
+        # fall back to the kernel that holds all T x T scores.
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),  # (B, H, T, D)
         k.transpose(1, 2),

@@ -38,6 +38,7 @@ class TrainingState(Facts):
     tokens_seen: int
     skipped_steps: int
     skipped_in_a_row: int
+    precision: str  # that the run was using; on another kind of device it may go on in another
 
 
 def save_checkpoint(run_dir: Path, state: TrainingState, val_loss: float | None) -> CheckpointRecord:
@@ -83,6 +84,9 @@ def load_checkpoint(path: Path) -> TrainingState:
         state: TrainingState = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise DataError(f"{path}: not a readable checkpoint ({error})") from None
+    missing = TrainingState.__required_keys__ - state.keys() if isinstance(state, dict) else {"all"}
+    if missing:
+        raise DataError(f"{path}: not a checkpoint of this version, {', '.join(sorted(missing))} is missing in it")
     return state
 
 
@@ -102,7 +106,10 @@ def require_same(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> 
         if saved.get(name) != present.get(name)
     ]
     if differences:
-        raise UserError(f"{path}: does not fit this run: {'; '.join(differences)}")
+        raise UserError(
+            f"{path}: does not fit this run: {'; '.join(differences)}; give the options and the data that it was made with, or "
+            "begin a new run from its weights with --init_from"
+        )
 
 
 def _canonical(value: Any) -> Any:

@@ -55,6 +55,13 @@ def checkpoint_manifests(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def step_of(manifest: Path) -> int:
+    """The step in the name of a manifest that `checkpoint_manifests` found."""
+    match = _NAME.fullmatch(manifest.name)
+    assert match is not None, manifest
+    return int(match[1])
+
+
 def newest_valid(run_dir: Path) -> tuple[CheckpointRecord | None, list[str]]:
     """The newest checkpoint that verifies, and why each newer one was passed over."""
     damaged = []
@@ -69,18 +76,26 @@ def newest_valid(run_dir: Path) -> tuple[CheckpointRecord | None, list[str]]:
     return None, damaged
 
 
+def sound_records(run_dir: Path) -> list[CheckpointRecord]:
+    """The checkpoints of a run directory that look whole, the newest first; their bytes are not read."""
+    records = []
+    for path in checkpoint_manifests(run_dir):
+        try:
+            record = CheckpointRecord.read(path)
+        except DataError:
+            continue
+        if record.path.is_file() and record.path.stat().st_size == record.bytes:
+            records.append(record)
+    return records
+
+
 def prune_checkpoints(run_dir: Path, keep: int, keep_step: int | None = None) -> list[Path]:
     """Deletes all but the newest `keep` checkpoints, the best validated one and that of `keep_step`, manifests first.
 
     Returns:
         What was deleted.
     """
-    records = []
-    for path in checkpoint_manifests(run_dir):
-        try:
-            records.append(CheckpointRecord.read(path))
-        except DataError:
-            continue  # damaged ones are evidence, not clutter
+    records = sound_records(run_dir)  # a damaged one must not count as kept
     validated = [record for record in records if record.val_loss is not None]
     best = min(validated, key=lambda record: (record.val_loss, -record.step), default=None)
     deleted = []

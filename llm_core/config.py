@@ -32,7 +32,7 @@ Stage = TypeVar("Stage", bound="StageConfig")
 class StageConfig(BaseModel):
     """Base of every stage's configuration: unknown fields are refused, values cannot change once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # Fields that say how a result is reached, not what it is: they do not enter an artifact's id.
     execution_fields: ClassVar[frozenset[str]] = frozenset()
@@ -129,6 +129,7 @@ class TrainConfig(StageConfig):
             "eval_tokens",
             "save_interval",
             "keep_checkpoints",
+            "max_skipped_steps",
         }
     )
 
@@ -156,7 +157,7 @@ class TrainConfig(StageConfig):
         None, description="Overlap between consecutive windows in tokens; default: the dataset's stride."
     )
     document_masking: bool = Field(False, description="Tokens attend only inside their own document; positions restart there.")
-    seed: int = Field(1337, ge=0, description="Seed of the initial weights, the data order and dropout.")
+    seed: int = Field(1337, ge=0, lt=1 << 63, description="Seed of the initial weights, the data order and dropout.")
     source_weights: dict[str, Weight] = Field(
         {},
         description="Share of the windows from each source, as relative weights by top-level folder of the raw text "
@@ -222,8 +223,8 @@ class TrainConfig(StageConfig):
         "for models that outgrow one device.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto: CUDA where there is a GPU.")
-    threads_per_process: Annotated[int, Field(ge=0)] = Field(
-        0, description="CPU threads of each process; 0 shares the cores between the processes of this machine."
+    threads_per_process: int = Field(
+        0, ge=0, le=1024, description="CPU threads of each process; 0 shares the cores between the processes of this machine."
     )
 
     # Watching and keeping.

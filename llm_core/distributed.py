@@ -4,12 +4,13 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from llm_core.config import TrainConfig
 from llm_core.errors import UserError
+
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A rank that waits longer for the others gives up: they are dead or stopped. Gloo's own default is half an hour."""
@@ -35,8 +38,8 @@ class Ranks:
 
     @classmethod
     def alone(cls, device: str = "auto", threads: int = 0, world_size: int = 1) -> "Ranks":
-        """A process by itself, with all cores of the machine unless `threads` says otherwise."""
-        return cls(0, world_size, 0, 1, choose_device(device, 0), threads or len(os.sched_getaffinity(0)))
+        """A process by itself, with its share of the machine's cores unless `threads` says otherwise."""
+        return cls(0, world_size, 0, 1, choose_device(device, 0), threads or _cores_of_each())
 
     @property
     def is_main(self) -> bool:
@@ -53,6 +56,42 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the main rank, on every rank; where it raises there, every rank fails.
+
+        What is read from the disk is read once: ranks of other machines may see other files, or none.
+        """
+        if self.world_size == 1:
+            return make()
+        value: Any = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                value = make()
+            except Exception as failure:
+                error = failure
+        self.main_first_error(error)
+        tensors: list[Tensor] = []
+        skeleton = [_taken_out(value, tensors)]
+        dist.broadcast_object_list(skeleton, device=self.device)
+        return cast(T, self._filled_in(skeleton[0], iter(tensors)))
+
+    def _filled_in(self, value: Any, tensors: Iterator[Tensor]) -> Any:
+        """Puts the main rank's tensors into their slots, one after the other."""
+        if isinstance(value, dict):
+            return {name: self._filled_in(item, tensors) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)([self._filled_in(item, tensors) for item in value])
+        if not isinstance(value, _Slot):
+            return value
+        if self.is_main:
+            own = next(tensors)
+            dist.broadcast(own.to(self.device).contiguous(), src=0)
+            return own
+        received = torch.empty(value.shape, dtype=value.dtype, device=self.device)
+        dist.broadcast(received, src=0)
+        return received.cpu()
+
     def main_first_error(self, error: Exception | None) -> None:
         """Lets every rank fail when the main rank failed at what it does alone, so that none waits for it forever."""
         failed = torch.tensor(float(error is not None), device=self.device)
@@ -60,12 +99,37 @@ class Ranks:
             raise error if error is not None else RuntimeError("another rank failed; its message stands above")
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """Where a tensor stands in a value that travels between the ranks."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _taken_out(value: Any, tensors: list[Tensor]) -> Any:
+    """The same value with slots for its tensors, which are added to `tensors`."""
+    if isinstance(value, dict):
+        return {name: _taken_out(item, tensors) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_taken_out(item, tensors) for item in value])
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _Slot(value.shape, value.dtype)
+    return value
+
+
 def choose_device(requested: str, local_rank: int) -> torch.device:
-    """Raises UserError where CUDA was asked for by name and there is none."""
+    """Raises UserError where CUDA was asked for by name and there is none, or has no GPU for this rank."""
     if requested == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable GPU; use --device auto or cpu")
     if requested == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"--nproc_per_node: rank {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+            "start one process per GPU"
+        )
     return torch.device("cuda", local_rank)
 
 
@@ -76,7 +140,7 @@ def join_ranks(config: TrainConfig, run_dir: Path) -> Iterator[Ranks]:
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = choose_device(config.device, local_rank)
     # torchrun forces one thread per process; without a number of our own a machine's cores are shared evenly.
-    threads = config.threads_per_process or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    threads = config.threads_per_process or _cores_of_each()
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     if device.type == "cuda":
@@ -99,6 +163,10 @@ def join_ranks(config: TrainConfig, run_dir: Path) -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _cores_of_each() -> int:
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _meet_on_this_machine(run_dir: Path) -> str:

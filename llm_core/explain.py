@@ -40,7 +40,12 @@ class Memory:
 
 
 def estimate_memory(
-    config: TrainConfig, vocab_size: int, micro_batch_size: int, precision: Precision, world_size: int = 1
+    config: TrainConfig,
+    vocab_size: int,
+    micro_batch_size: int,
+    precision: Precision,
+    world_size: int = 1,
+    device_type: str = "cpu",
 ) -> Memory:
     """Asks autograd what it would keep: the forward pass runs on tensors that have shapes and no memory."""
     model_config = ModelConfig.of(config, vocab_size)
@@ -76,7 +81,7 @@ def estimate_memory(
     sharers = world_size if config.sharding == "fsdp" else 1
     in_blocks = sum(size for name, size in parameters.items() if name.startswith("blocks."))
     at_work = all_parameters - in_blocks + 2 * in_blocks // model_config.num_layers if sharers > 1 else 0
-    chunk = min(tokens, chunk_rows("cpu", vocab_size)) * vocab_size
+    chunk = min(tokens, chunk_rows(device_type, vocab_size)) * vocab_size
     return Memory(
         weights=4 * (all_parameters // sharers + at_work),
         gradients=4 * (all_parameters // sharers + at_work),
@@ -93,7 +98,7 @@ def explain(config: TrainConfig, data: TrainingData, ranks: Ranks) -> dict[str, 
     with torch.device("meta"):
         model = Transformer(ModelConfig.of(config, data.tokenizer.vocab_size))
     parameters, flops = model.num_parameters(), model.flops_per_token()
-    memory = estimate_memory(config, data.tokenizer.vocab_size, micro, precision, ranks.world_size)
+    memory = estimate_memory(config, data.tokenizer.vocab_size, micro, precision, ranks.world_size, ranks.device.type)
     tokens_per_step = config.batch_size * data.train.max_length
     tokens = tokens_per_step * config.max_steps
     peak = measure_peak_flops(ranks.device, DTYPES[precision]) * ranks.world_size

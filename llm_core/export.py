@@ -14,6 +14,7 @@ from llm_core.checkpoint import load_model
 from llm_core.checkpoint_files import CheckpointRecord, manifest_path
 from llm_core.cli import parse_options, run_tool
 from llm_core.config import ModelConfig, StageConfig
+from llm_core.errors import UserError
 from llm_core.evaluation_file import read_evaluation
 from llm_core.files import atomic_writer, fsync_directory, read_json, sha256_file, write_json
 from llm_core.identity import model_id
@@ -87,7 +88,7 @@ class ExportOptions(StageConfig):
 
     checkpoint: str = Field(description="A checkpoint_step_<N>.pt file, in the folder of its run.")
     data_dir: str = Field("processed_data", description="Folder of the data preparation, which holds the tokenizers.")
-    output_dir: str = Field(description="Directory to write; one that exists is replaced when the new one is whole.")
+    output_dir: str = Field(description="Directory to write; an exported model in it is replaced when the new one is whole.")
     evaluation: str | None = Field(None, description="An evaluation_step_<N>_*.json, to be shown in the model card.")
     reason: str = Field("exported by hand", description="Why this checkpoint is released; kept in textmill.json.")
 
@@ -97,6 +98,7 @@ def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evalua
 
     Raises:
         DataError: the checkpoint, its run.json, its tokenizer or the evaluation is missing or damaged.
+        UserError: the output directory holds something else than an exported model.
     """
     model, state = load_model(checkpoint)
     record = CheckpointRecord.read(manifest_path(checkpoint))
@@ -125,6 +127,9 @@ def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, 
 
     card: text of README.md, the model card. facts: go into textmill.json, with the SHA-256 of every file.
     """
+    directory = directory.absolute()
+    if directory.exists() and not (directory / "textmill.json").is_file() and any(directory.iterdir()):
+        raise UserError(f"--output_dir {directory}: holds files that are not an exported model; name a new or an empty folder")
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -150,10 +155,13 @@ def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, 
         file.write(card.encode())
     files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
     write_json(temporary / "textmill.json", dict(facts) | {"files": files})
+    replaced = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)
     if directory.exists():
-        shutil.rmtree(directory)
+        directory.rename(replaced)
     temporary.rename(directory)
     fsync_directory(directory.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def main() -> None:

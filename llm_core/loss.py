@@ -15,6 +15,8 @@ IGNORE_INDEX = -100
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits of one chunk: about a CPU's last-level cache, a GPU's full occupancy
 
+_FP16_ROWS = 2048
+
 
 def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """NLL of each token in nats without gradients: (...), fp32, 0 where ignored. hidden: (..., C), weight: (V, C)."""
@@ -47,8 +49,12 @@ class _ChunkedNLL(torch.autograd.Function):
         grad_rows = torch.empty_like(rows)
         grad_weight = torch.zeros_like(weight)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, rows.shape[0], chunk_rows(rows.device.type, weight.shape[0])):
-            part = slice(start, start + chunk_rows(rows.device.type, weight.shape[0]))
+        chunk = chunk_rows(rows.device.type, weight.shape[0])
+        if matrix.dtype == torch.float16:
+            # A sum over many rows of one token would overflow, and the loss scale, which comes later, could not help.
+            chunk = min(chunk, _FP16_ROWS)
+        for start in range(0, rows.shape[0], chunk):
+            part = slice(start, start + chunk)
             valid = (targets[part] != IGNORE_INDEX).unsqueeze(1)
             labels = targets[part].unsqueeze(1).clamp(min=0)
             log_probs = F.log_softmax((rows[part] @ matrix.t()).float(), dim=1)  # (rows, V)

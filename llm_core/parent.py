@@ -1,5 +1,6 @@
 """The checkpoint that a run continues from, and the documents that checkpoint has seen."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +18,18 @@ DOCUMENT_STEPS = "document_steps.parquet"
 KNOWN_DOCUMENTS = "known_documents.parquet"
 
 
-def find_parent(init_from: str) -> CheckpointRecord:
+@dataclass(frozen=True)
+class Parent:
+    """A checkpoint as the beginning of another run."""
+
+    checkpoint_id: str
+    run_id: str
+    step: int
+    path: Path | None  # None where the run has begun already and needs the weights no more
+    known: pa.Array | None  # ids of all documents that it and its own parents have seen; None where nobody recorded that
+
+
+def find_parent(init_from: str) -> Parent:
     """The checkpoint behind --init_from, a checkpoint file or a run's folder.
 
     Of a run with the schedule wsd a folder means the checkpoint before the decay, from which training goes on best; of any
@@ -28,40 +40,47 @@ def find_parent(init_from: str) -> CheckpointRecord:
         DataError: it is damaged.
     """
     path = Path(init_from)
+    remedy = "name a checkpoint_step_<N>.pt (with its .json) or its folder"
     if path.is_dir():
-        found = _before_decay(path) or newest_valid(path)[0]
-        if found is None:
-            raise UserError(
-                f"--init_from {init_from}: no whole checkpoint in this folder; name a checkpoint_step_<N>.pt or its folder"
-            )
-        return found
-    if not manifest_path(path).is_file():
-        raise UserError(
-            f"--init_from {init_from}: no such checkpoint; name a checkpoint_step_<N>.pt (with its .json) or its folder"
-        )
-    return CheckpointRecord.read(manifest_path(path))
+        record = _before_decay(path) or newest_valid(path)[0]
+        if record is None:
+            raise UserError(f"--init_from {init_from}: no whole checkpoint in this folder; {remedy}")
+    elif manifest_path(path).is_file():
+        record = CheckpointRecord.read(manifest_path(path))
+    else:
+        raise UserError(f"--init_from {init_from}: no such checkpoint; {remedy}")
+    return Parent(record.checkpoint_id, record.run_id, record.step, record.path, _known_documents(record))
 
 
-def known_documents(parent: CheckpointRecord) -> pa.Array | None:
-    """Ids of all documents that a checkpoint has seen, those of its own parents included; None where its run does not say."""
-    run_dir = parent.path.parent
+def recorded_parent(checkpoint: Path) -> Parent | None:
+    """The parent of the run that a checkpoint belongs to, as that run's own files tell; they outlive the parent's."""
+    run_dir = checkpoint.parent
     state = read_json(run_dir / "run.json") if (run_dir / "run.json").is_file() else {}
-    if state.get("run_id") != parent.run_id or not (run_dir / DOCUMENT_STEPS).is_file():
+    if state.get("run_id") != CheckpointRecord.read(manifest_path(checkpoint)).run_id or state["parent_run_id"] is None:
         return None
-    own = pq.read_table(run_dir / DOCUMENT_STEPS)
-    seen = own.filter(pc.less(own["first_step"], parent.step))["document_id"]
-    inherited = pa.chunked_array([], pa.string())
-    if state["parent_checkpoint_id"] is not None:
-        if not (run_dir / KNOWN_DOCUMENTS).is_file():
-            return None
-        inherited = pq.read_table(run_dir / KNOWN_DOCUMENTS)["document_id"]
-    return pc.unique(pa.chunked_array([*seen.chunks, *inherited.chunks], pa.string()))
+    return Parent(state["parent_checkpoint_id"], state["parent_run_id"], state["parent_step"], None, _inherited(run_dir))
 
 
 def write_known_documents(run_dir: Path, known: pa.Array) -> None:
     """Keeps what a run's parents have seen beside what it sees itself."""
     with atomic_writer(run_dir / KNOWN_DOCUMENTS) as file:
         file.write(parquet_bytes(pa.table({"document_id": known})))
+
+
+def _known_documents(record: CheckpointRecord) -> pa.Array | None:
+    run_dir = record.path.parent
+    state = read_json(run_dir / "run.json") if (run_dir / "run.json").is_file() else {}
+    if state.get("run_id") != record.run_id or not (run_dir / DOCUMENT_STEPS).is_file():
+        return None
+    own = pq.read_table(run_dir / DOCUMENT_STEPS)
+    seen = own.filter(pc.less(own["first_step"], record.step))["document_id"]
+    inherited = pa.array([], pa.string()) if state["parent_run_id"] is None else _inherited(run_dir)
+    return None if inherited is None else pc.unique(pa.chunked_array([*seen.chunks, inherited], pa.string()))
+
+
+def _inherited(run_dir: Path) -> pa.Array | None:
+    path = run_dir / KNOWN_DOCUMENTS
+    return pq.read_table(path)["document_id"].combine_chunks() if path.is_file() else None
 
 
 def _before_decay(run_dir: Path) -> CheckpointRecord | None:

@@ -1,12 +1,15 @@
-"""Where a run starts: from nothing, from a checkpoint that is named, or from the newest that is whole."""
+"""Where a run starts: from nothing, from a checkpoint that is named, or from the newest that is whole. Main rank only."""
 
 import sys
 from pathlib import Path
 from typing import Literal
 
 from llm_core.checkpoint import TrainingState, load_checkpoint
-from llm_core.checkpoint_files import newest_valid
+from llm_core.checkpoint_files import checkpoint_manifests, manifest_path, newest_valid, step_of
 from llm_core.errors import DataError, UserError
+from llm_core.files import read_json
+
+SET_ASIDE = "set_aside"
 
 
 def find_resume_state(
@@ -20,6 +23,9 @@ def find_resume_state(
     """
     if checkpoint is not None:
         path = Path(checkpoint)
+        if not manifest_path(path).is_file():
+            found = "it has no manifest (.json), so it may not be whole" if path.is_file() else "no such file"
+            raise UserError(f"--checkpoint {checkpoint}: {found}; name a checkpoint_step_<N>.pt in the folder it was written to")
         return path, load_checkpoint(path)
     record, damaged = newest_valid(run_dir)
     if resume == "never":
@@ -36,3 +42,28 @@ def find_resume_state(
     for message in damaged:
         print(f"resume: passed over a checkpoint: {message}", file=sys.stderr, flush=True)
     return record.path, load_checkpoint(record.path)
+
+
+def make_room(run_dir: Path, run_id: str, step: int) -> list[Path]:
+    """Prepares a run directory for a run that goes on at `step`: checkpoints after it, whole or not, are set aside.
+
+    They would be taken for this run's own past, and outlive its newest ones. Returns where they are now.
+
+    Raises:
+        UserError: the directory holds the checkpoints of another run.
+    """
+    manifests = checkpoint_manifests(run_dir)
+    if manifests and (run_dir / "run.json").is_file():
+        owner = read_json(run_dir / "run.json")["run_id"]
+        if owner != run_id:
+            raise UserError(
+                f"--save_dir {run_dir}: holds the checkpoints of run {owner}, this is run {run_id}; choose another folder"
+            )
+    moved = []
+    for manifest in manifests:
+        if step_of(manifest) > step:
+            (run_dir / SET_ASIDE).mkdir(exist_ok=True)
+            for path in (manifest, manifest.with_suffix("")):  # the manifest first: without it there is no checkpoint
+                if path.exists():
+                    moved.append(path.rename(run_dir / SET_ASIDE / path.name))
+    return moved

@@ -3,6 +3,7 @@
 import datetime
 import fcntl
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import IO, Any, NoReturn
 
 from tqdm import tqdm
 
+from llm_core.checkpoint_files import CheckpointRecord, sound_records
 from llm_core.errors import UserError
 from llm_core.files import atomic_writer, write_json
 
@@ -35,6 +37,8 @@ class RunLog:
         self.run_dir = run_dir
         self._listener = listener
         self._lock = _lock_directory(run_dir)
+        for left_behind in run_dir.glob(".*.tmp"):  # by a process that was killed while it wrote; nobody else writes here now
+            left_behind.unlink(missing_ok=True)
         self._state: Record = {}
         self._metrics: IO[str] | None = None
         self._bar: tqdm[NoReturn] | None = None
@@ -43,8 +47,12 @@ class RunLog:
         """Starts at `step`: lines of later steps, written before an interruption, are dropped, since they will come again."""
         path = self.run_dir / "metrics.jsonl"
         _drop_after(path, step)
+        told = {record["checkpoint_id"] for record in read_metrics(path) if record["kind"] == "checkpoint"}
         self._metrics = open(path, "a", encoding="utf-8", buffering=1)
         self.update(state)
+        for checkpoint in reversed(sound_records(self.run_dir)):
+            if checkpoint.checkpoint_id not in told:  # killed between the checkpoint and its line
+                self.record_checkpoint(checkpoint)
 
     def update(self, changes: Record) -> None:
         """Changes fields of run.json."""
@@ -57,11 +65,15 @@ class RunLog:
             self.update({"status": "failed", "error": str(error), "finished_at": now()})
 
     def record(self, record: Record) -> None:
-        """Appends one line to metrics.jsonl and hands it to the listener."""
+        """Appends one line to metrics.jsonl and hands it to the listener; what is not finite becomes null, as JSON has no NaN."""
+        record = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
         if self._metrics is not None:
             self._metrics.write(json.dumps(record | {"time": now()}) + "\n")
         if self._listener is not None:
             self._listener(record)
+
+    def record_checkpoint(self, checkpoint: CheckpointRecord) -> None:
+        self.record({"kind": "checkpoint"} | {name: value for name, value in vars(checkpoint).items() if name != "path"})
 
     def say(self, text: str) -> None:
         """A line for the console; on a terminal it stands above the progress bar."""

@@ -12,11 +12,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """
     peak, lowest, warmup = config.learning_rate, config.min_lr, config.warmup_steps
     assert lowest is not None and warmup is not None, "learning_rate needs a resolved configuration"
-    if step < warmup:
-        return peak * (step + 1) / warmup
     last, start = config.max_steps - 1, decay_start(config)
     if step >= last:
         return lowest
+    if step < warmup:
+        return peak * (step + 1) / warmup
     if step <= start:
         return peak
     progress = (step - start) / (last - start)

@@ -1,5 +1,6 @@
 """How fast a run goes, and how much of the machine's matrix-product speed that is."""
 
+import math
 import time
 from collections import deque
 
@@ -13,15 +14,15 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float 
     """
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best, began = 0.0, time.perf_counter()
-    a @ b  # the first call sets things up
-    while time.perf_counter() - began < seconds:
-        _finish(device)
+    a @ b  # the first product sets things up
+    _finish(device)
+    fastest, began = math.inf, time.perf_counter()
+    while fastest == math.inf or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         a @ b
         _finish(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * size**3 / fastest
 
 
 def _finish(device: torch.device) -> None:

@@ -25,7 +25,8 @@ from llm_core.distributed import Ranks, StopRequest, join_ranks
 from llm_core.errors import Preempted, TextmillError
 from llm_core.explain import explain
 from llm_core.files import read_json, write_json
-from llm_core.resume import find_resume_state
+from llm_core.parent import Parent, find_parent, recorded_parent
+from llm_core.resume import find_resume_state, make_room
 from llm_core.runlog import Listener, RunLog, now
 from llm_core.shards import load_manifest
 from llm_core.trainer import Trainer
@@ -64,25 +65,33 @@ def train(
     """
     manifest = load_manifest(data_dir)
     config = config.resolved(manifest.max_length, manifest.stride)
-    with join_ranks(config, run_dir) as ranks, StopRequest() as stop:
-        data = TrainingData.open(data_dir, manifest, config)
-        with _run_log(run_dir, ranks, listener) as log:
-            found = find_resume_state(run_dir, checkpoint, resume)
-            trainer = Trainer(config, data, run_dir, ranks, log, stop)
-            if found is not None:
-                trainer.restore(*found)
-            elif data.parent is not None:
-                trainer.start_from(data.parent.path, load_checkpoint(data.parent.path))
-            if log is not None:
-                data.write_usage(run_dir, data_dir, config)
-                _announce(log, trainer, found)
-            finished = trainer.run()
-            if log is not None:
-                log.update({"status": "finished" if finished else "preempted", "finished_at": now()})
+    with join_ranks(config, run_dir) as ranks, StopRequest() as stop, _run_log(run_dir, ranks, listener) as log:
+        found = ranks.from_main(lambda: find_resume_state(run_dir, checkpoint, resume))
+        parent = ranks.from_main(lambda: _parent(config.init_from, found))
+        trainer = Trainer(config, TrainingData.open(data_dir, manifest, config, parent), run_dir, ranks, log, stop)
+        if found is not None:
+            trainer.restore(*found)
+        elif parent is not None and (path := parent.path) is not None:
+            trainer.start_from(path, ranks.from_main(lambda: load_checkpoint(path)))
+        set_aside = ranks.from_main(lambda: make_room(run_dir, trainer.run_id, trainer.step))
+        if log is not None:
+            trainer.data.write_usage(run_dir, data_dir, config)
+            _announce(log, trainer, found[0] if found is not None else None, set_aside)
+        finished = trainer.run()
+        if log is not None:
+            log.update({"status": "finished" if finished else "preempted", "finished_at": now()})
     if not finished:
         raise Preempted(
             f"stopped on request at step {trainer.step}/{config.max_steps}; saved in {run_dir}, --resume auto goes on"
         )
+
+
+def _parent(init_from: str | None, resumed: tuple[Path, TrainingState] | None) -> Parent | None:
+    """What the weights come from; a run that goes on asks its own files, since the parent's may have changed meanwhile."""
+    if init_from is None:
+        return None
+    recorded = recorded_parent(resumed[0]) if resumed is not None else None
+    return recorded or find_parent(init_from)
 
 
 @contextmanager
@@ -101,7 +110,7 @@ def _run_log(run_dir: Path, ranks: Ranks, listener: Listener | None) -> Iterator
         log.close()
 
 
-def _announce(log: RunLog, trainer: Trainer, resumed: tuple[Path, TrainingState] | None) -> None:
+def _announce(log: RunLog, trainer: Trainer, resumed: Path | None, set_aside: list[Path]) -> None:
     """Writes what this run is, to its files and to the console."""
     config, model, ranks, data = trainer.config, trainer.model, trainer.ranks, trainer.data
     mixture = data.mixture(config)
@@ -151,12 +160,14 @@ def _announce(log: RunLog, trainer: Trainer, resumed: tuple[Path, TrainingState]
         f"attention {model.backend}, micro batch {trainer.micro_batch_size} x {accumulation}"
     )
     if data.parent is not None:
-        log.say(f"weights from {data.parent.path}, step {data.parent.step} of run {data.parent.run_id}")
+        log.say(f"weights from step {data.parent.step} of run {data.parent.run_id}")
     if data.parts is not None:
         for part in mixture:
             log.say(f"{part['share']:7.1%} {part['part']}: {part['windows']:,} windows, {part['epochs']:.2f} epochs")
     if resumed is not None:
-        log.say(f"resumed from {resumed[0]} at step {trainer.step}")
+        log.say(f"resumed from {resumed} at step {trainer.step}")
+    for path in set_aside:
+        log.say(f"set aside, being of a later step: {path}")
 
 
 def _first_start(run_dir: Path, run_id: str) -> str:
@@ -173,7 +184,8 @@ def print_explanation(config: TrainConfig, data_dir: Path) -> None:
     ranks = Ranks.alone(config.device, config.threads_per_process, int(os.environ.get("WORLD_SIZE", 1)))
     if int(os.environ.get("RANK", 0)) == 0:
         torch.set_num_threads(ranks.threads)
-        for name, value in explain(config, TrainingData.open(data_dir, manifest, config), ranks).items():
+        data = TrainingData.open(data_dir, manifest, config, _parent(config.init_from, None))
+        for name, value in explain(config, data, ranks).items():
             print(f"{name:<22} {value}")
 
 
@@ -193,7 +205,8 @@ def main(listener: Listener | None = None) -> None:
             listener=listener,
         )
     except TextmillError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        # One message per machine: what is missing may be missing on one of them alone.
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{PROG}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
 

@@ -59,7 +59,7 @@ class Trainer:
         self.model = Transformer(ModelConfig.of(config, data.tokenizer.vocab_size), data.tokenizer.eot_id)
         self.model.init_weights(config.seed)
         self.model.gradient_checkpointing = config.gradient_checkpointing
-        self.model.backend = choose_backend(config.attention, ranks.device, DTYPES[self.precision])
+        self.model.backend = choose_backend(config.attention, ranks.device, DTYPES[self.precision], self.model.config.head_dim)
         if config.compile_model:
             _compile_blocks(self.model, ranks.device)
         self.module = spread(self.model, ranks, config.sharding)
@@ -109,7 +109,7 @@ class Trainer:
             raise DataError(
                 f"step {self.step}: loss {loss}, gradient norm {grad_norm}; "
                 f"{self.skipped_in_a_row} steps in a row were not finite. The last one read the windows {windows.tolist()}; "
-                "lower --learning_rate or look at their text"
+                "look at their text, or start a new run with a lower --learning_rate"
             )
         return StepResult(loss, grad_norm, rate, skipped, stop=stops > 0)
 
@@ -198,8 +198,7 @@ class Trainer:
             "mfu": clock.mfu,
             "skipped": result.skipped,
         }
-        # JSON has no NaN; a step that was skipped is marked as such.
-        self.log.record({name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()})
+        self.log.record(record)
         text = f"loss {result.loss:.4f} | lr {result.learning_rate:.2e} | grad norm {result.grad_norm:.2f}"
         if clock.tokens_per_second:
             left = duration((self.config.max_steps - self.step) * clock.seconds_per_step)
@@ -220,8 +219,7 @@ class Trainer:
                 validated = self.last_validation
                 val_loss = validated[1].loss if validated is not None and validated[0] == self.step else None
                 record = save_checkpoint(self.run_dir, state, val_loss)
-                facts = {name: value for name, value in vars(record).items() if name != "path"}
-                self.log.record({"kind": "checkpoint"} | facts)
+                self.log.record_checkpoint(record)
                 before_decay = decay_start(self.config) if self.config.lr_schedule == "wsd" else None
                 prune_checkpoints(self.run_dir, self.config.keep_checkpoints, before_decay)
                 self.log.update({"steps_done": self.step, "tokens_seen": self.tokens_seen, "skipped_steps": self.skipped_steps})
@@ -239,6 +237,7 @@ class Trainer:
             "model": whole(self.model.state_dict(), self.ranks.is_main),
             "optimizers": [whole(optimizer.state_dict(), self.ranks.is_main) for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
+            "precision": self.precision,
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "skipped_steps": self.skipped_steps,
@@ -277,6 +276,8 @@ class Trainer:
         load_model_state(self.model, state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             load_optimizer_state(optimizer, saved)
+        if state["precision"] != self.precision and self.log is not None:
+            self.log.say(f"{path}: saved in {state['precision']}, goes on in {self.precision}: the losses will not be the same")
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]

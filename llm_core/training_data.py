@@ -4,17 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from torch import Tensor
 
-from llm_core.checkpoint_files import CheckpointRecord
 from llm_core.config import TrainConfig
 from llm_core.dataset import Windows
 from llm_core.evaluate import token_bytes
 from llm_core.identity import run_id
 from llm_core.mixture import final_shares, plan_mixture
 from llm_core.order import WindowOrder
-from llm_core.parent import DOCUMENT_STEPS, find_parent, known_documents, write_known_documents
+from llm_core.parent import DOCUMENT_STEPS, Parent, write_known_documents
 from llm_core.parts import Parts
 from llm_core.shards import DatasetManifest, TokenizerEntry
 from llm_core.tokenizer import Tokenizer
@@ -30,22 +28,19 @@ class TrainingData:
     val: Windows
     order: WindowOrder
     parts: Parts | None  # of the training text; None: all of it is alike
-    parent: CheckpointRecord | None  # where the weights come from
-    known: pa.Array | None  # ids of the documents that the parent has seen; None where that is unknown
+    parent: Parent | None  # where the weights come from
     token_bytes: Tensor  # (V,) fp64, UTF-8 bytes of each token, 0 for special tokens
 
     @classmethod
-    def open(cls, data_dir: Path, manifest: DatasetManifest, config: TrainConfig) -> "TrainingData":
+    def open(cls, data_dir: Path, manifest: DatasetManifest, config: TrainConfig, parent: Parent | None) -> "TrainingData":
         """Opens both splits as a resolved configuration wants them. Validation windows never overlap.
 
         Raises:
             UserError: the options do not go together with this text or this parent.
-            DataError: a shard, the tokenizer or the parent is missing or damaged.
+            DataError: a shard or the tokenizer is missing or damaged.
         """
         assert config.max_length is not None and config.stride is not None
-        parent = find_parent(config.init_from) if config.init_from is not None else None
-        known = known_documents(parent) if parent is not None else None
-        mixture = plan_mixture(config, data_dir, manifest, known)
+        mixture = plan_mixture(config, data_dir, manifest, parent.known if parent is not None else None)
         parts = mixture.parts if mixture is not None else None
         train = Windows.open(data_dir, manifest, "train", config.max_length, config.stride, parts)
         order = WindowOrder(train.sizes, config.seed)
@@ -60,7 +55,6 @@ class TrainingData:
             order=order,
             parts=parts,
             parent=parent,
-            known=known,
             token_bytes=token_bytes(tokenizer, manifest),
         )
 
@@ -87,5 +81,5 @@ class TrainingData:
     def write_usage(self, run_dir: Path, data_dir: Path, config: TrainConfig) -> None:
         """Writes which documents the run reads when, and which ones its parents have seen, where that is known."""
         write_document_steps(run_dir / DOCUMENT_STEPS, data_dir, self.manifest, self.parts, self.train, self.order, config)
-        if self.known is not None:
-            write_known_documents(run_dir, self.known)
+        if self.parent is not None and self.parent.known is not None:
+            write_known_documents(run_dir, self.parent.known)

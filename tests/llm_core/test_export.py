@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from llm_core.export import _write_directory
+from llm_core.errors import UserError
+from llm_core.export import _write_directory, export_checkpoint
 from llm_core.files import sha256_file
 from llm_core.model import Transformer
 from llm_core.shards import load_manifest
 from llm_core.tokenizer import Tokenizer
 from tests.llm_core.test_model import build
+from tests.llm_core.training import run_train
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -67,3 +69,20 @@ def test_an_export_that_fails_leaves_nothing_that_looks_like_a_model(
     with pytest.raises(OSError, match="No space left"):
         export(build(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path / "run", max_steps=1)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    checkpoint = tmp_path / "run/checkpoint_step_1.pt"
+    with pytest.raises(UserError, match=r"--output_dir .*mine: holds files that are not an exported model"):
+        export_checkpoint(checkpoint, processed_dir, folder, None, "test")
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    # An empty folder and an earlier export are replaced.
+    (folder / "thesis.txt").unlink()
+    for _ in range(2):
+        export_checkpoint(checkpoint, processed_dir, folder, None, "test")
+        assert (folder / "textmill.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"]

@@ -30,7 +30,8 @@ def mixture(*wanted: float) -> Mixture:
 
 def open_data(processed: Path, **options: Any) -> TrainingData:
     manifest = load_manifest(processed)
-    return TrainingData.open(processed, manifest, TrainConfig(**(SMALL | options)).resolved(manifest.max_length, manifest.stride))
+    config = TrainConfig(**(SMALL | options)).resolved(manifest.max_length, manifest.stride)
+    return TrainingData.open(processed, manifest, config, None)
 
 
 @pytest.fixture

@@ -32,6 +32,12 @@ def test_the_documented_flags_train_a_model(processed_dir: Path, tmp_path: Path)
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 32
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_rule_3_every_precision_is_reached_by_its_flag(precision: str, processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path, precision=precision, max_steps=2, batch_size=2)
+    assert json.loads((tmp_path / "run.json").read_text())["precision"] == precision
+
+
 def test_it_runs_as_a_plain_file(processed_dir: Path, tmp_path: Path) -> None:
     options = ["--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--max_steps", "1", "--batch_size", "2"]
     command = [

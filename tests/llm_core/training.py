@@ -11,6 +11,7 @@ import torch
 
 from llm_core.config import TrainConfig
 from llm_core.distributed import Ranks, StopRequest
+from llm_core.parent import find_parent
 from llm_core.shards import load_manifest
 from llm_core.trainer import Trainer
 from llm_core.training_data import TrainingData
@@ -36,7 +37,10 @@ def make_trainer(data_dir: Path, run_dir: Path, **options: Any) -> Trainer:
     assert manifest.max_length is not None and manifest.stride is not None
     config = TrainConfig(**(SMALL | options)).resolved(manifest.max_length, manifest.stride)
     torch.set_num_threads(1)
-    return Trainer(config, TrainingData.open(data_dir, manifest, config), run_dir, Ranks.alone("cpu", 1), None, StopRequest())
+    parent = find_parent(config.init_from) if config.init_from is not None else None
+    return Trainer(
+        config, TrainingData.open(data_dir, manifest, config, parent), run_dir, Ranks.alone("cpu", 1), None, StopRequest()
+    )
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:

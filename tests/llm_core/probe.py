@@ -1,0 +1,104 @@
+"""What test_ranks.py runs under torchrun: two real ranks, looked at from inside. Each writes what it saw into its own file."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from llm_core import trainer as trainer_module
+from llm_core.checkpoint_files import checkpoint_path, manifest_path
+from llm_core.config import TrainConfig
+from llm_core.distributed import Ranks, StopRequest, join_ranks
+from llm_core.runlog import RunLog
+from llm_core.shards import load_manifest
+from llm_core.trainer import Trainer
+from llm_core.training_data import TrainingData
+from tests.llm_core.training import SMALL
+
+
+def look_at_steps(trainer: Trainer) -> dict[str, Any]:
+    """Two steps of four micro-batches: what is sent, with which seeds, and how DDP was set up."""
+    module = trainer.module
+    sent: list[int] = []
+
+    def counting(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        sent.append(bucket.index())
+        return allreduce_hook(state, bucket)
+
+    module.register_comm_hook(None, counting)  # type: ignore[operator]
+    seeds = []
+    for _ in range(2):
+        seeds.append(trainer_module._step_seed(trainer.config.seed, trainer.step, trainer.ranks.rank))
+        drawn = torch.get_rng_state()
+        trainer.train_step()
+        assert not torch.equal(drawn, torch.get_rng_state())
+        seeds.append(torch.initial_seed())
+    return {
+        "buckets_sent": len(sent),
+        "buckets": len(set(sent)),
+        "seeds": seeds,
+        "gradient_as_bucket_view": module.gradient_as_bucket_view,
+        "find_unused_parameters": module.find_unused_parameters,
+        "buffers_sent": bool(module.will_sync_module_buffers()),  # type: ignore[operator]
+        "windows": trainer.data.order.windows_of_step(0, trainer.config.batch_size).tolist(),
+    }
+
+
+def look_at_a_save(trainer: Trainer) -> dict[str, Any]:
+    """A slow save: whether the file is there when `save` returns."""
+    original = trainer_module.save_checkpoint
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(1)
+        return original(*arguments)
+
+    trainer_module.save_checkpoint = slow
+    trainer.train_step()
+    trainer.save()
+    return {"on_disk": manifest_path(checkpoint_path(trainer.run_dir, 1)).exists()}
+
+
+def fail_on_rank_1(trainer: Trainer) -> dict[str, Any]:
+    trainer.train_step()
+    if trainer.ranks.rank == 1:
+        raise ArithmeticError("something that only rank 1 knows of")
+    trainer.train_step()
+    return {}
+
+
+def lose_a_share(trainer: Trainer) -> dict[str, Any]:
+    """A gradient that overflows on rank 1 alone: what each rank makes of it."""
+    trainer.train_step()
+    if trainer.ranks.rank == 1:
+
+        def overflow(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            output.register_hook(lambda gradient: gradient * float("inf"))
+
+        trainer.model.norm.register_forward_hook(overflow)
+    before = trainer.scaler.get_scale()
+    result = trainer.train_step()
+    return {"skipped": result.skipped, "lowered": trainer.scaler.get_scale() < before, "scale": trainer.scaler.get_scale()}
+
+
+@record
+def main() -> None:
+    scenario, data_dir, run_dir, options = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+    manifest = load_manifest(data_dir)
+    config = TrainConfig(**(SMALL | {"threads_per_process": 1, "device": "cpu"} | options)).resolved(64, 0)
+    with join_ranks(config, run_dir) as ranks, StopRequest() as stop:
+        assert isinstance(ranks, Ranks)
+        log = RunLog(run_dir) if ranks.is_main else None
+        trainer = Trainer(config, TrainingData.open(data_dir, manifest, config, None), run_dir, ranks, log, stop)
+        seen = globals()[scenario](trainer)
+        (run_dir / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()
