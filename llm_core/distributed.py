@@ -3,23 +3,23 @@
 import ctypes
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llm_core.config import TrainConfig
 from llm_core.errors import UserError
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A rank that waits longer for the others gives up: they are dead or stopped. Gloo's own default is half an hour."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,24 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
+    def require_same(self, facts: Mapping[str, Any]) -> None:
+        """Compares `facts` with those of the main rank: machines that differ would train on, wrongly, or wait for each other.
+
+        Raises:
+            UserError: on every rank; the message names the first fact that differs and both values.
+        """
+        if self.world_size == 1:
+            return
+        of_rank: list[Any] = [None] * self.world_size
+        dist.all_gather_object(of_rank, dict(facts))
+        for rank, others in enumerate(of_rank):
+            for name, value in of_rank[0].items():
+                if others[name] != value:
+                    raise UserError(
+                        f"{name} is {value} on rank 0 and {others[name]} on rank {rank}; "
+                        "start every machine with the same flags, data and checkpoints"
+                    )
+
     def main_first_error(self, error: Exception | None) -> None:
         """Lets every rank fail when the main rank failed at what it does alone, so that none waits for it forever."""
         failed = torch.tensor(float(error is not None), device=self.device)
@@ -85,20 +103,47 @@ def join_ranks(config: TrainConfig, run_dir: Path) -> Iterator[Ranks]:
         die_with_parent()
     if world_size > 1:
         init_method = "env://"
-        if world_size == local_world_size and sys.platform == "linux":
+        if world_size > local_world_size:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(os.environ["MASTER_ADDR"]))
+        elif sys.platform == "linux":
             init_method = _meet_on_this_machine(run_dir)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             init_method=init_method,
             rank=rank,
             world_size=world_size,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timedelta(seconds=config.collective_timeout),
         )
     try:
         yield Ranks(rank, world_size, local_rank, local_world_size, device, threads)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def interface_towards(host: str) -> str:
+    """The network interface from which this machine reaches `host`.
+
+    Gloo by itself takes the interface of the address that this machine's name stands for, which is often 127.0.1.1.
+
+    Raises:
+        UserError: no route leads to the host.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # sends nothing: the kernel only looks up the route
+            source = probe.getsockname()[0].split("%")[0]
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR {host}: cannot be reached from this machine ({error}); torchrun's --master_addr, or with a rendezvous "
+            "the first machine's --local-addr, must be an address that every machine can reach"
+        ) from error
+    return next(
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(entry.address.split("%")[0] == source for entry in addresses)
+    )
 
 
 def _meet_on_this_machine(run_dir: Path) -> str:

@@ -86,6 +86,10 @@ def train(
         data = open_data(data_dir, manifest, config)
         with _run_log(run_dir, ranks, listener) as log:
             found = find_resume_state(run_dir, checkpoint, resume)
+            ranks.require_same(
+                config.model_dump(exclude={"threads_per_process"})
+                | {"dataset_id": data.dataset_id, "step to start from": found[1]["step"] if found is not None else 0}
+            )
             trainer = Trainer(config, data, run_dir, ranks, log, stop)
             if found is not None:
                 trainer.restore(*found)
@@ -200,7 +204,7 @@ def main(listener: Listener | None = None) -> None:
             listener=listener,
         )
     except TextmillError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on each machine: it may be this one's data that is missing
             print(f"{PROG}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
 
