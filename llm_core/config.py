@@ -123,6 +123,7 @@ class TrainConfig(StageConfig):
             "sharding",
             "device",
             "threads_per_process",
+            "collective_timeout",
             "profile",
             "log_interval",
             "eval_interval",
@@ -225,6 +226,13 @@ class TrainConfig(StageConfig):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto: CUDA where there is a GPU.")
     threads_per_process: int = Field(
         0, ge=0, le=1024, description="CPU threads of each process; 0 shares the cores between the processes of this machine."
+    )
+    collective_timeout: int = Field(
+        600,
+        ge=10,
+        le=86400,
+        description="Seconds a rank waits for the others before the run fails, as after a cut link; "
+        "longer than the first rank takes to save a checkpoint.",
     )
 
     # Watching and keeping.

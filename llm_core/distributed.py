@@ -3,8 +3,9 @@
 import ctypes
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, cast
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,8 +23,7 @@ from llm_core.errors import UserError
 
 T = TypeVar("T")
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A rank that waits longer for the others gives up: they are dead or stopped. Gloo's own default is half an hour."""
+_groups: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,24 @@ class Ranks:
         dist.broadcast(received, src=0)
         return received.cpu()
 
+    def require_same(self, facts: Mapping[str, Any]) -> None:
+        """Compares `facts` with those of the main rank: machines that differ would train on, wrongly, or wait for each other.
+
+        Raises:
+            UserError: on every rank; the message names the first fact that differs and both values.
+        """
+        if self.world_size == 1:
+            return
+        of_rank: list[Any] = [None] * self.world_size
+        dist.all_gather_object(of_rank, dict(facts))
+        for rank, others in enumerate(of_rank):
+            for name, value in of_rank[0].items():
+                if others[name] != value:
+                    raise UserError(
+                        f"{name} is {value} on rank 0 and {others[name]} on rank {rank}; "
+                        "start every machine with the same flags and data"
+                    )
+
     def main_first_error(self, error: Exception | None) -> None:
         """Lets every rank fail when the main rank failed at what it does alone, so that none waits for it forever."""
         failed = torch.tensor(float(error is not None), device=self.device)
@@ -149,15 +168,20 @@ def join_ranks(config: TrainConfig, run_dir: Path) -> Iterator[Ranks]:
         die_with_parent()
     if world_size > 1:
         init_method = "env://"
-        if world_size == local_world_size and sys.platform == "linux":
+        if world_size > local_world_size:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(os.environ["MASTER_ADDR"]))
+        elif sys.platform == "linux":
             init_method = _meet_on_this_machine(run_dir)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             init_method=init_method,
             rank=rank,
             world_size=world_size,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timedelta(seconds=config.collective_timeout),
         )
+        # Whoever lets go of the group last ends its threads. DDP's reducer would do so holding Python's lock, for which one of
+        # them may be waiting: the process would hang at its end. This reference outlives it, and lets go without the lock.
+        _groups.append(dist.group.WORLD)
     try:
         yield Ranks(rank, world_size, local_rank, local_world_size, device, threads)
     finally:
@@ -167,6 +191,31 @@ def join_ranks(config: TrainConfig, run_dir: Path) -> Iterator[Ranks]:
 
 def _cores_of_each() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def interface_towards(host: str) -> str:
+    """The network interface from which this machine reaches `host`.
+
+    Gloo by itself takes the interface of the address that this machine's name stands for, which is often 127.0.1.1.
+
+    Raises:
+        UserError: no route leads to the host.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # sends nothing: the kernel only looks up the route
+            source = probe.getsockname()[0].split("%")[0]
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR {host}: cannot be reached from this machine ({error}); torchrun's --master_addr, or with a rendezvous "
+            "the first machine's --local-addr, must be an address that every machine can reach"
+        ) from error
+    return next(
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(entry.address.split("%")[0] == source for entry in addresses)
+    )
 
 
 def _meet_on_this_machine(run_dir: Path) -> str:

@@ -17,6 +17,7 @@ def step_profiler(steps: str | None, directory: Path, rank: int) -> Iterator[Cal
         yield lambda: None
         return
     start, end = (int(number) for number in steps.split(":"))
+    directory.mkdir(parents=True, exist_ok=True)  # on other machines than the first rank's it may not be there yet
     path = directory / f"trace_rank{rank}.json"
     with profile(
         schedule=schedule(wait=start, warmup=0, active=end - start, repeat=1),

@@ -66,6 +66,7 @@ def train(
     manifest = load_manifest(data_dir)
     config = config.resolved(manifest.max_length, manifest.stride)
     with join_ranks(config, run_dir) as ranks, StopRequest() as stop, _run_log(run_dir, ranks, listener) as log:
+        ranks.require_same(config.model_dump(exclude={"threads_per_process"}) | {"dataset_id": manifest.dataset_id})
         found = ranks.from_main(lambda: find_resume_state(run_dir, checkpoint, resume))
         parent = ranks.from_main(lambda: _parent(config.init_from, found))
         trainer = Trainer(config, TrainingData.open(data_dir, manifest, config, parent), run_dir, ranks, log, stop)

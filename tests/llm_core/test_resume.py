@@ -9,8 +9,7 @@ import pytest
 
 from llm_core.checkpoint_files import checkpoint_manifests, newest_valid
 from llm_core.runlog import read_metrics
-from tests.llm_core.test_trainer import assert_same_state, train_lines
-from tests.llm_core.training import make_trainer, run_train
+from tests.llm_core.training import assert_same_state, make_trainer, run_train, train_lines
 
 SAVING: dict[str, Any] = {"save_interval": 2, "keep_checkpoints": 5}
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.llm_core.test_trainer import assert_same_state, train_lines
-from tests.llm_core.training import run_train
+from tests.llm_core.training import assert_same_state, run_train, train_lines
 
 pytestmark = pytest.mark.slow
 

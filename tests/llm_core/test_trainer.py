@@ -11,31 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from llm_core.checkpoint import load_checkpoint, load_model
+from llm_core.checkpoint import load_model
 from llm_core.config import TrainConfig
 from llm_core.errors import DataError, UserError
 from llm_core.loss import IGNORE_INDEX
 from llm_core.precision import resolve_precision
 from llm_core.runlog import read_metrics
-from tests.llm_core.training import gradients, make_trainer, run_train
-
-
-def train_lines(run_dir: Path) -> list[dict[str, Any]]:
-    """What the metrics say of the training steps, times and rates apart."""
-    timed = {"time", "tokens_per_second", "mfu"}
-    lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
-
-
-def assert_same_state(one: Path, other: Path, **tolerance: float) -> None:
-    """Weights and optimizer state of two checkpoints are equal, bit for bit unless a tolerance is given."""
-    first, second = load_checkpoint(one), load_checkpoint(other)
-    for name, weight in first["model"].items():
-        torch.testing.assert_close(weight, second["model"][name], **(tolerance or {"rtol": 0, "atol": 0}))
-    for saved, other_saved in zip(first["optimizers"], second["optimizers"], strict=True):
-        for number, entry in saved["state"].items():
-            for name, value in entry.items():
-                torch.testing.assert_close(value, other_saved["state"][number][name], **(tolerance or {"rtol": 0, "atol": 0}))
+from tests.llm_core.training import assert_same_state, gradients, make_trainer, run_train, train_lines
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from llm_core.checkpoint import load_checkpoint
 from llm_core.config import TrainConfig
 from llm_core.distributed import Ranks, StopRequest
 from llm_core.parent import find_parent
+from llm_core.runlog import read_metrics
 from llm_core.shards import load_manifest
 from llm_core.trainer import Trainer
 from llm_core.training_data import TrainingData
@@ -54,14 +56,37 @@ def flags(options: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
+def train_arguments(data_dir: Path, save_dir: Path, **options: Any) -> list[str]:
+    """What follows a launcher: the training tool with a small model, on one thread per process."""
+    folders = ["--data_dir", str(data_dir), "--save_dir", str(save_dir)]
+    return ["-m", "llm_core.train", *folders, *flags(SMALL | {"threads_per_process": 1, "device": "cpu"} | options)]
+
+
 def run_train(
     data_dir: Path, save_dir: Path, ranks: int = 0, arguments: Sequence[str] = (), check: bool = True, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Runs the training tool, under torchrun where `ranks` is given, on one thread per process."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks else [sys.executable]
-    command = [*launcher, "-m", "llm_core.train", "--data_dir", str(data_dir), "--save_dir", str(save_dir)]
-    command += flags(SMALL | {"threads_per_process": 1, "device": "cpu"} | options)
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [*launcher, *train_arguments(data_dir, save_dir, **options), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if check:
         assert done.returncode == 0, done.stderr
     return done
+
+
+def train_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """What the metrics say of the training steps, times and rates apart."""
+    timed = {"time", "tokens_per_second", "mfu"}
+    lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def assert_same_state(one: Path, other: Path, **tolerance: float) -> None:
+    """Weights and optimizer state of two checkpoints are equal, bit for bit unless a tolerance is given."""
+    first, second = load_checkpoint(one), load_checkpoint(other)
+    for name, weight in first["model"].items():
+        torch.testing.assert_close(weight, second["model"][name], **(tolerance or {"rtol": 0, "atol": 0}))
+    for saved, other_saved in zip(first["optimizers"], second["optimizers"], strict=True):
+        for number, entry in saved["state"].items():
+            for name, value in entry.items():
+                torch.testing.assert_close(value, other_saved["state"][number][name], **(tolerance or {"rtol": 0, "atol": 0}))
