@@ -6,10 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llm_core.corpus.readers import KEPT
-
-HARMLESS = frozenset({KEPT, "duplicate", "blank"})
-"""Every other status of a file or document is a quarantine: something is wrong with what was fed in."""
+from llm_core.corpus.records import HARMLESS, KEPT
 
 LISTED_QUARANTINES = 100
 

@@ -13,11 +13,16 @@ from llm_core.errors import UserError
 Format = Literal["text", "jsonl"]
 
 _FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "jsonl"}
+_COMPRESSIONS = (".gz", ".zst")
+
+READABLE = ".txt, .md or .jsonl"
+"""For messages; each of these may also end in .gz or .zst."""
 
 
 def format_of(path: str) -> Format | None:
     """Format of a file by its name, compressed or not; None for a name we do not read."""
-    return _FORMATS.get(PurePosixPath(path.lower().removesuffix(".gz")).suffix)
+    name = PurePosixPath(path.lower())
+    return _FORMATS.get(PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSIONS else name.suffix)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def walk(input_dir: Path) -> Folder:
         UserError: the folder is missing or cannot be listed.
     """
     if not input_dir.is_dir():
-        raise UserError(f"--input_dir {input_dir}: no such folder; create it and put .txt, .md or .jsonl files into it")
+        raise UserError(f"--input_dir {input_dir}: no such folder; create it and put {READABLE} files into it")
     root = os.path.realpath(input_dir)
     found = Folder()
     for path, entry in _entries(root, "", found.skipped):

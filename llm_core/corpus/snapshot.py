@@ -6,58 +6,27 @@ snapshots/<snapshot_id>.json               totals and the digests of both tables
 snapshots/file_index.parquet               size, time and inode of the files at the last look: a cache, never the truth
 """
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus.accounting import byte_totals, file_changes, quarantine
-from llm_core.corpus.folder import Stamp, walk
-from llm_core.corpus.readers import KEPT, FileFacts, read_file
+from llm_core.corpus.duplicates import mark_duplicates
+from llm_core.corpus.file_index import last_look, let_the_clock_tick, remember_look
+from llm_core.corpus.folder import READABLE, Stamp, walk
+from llm_core.corpus.readers import read_file
+from llm_core.corpus.records import DOCUMENTS_SCHEMA, FILES_SCHEMA, KEPT, FileFacts, Rows
 from llm_core.errors import DataError, UserError
 from llm_core.files import atomic_writer, content_id, read_json, verify_file, write_json
 from llm_core.tables import parquet_bytes
 
 FORMAT_VERSION = 1
-
-FILES_SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),
-        ("bytes", pa.int64()),
-        ("sha256", pa.string()),
-        ("status", pa.string()),
-        ("detail", pa.string()),
-        ("documents", pa.int64()),
-        ("byte_order_mark", pa.int64()),
-        ("jsonl_envelope", pa.int64()),
-    ]
-)
-DOCUMENTS_SCHEMA = pa.schema(
-    [
-        ("document_id", pa.string()),
-        ("path", pa.string()),
-        ("start", pa.int64()),
-        ("end", pa.int64()),
-        ("text_start", pa.int64()),
-        ("bytes", pa.int64()),
-        ("characters", pa.int64()),
-        ("split", pa.string()),
-        ("status", pa.string()),
-    ]
-)
-_INDEX_SCHEMA = pa.schema([("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("inode", pa.uint64())])
-
-_INDEX_FILE = Path("snapshots", "file_index.parquet")
-_ROWS_PER_BATCH = 1 << 16
-_CLOCK_TICK = 0.02
-"""Seconds; two writes to a file within one tick of the file system's clock (10 ms at most) can leave the same mtime."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +69,19 @@ def take_snapshot(
     folder = walk(input_dir)
     if not folder.files:
         raise UserError(
-            f"--input_dir {input_dir}: no .txt, .md or .jsonl file in it, nor one of these with .gz"
+            f"--input_dir {input_dir}: no {READABLE} file in it, nor one of these with .gz or .zst"
             f" ({folder.ignored} other files, {folder.skipped.total()} skipped); put text files there or name another folder"
         )
-    _let_the_clock_tick(folder.files.values())
-    parent, stamps = _last_look(processed_dir)
+    let_the_clock_tick(folder.files.values())
+    parent_id, stamps = last_look(processed_dir)
+    parent = _intact_snapshot(processed_dir, parent_id) if parent_id else None
     known: dict[str, FileFacts] = {}
     if parent and parent.summary["config"] == config.identity():
         rows = (FileFacts(**row) for row in parent.files.to_pylist())
         known = {row.path: row for row in rows if row.path in folder.files and stamps.get(row.path) == folder.files[row.path]}
 
     files: list[FileFacts] = []
-    fresh = _Rows(DOCUMENTS_SCHEMA)
+    fresh = Rows(DOCUMENTS_SCHEMA)
     seen: dict[str, Stamp | None] = {}
     for done, (path, stamp) in enumerate(folder.files.items(), start=1):
         if path in known:
@@ -130,8 +100,8 @@ def take_snapshot(
         tables = [fresh.table()]
         if parent:
             tables.append(parent.documents.filter(pc.is_in(parent.documents["path"], value_set=pa.array(known, pa.string()))))
-        documents_table = _first_of_each(pa.concat_tables(tables))
-        files_table = _Rows(FILES_SCHEMA, files).table()
+        documents_table = mark_duplicates(pa.concat_tables(tables))
+        files_table = Rows(FILES_SCHEMA, files).table()
         summary = {
             "format_version": FORMAT_VERSION,
             "snapshot_id": snapshot_id,
@@ -147,7 +117,7 @@ def take_snapshot(
         }
         _check_usable(input_dir, config, summary)
         snapshot = _publish(processed_dir, summary, files_table, documents_table)
-    _remember_look(processed_dir, snapshot_id, seen)
+    remember_look(processed_dir, snapshot_id, seen)
     return snapshot
 
 
@@ -177,45 +147,6 @@ def _intact_snapshot(processed_dir: Path, snapshot_id: str) -> Snapshot | None:
         return None
 
 
-class _Rows:
-    """Collects rows into Arrow batches, so that few of them are Python objects at any time."""
-
-    def __init__(self, schema: pa.Schema, rows: Iterable[tuple[Any, ...]] = ()) -> None:
-        self._schema = schema
-        self._batches: list[pa.RecordBatch] = []
-        self._pending = list(rows)
-
-    def extend(self, rows: Iterable[tuple[Any, ...]]) -> None:
-        self._pending.extend(rows)
-        if len(self._pending) >= _ROWS_PER_BATCH:
-            self._flush()
-
-    def table(self) -> pa.Table:
-        self._flush()
-        return pa.Table.from_batches(self._batches, self._schema)
-
-    def _flush(self) -> None:
-        if self._pending:
-            columns = zip(zip(*self._pending, strict=True), self._schema.types, strict=True)
-            self._batches.append(pa.record_batch([pa.array(values, kind) for values, kind in columns], schema=self._schema))
-            self._pending = []
-
-
-def _first_of_each(documents: pa.Table) -> pa.Table:
-    """Sorts the documents and keeps the first of each text; the others are marked as duplicates."""
-    documents = documents.sort_by([("path", "ascending"), ("start", "ascending"), ("text_start", "ascending")])
-    # What was a duplicate in the parent may be the first now.
-    status = pc.if_else(pc.equal(documents["status"], "duplicate"), KEPT, documents["status"])
-    usable = pc.equal(status, KEPT).to_numpy()
-    # Dictionary codes count up in order of first appearance: a first appearance is a code above all codes before it.
-    ids = documents["document_id"].filter(pa.array(usable)).combine_chunks()
-    codes = ids.dictionary_encode().indices.to_numpy()
-    repeated = np.zeros(len(usable), dtype=bool)
-    repeated[usable] = codes <= np.maximum.accumulate(np.concatenate([[-1], codes]))[:-1]
-    status = pc.if_else(pa.array(repeated), "duplicate", status)
-    return documents.set_column(documents.schema.get_field_index("status"), "status", status)
-
-
 def _check_usable(input_dir: Path, config: CorpusConfig, summary: dict[str, Any]) -> None:
     documents, size = summary["documents"], summary["bytes_kept"]
     if not documents:
@@ -241,29 +172,3 @@ def _publish(processed_dir: Path, summary: dict[str, Any], files: pa.Table, docu
             summary[f"{name}_table"] = {"file": path.name, "sha256": file.sha256()}
     write_json(processed_dir / "snapshots" / f"{summary['snapshot_id']}.json", summary)
     return Snapshot(summary, files, documents)
-
-
-def _let_the_clock_tick(stamps: Iterable[Stamp]) -> None:
-    """After this a further write to any of the files shows in its mtime, so that an equal stamp means equal content."""
-    newest = max(stamp.mtime_ns for stamp in stamps) / 1e9
-    time.sleep(max(0.0, min(newest + _CLOCK_TICK - time.time(), _CLOCK_TICK)))
-
-
-def _last_look(processed_dir: Path) -> tuple[Snapshot | None, dict[str, Stamp]]:
-    """The snapshot taken last and the files' stamps of that moment; nothing if the cache is lost or unreadable."""
-    try:
-        index = pq.read_table(processed_dir / _INDEX_FILE)
-        snapshot_id = index.schema.metadata[b"snapshot_id"].decode()
-        stamps = {row["path"]: Stamp(row["size"], row["mtime_ns"], row["inode"]) for row in index.to_pylist()}
-    except (OSError, KeyError, TypeError, pa.ArrowException):
-        return None, {}
-    return _intact_snapshot(processed_dir, snapshot_id), stamps
-
-
-def _remember_look(processed_dir: Path, snapshot_id: str, stamps: dict[str, Stamp | None]) -> None:
-    rows = [(path, stamp.size, stamp.mtime_ns, stamp.inode) for path, stamp in stamps.items() if stamp]
-    content = parquet_bytes(_Rows(_INDEX_SCHEMA.with_metadata({"snapshot_id": snapshot_id}), rows).table())
-    path = processed_dir / _INDEX_FILE
-    if not path.is_file() or path.read_bytes() != content:
-        with atomic_writer(path) as file:
-            file.write(content)

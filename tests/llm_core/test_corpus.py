@@ -7,19 +7,25 @@ import os
 import shutil
 import socket
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_core.config import CorpusConfig
-from llm_core.corpus import Snapshot, folder, iter_texts, load_snapshot, readers, take_snapshot
+from llm_core.corpus import Snapshot, content, documents, folder, iter_texts, load_snapshot, readers, take_snapshot, text_formats
 from llm_core.errors import DataError, UserError
 
 # With half of the documents on each side, a handful is enough for both.
 HALF = CorpusConfig(val_fraction=0.49, max_document_bytes=256)
+
+
+# One name for each way of reading.
+NAMES = ["a.txt", "b.jsonl", "c.md.gz", "d.jsonl.zst"]
 
 
 def fill(directory: Path, count: int = 16) -> None:
@@ -62,6 +68,10 @@ def texts_of(snapshot: Snapshot, raw: Path) -> list[str]:
     return list(iter_texts(raw, snapshot.kept_documents(), snapshot.text_field))
 
 
+def zstd(data: bytes) -> bytes:
+    return bytes(pa.compress(data, codec="zstd", asbytes=True))
+
+
 def write_jsonl(path: Path, *values: Any) -> None:
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
 
@@ -78,15 +88,43 @@ def test_reads_every_format_in_sorted_order_through_nested_folders(raw: Path, ou
     write_jsonl(raw / "z.jsonl", {"text": "line one", "id": 1}, {"id": 2, "text": "line two, né"})
     with gzip.open(raw / "z.jsonl.gz", "wt") as file:
         file.write(json.dumps({"text": "squeezed line"}))
+    (deep / "two.txt.zst").write_bytes(zstd(b"squeezed more"))
+    (raw / "z.jsonl.zst").write_bytes(zstd(json.dumps({"text": "line squeezed more"}).encode()))
     (raw / "picture.png").write_bytes(b"\x89PNG")
     snapshot = take_snapshot(raw, out, HALF)
     paths = snapshot.files["path"].to_pylist()
     assert paths == sorted(paths)
-    assert paths[:2] == ["a/b/one.md", "a/b/two.txt.gz"]
+    assert paths[:3] == ["a/b/one.md", "a/b/two.txt.gz", "a/b/two.txt.zst"]
     assert snapshot.summary["files_ignored"] == 1
     texts = texts_of(snapshot, raw)
-    assert texts[:2] == ["markdown", "squeezed"]
-    assert texts[-3:] == ["line one", "line two, né", "squeezed line"]
+    assert texts[:3] == ["markdown", "squeezed", "squeezed more"]
+    assert texts[-4:] == ["line one", "line two, né", "squeezed line", "line squeezed more"]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstd])
+def test_compressed_files_of_many_parts_are_one_stream_read_in_any_order(
+    pack: Callable[[bytes], bytes], raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.dumps({"text": f"Line {n}: {'ü' * n}"}).encode() + b"\n" for n in range(200)]
+    suffix = "gz" if pack is gzip.compress else "zst"
+    (raw / f"a.jsonl.{suffix}").write_bytes(b"".join(pack(b"".join(lines[n : n + 70])) for n in range(0, 200, 70)))
+    monkeypatch.setattr(content, "BLOCK", 500)
+    snapshot = take_snapshot(raw, out, CorpusConfig(val_fraction=0.49))
+    rows = snapshot.kept_documents().slice(0, 200)
+    backwards = rows.take(list(reversed(range(200))))
+    assert list(iter_texts(raw, backwards, "text")) == [f"Line {n}: {'ü' * n}" for n in reversed(range(200))]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-7], lambda data: data + b"more", lambda data: b"plain", lambda data: data[:30] + b"\0" * 9 + data[39:]],
+    ids=["truncated", "followed by something else", "not compressed at all", "overwritten"],
+)
+def test_a_damaged_zst_file_is_quarantined_and_its_bytes_are_counted(damage: Any, raw: Path, out: Path) -> None:
+    (raw / "a.txt.zst").write_bytes(damage(zstd(os.urandom(3000).hex().encode())))
+    snapshot = take_snapshot(raw, out, HALF)
+    assert statuses(snapshot)["a.txt.zst"] == "unreadable_zstd"
+    assert_bytes_add_up(snapshot)
 
 
 def test_text_field_names_the_field_of_jsonl_lines(raw: Path, out: Path) -> None:
@@ -126,7 +164,7 @@ def test_hidden_files_links_out_of_the_folder_and_special_files_are_skipped(raw:
 def test_long_text_is_divided_without_losing_a_byte(text: str, limit: int) -> None:
     data, start, pieces = text.encode(), 0, []
     while start < len(data):
-        end = readers.piece_end(data, start, limit)
+        end = documents.piece_end(data, start, limit)
         pieces.append(data[start:end])
         start = end
     assert b"".join(pieces) == data
@@ -137,7 +175,7 @@ def test_long_text_is_divided_without_losing_a_byte(text: str, limit: int) -> No
 def test_division_does_not_depend_on_how_much_is_read_at_once(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (raw / "long.txt").write_text("".join(f"Zeile {n}: Größe\n" for n in range(500)) + "ü" * 1000)
     whole = take_snapshot(raw, out, HALF)
-    monkeypatch.setattr(readers, "_BLOCK", 7)
+    monkeypatch.setattr(text_formats, "BLOCK", 7)
     assert take_snapshot(raw, out.with_name("out2"), HALF).documents.equals(whole.documents)
     assert max(whole.documents["bytes"].to_pylist()) <= 256
     pieces = [text for text in texts_of(whole, raw) if "Zeile" in text or "ü" in text]
@@ -193,7 +231,7 @@ def test_rule_34_bytes_read_are_kept_or_dropped_by_reason(raw: Path, out: Path) 
 
 
 @settings(max_examples=30, deadline=None)
-@given(files=st.lists(st.tuples(st.sampled_from(["a.txt", "b.jsonl", "c.md.gz"]), st.binary(max_size=600)), max_size=3))
+@given(files=st.lists(st.tuples(st.sampled_from(NAMES), st.binary(max_size=600)), max_size=3))
 def test_rule_34_holds_for_any_bytes(files: list[tuple[str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.mktemp("any")
     fill(base / "raw")
@@ -202,18 +240,20 @@ def test_rule_34_holds_for_any_bytes(files: list[tuple[str, bytes]], tmp_path_fa
     assert_bytes_add_up(take_snapshot(base / "raw", base / "out", HALF))
 
 
-def test_a_decompression_bomb_is_quarantined_early(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_COMPRESSION_FREE", 1 << 20)
-    with gzip.open(raw / "bomb.txt.gz", "wb") as file:
-        file.write(bytes(64 << 20))
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("zst", zstd)])
+def test_a_decompression_bomb_is_quarantined_early(
+    suffix: str, pack: Callable[[bytes], bytes], raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "MAX_COMPRESSION_FREE", 1 << 20)
+    (raw / f"bomb.txt.{suffix}").write_bytes(pack(b"boom\n" * (16 << 20)))
     snapshot = take_snapshot(raw, out, HALF)
-    assert statuses(snapshot)["bomb.txt.gz"] == "too_compressed"
+    assert statuses(snapshot)[f"bomb.txt.{suffix}"] == "too_compressed"
     assert snapshot.summary["bytes_read"] < 32 << 20
     assert_bytes_add_up(snapshot)
 
 
 def test_an_endless_jsonl_line_is_quarantined(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(text_formats, "MAX_LINE_BYTES", 1000)
     write_jsonl(raw / "a.jsonl", {"text": "fine"}, {"text": "x" * 2000})
     snapshot = take_snapshot(raw, out, HALF)
     assert statuses(snapshot)["a.jsonl"] == "line_too_long"
@@ -241,13 +281,13 @@ def test_rule_29_split_is_a_pure_function_of_the_content(raw: Path, out: Path) -
     after = take_snapshot(raw, out, HALF)
     side = dict(zip(after.documents["document_id"].to_pylist(), after.documents["split"].to_pylist(), strict=True))
     for row in before.documents.to_pylist():
-        assert side[row["document_id"]] == row["split"] == readers.split_of(row["document_id"], 0.49)
+        assert side[row["document_id"]] == row["split"] == documents.split_of(row["document_id"], 0.49)
 
 
 def test_rule_29_val_fraction_is_the_share_of_documents_and_growing_it_only_moves_documents_to_val() -> None:
     ids = [hashlib.sha256(bytes([n % 256, n // 256])).hexdigest() for n in range(4000)]
-    small = {i for i in ids if readers.split_of(i, 0.05) == "val"}
-    large = {i for i in ids if readers.split_of(i, 0.2) == "val"}
+    small = {i for i in ids if documents.split_of(i, 0.05) == "val"}
+    large = {i for i in ids if documents.split_of(i, 0.2) == "val"}
     assert small < large
     assert 140 < len(small) < 260
     assert 700 < len(large) < 900
@@ -392,7 +432,7 @@ def test_a_missing_folder_names_the_option(tmp_path: Path, out: Path) -> None:
 def test_a_folder_without_text_files_names_the_option(tmp_path: Path, out: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "x.pdf").write_bytes(b"")
-    with pytest.raises(UserError, match=r"--input_dir .*/raw: no \.txt, \.md or \.jsonl file in it.*1 other files"):
+    with pytest.raises(UserError, match=r"--input_dir .*/raw: no \.txt.* or \.jsonl file in it, nor .* \.zst \(1 other files"):
         take_snapshot(tmp_path / "raw", out, HALF)
 
 
@@ -414,5 +454,6 @@ def test_a_side_of_the_split_without_documents_says_what_to_change(tmp_path: Pat
 
 
 def test_format_is_told_by_the_name() -> None:
-    names = {"a.txt": "text", "a.MD": "text", "a.jsonl.gz": "jsonl", "a.json": None, "a.gz": None, "txt": None, "a.txt.bz2": None}
+    names = {"a.txt": "text", "a.MD": "text", "a.jsonl.gz": "jsonl", "a.txt.ZST": "text"}
+    names |= dict.fromkeys(["a.json", "a.gz", "txt", "a.txt.bz2", "a.txt.gz.zst"])
     assert {name: folder.format_of(name) for name in names} == names
