@@ -48,7 +48,9 @@ class StageConfig(BaseModel):
 class CorpusConfig(StageConfig):
     """How files become documents."""
 
-    text_field: str = Field("text", min_length=1, description="Name of the field that holds the text in .jsonl files.")
+    text_field: str = Field(
+        "text", min_length=1, description="Name of the field or column that holds the text in .jsonl and .parquet files."
+    )
     max_document_bytes: int = Field(
         32 * 1024,
         ge=256,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llm_core.cli import parse_options, run_tool
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
-from llm_core.corpus import Snapshot, take_snapshot
+from llm_core.corpus import READABLE, Snapshot, take_snapshot
 from llm_core.errors import DataError
 from llm_core.shards import DatasetManifest, build_dataset
 from llm_core.tokenizer_training import TokenizerArtifact, prepare_tokenizer
@@ -27,7 +27,7 @@ PROG = "python -m llm_core.data_prep_tool"
 class DataPrepOptions(ShardConfig, TokenizerConfig, CorpusConfig):
     """Turns a folder of raw text into a tokenizer and token shards; running it again does only what is new."""
 
-    input_dir: str = Field("raw_text_data", description="Folder of .txt, .md and .jsonl files, also with .gz; never written to.")
+    input_dir: str = Field("raw_text_data", description=f"Folder of {READABLE} files, also with .gz or .zst; never written to.")
     output_dir: str = Field("processed_data", description="Folder for the tokenizer, the shards and their manifest.")
 
 
@@ -67,7 +67,7 @@ def _facts(
     for reason, size in sorted(summary["bytes_dropped"].items()):
         yield "  dropped", f"{size:,} bytes: {reason.replace('_', ' ')}"
     for reason, count in sorted(summary["quarantined_by_reason"].items()):
-        yield "  quarantined", f"{count:,} files or lines: {reason.replace('_', ' ')}"
+        yield "  quarantined", f"{count:,} files, lines or rows: {reason.replace('_', ' ')}"
     for entry in summary["quarantined"][:5]:
         yield "", f"{entry['path']}: {entry['reason'].replace('_', ' ')}, {entry['detail']}"
     origin = "kept" if artifact.reused else "new"

@@ -172,7 +172,7 @@ def build_dataset(
         shards += reused
         missing.append(wanted.filter(pc.invert(pc.is_in(wanted["document_id"], value_set=stored_ids))))
     to_encode = pa.concat_tables(missing).sort_by([(name, "ascending") for name in ("path", "start", "text_start")])
-    texts = iter_texts(input_dir, to_encode, snapshot.text_field)
+    texts = iter_texts(input_dir, to_encode, snapshot.config)
     shards += _encode(to_encode, texts, tokenizer, processed_dir, config, on_progress)
     shards.sort(key=lambda shard: SPLITS.index(shard.split))  # stable: within a split the oldest come first
 

@@ -83,7 +83,7 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: Path, processed_dir: Path, 
     documents = snapshot.kept_documents()
     train = documents.filter(pa.compute.equal(documents["split"], "train"))
     sample = _sample(train, config.tokenizer_train_bytes, config.tokenizer_seed)
-    tokenizer = train_tokenizer(lambda: iter_texts(input_dir, sample, snapshot.text_field), config)
+    tokenizer = train_tokenizer(lambda: iter_texts(input_dir, sample, snapshot.config), config)
     path = store / f"{tokenizer.tokenizer_id}.json"
     tokenizer.save(path)
     measured = _sample(documents, _MEASURED_BYTES, config.tokenizer_seed)
@@ -95,7 +95,7 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: Path, processed_dir: Path, 
         "config": identity,
         "snapshot_id": snapshot.snapshot_id,
         "train_bytes": 0 if config.tokenizer_type == "tiktoken" else pa.compute.sum(sample["bytes"]).as_py(),
-        **_measure(tokenizer, iter_texts(input_dir, measured, snapshot.text_field)),
+        **_measure(tokenizer, iter_texts(input_dir, measured, snapshot.config)),
     }
     write_json(store / f"{tokenizer.tokenizer_id}.report.json", report)
     tokenizer.save(current)

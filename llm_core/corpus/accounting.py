@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llm_core.corpus.folder import format_of
 from llm_core.corpus.records import HARMLESS, KEPT
 
 LISTED_QUARANTINES = 100
@@ -46,20 +47,24 @@ def file_changes(files: pa.Table, previous: pa.Table | None) -> dict[str, int]:
 
 
 def quarantine(files: pa.Table, documents: pa.Table) -> dict[str, Any]:
-    """Which files and .jsonl lines were set aside and why: the first ones listed, all of them counted."""
+    """Which files, .jsonl lines and .parquet rows were set aside and why: the first ones listed, all of them counted."""
     entries = [
         {"path": row["path"], "reason": row["status"], "detail": row["detail"] or "no text in it"}
         for row in files.filter(pc.equal(files["documents"], 0)).to_pylist()
     ]
     harmless = pc.is_in(documents["status"], value_set=pa.array(sorted(HARMLESS)))
     entries += [
-        {"path": row["path"], "reason": row["status"], "detail": f"line at byte {row['start']}"}
+        {"path": row["path"], "reason": row["status"], "detail": _place(row)}
         for row in documents.filter(pc.invert(harmless)).to_pylist()
     ]
     return {
         "quarantined": entries[:LISTED_QUARANTINES],
         "quarantined_by_reason": dict(Counter(entry["reason"] for entry in entries)),
     }
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f"row {row['start']}" if format_of(row["path"]) == "parquet" else f"line at byte {row['start']}"
 
 
 def _sums(documents: pa.Table, key: str) -> dict[str, int]:

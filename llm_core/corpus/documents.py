@@ -53,7 +53,7 @@ def divided(text: bytes, path: str, start: int, end: int, config: CorpusConfig) 
 
 
 def rejected(data: bytes, path: str, start: int, end: int, config: CorpusConfig, reason: str) -> Document:
-    """A line without usable text stands in the table under the hash of its raw bytes."""
+    """A line or row without usable text stands in the table under the hash of its raw bytes."""
     document_id = hashlib.sha256(data).hexdigest()
     return Document(document_id, path, start, end, 0, len(data), 0, split_of(document_id, config.val_fraction), reason)
 

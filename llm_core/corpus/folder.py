@@ -10,12 +10,12 @@ from typing import Literal
 
 from llm_core.errors import UserError
 
-Format = Literal["text", "jsonl"]
+Format = Literal["text", "jsonl", "parquet"]
 
-_FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "jsonl"}
+_FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 _COMPRESSIONS = (".gz", ".zst")
 
-READABLE = ".txt, .md or .jsonl"
+READABLE = ".txt, .md, .jsonl or .parquet"
 """For messages; each of these may also end in .gz or .zst."""
 
 

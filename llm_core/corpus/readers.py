@@ -7,7 +7,7 @@ can only be quarantined; the rest of the corpus goes on.
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +18,7 @@ import pyarrow as pa
 from llm_core.config import CorpusConfig
 from llm_core.corpus.content import Content, Meter, open_content
 from llm_core.corpus.folder import Stamp, format_of
+from llm_core.corpus.parquet_format import ParquetTexts, parquet_documents
 from llm_core.corpus.records import KEPT, Document, FileFacts, Quarantine
 from llm_core.corpus.text_formats import jsonl_documents, jsonl_text, text_documents
 from llm_core.errors import DataError
@@ -46,15 +47,17 @@ def read_file(input_dir: Path, path: str, config: CorpusConfig) -> tuple[FileFac
 
 def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) -> tuple[FileFacts, list[Document]]:
     meter = Meter(size)
-    content = Content(raw, path, meter)
     byte_order_mark = jsonl_envelope = 0
     detail = ""
+    content = Content(raw, path, meter) if format_of(path) != "parquet" else None
     try:
-        byte_order_mark = content.skip_byte_order_mark()
-        if format_of(path) == "text":
-            documents = list(text_documents(content, path, config))
+        if content is None:
+            documents = list(parquet_documents(raw, path, config, meter))
         else:
-            documents = list(jsonl_documents(content, path, config))
+            byte_order_mark = content.skip_byte_order_mark()
+            read = text_documents if format_of(path) == "text" else jsonl_documents
+            documents = list(read(content, path, config))
+        if format_of(path) == "jsonl":
             # A rejected line counts whole, under its own reason; of every other line all but the text is envelope.
             jsonl_envelope = meter.position - byte_order_mark - sum(document.bytes for document in documents)
         kept = any(document.status == KEPT for document in documents)
@@ -62,7 +65,8 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     except Quarantine as quarantine:
         status, detail = quarantine.reason, quarantine.detail
         documents, byte_order_mark = [], 0
-        content.drain()
+        if content:
+            content.drain()
     facts = FileFacts(path, meter.position, meter.sha256(), status, detail, len(documents), byte_order_mark, jsonl_envelope)
     return facts, documents
 
@@ -76,7 +80,7 @@ def _open_regular(path: Path) -> Iterator[IO[bytes]]:
         yield raw
 
 
-def iter_texts(input_dir: Path, rows: pa.Table, text_field: str) -> Iterator[str]:
+def iter_texts(input_dir: Path, rows: pa.Table, config: CorpusConfig) -> Iterator[str]:
     """Texts of the given rows of the documents table, in their order; each run of rows of one file opens it once.
 
     Raises:
@@ -85,21 +89,34 @@ def iter_texts(input_dir: Path, rows: pa.Table, text_field: str) -> Iterator[str
     for path, group in groupby(_iter_rows(rows), key=lambda row: row[1]):
         changed = DataError(f"{input_dir / path}: changed since the snapshot was taken; run again")
         try:
-            with _open_regular(input_dir / path) as raw:
-                content = open_content(raw, path)
-                line_start, text = -1, b""
+            with _open_regular(input_dir / path) as raw, _texts_of(raw, path, config) as text_at:
+                text_at_start, text = -1, b""
                 for document_id, _, start, end, text_start, size in group:
-                    if start != line_start:
-                        content.seek(start)
-                        data = content.read(end - start)
-                        text = jsonl_text(data, text_field) if format_of(path) == "jsonl" else data
-                        line_start = start
+                    if start != text_at_start:
+                        text, text_at_start = text_at(start, end), start
                     piece = text[text_start : text_start + size]
                     if hashlib.sha256(piece).hexdigest() != document_id:
                         raise changed
                     yield piece.decode()
         except (OSError, Quarantine, UnicodeDecodeError):
             raise changed from None
+
+
+@contextmanager
+def _texts_of(raw: IO[bytes], path: str, config: CorpusConfig) -> Iterator[Callable[[int, int], bytes]]:
+    """A function from `start` and `end` of a document to the whole text it is a part of."""
+    if format_of(path) == "parquet":
+        with ParquetTexts.open(raw, path, config) as texts:
+            yield lambda start, end: texts.text(start)
+        return
+    content = open_content(raw, path)
+
+    def read(start: int, end: int) -> bytes:
+        content.seek(start)
+        data: bytes = content.read(end - start)
+        return jsonl_text(data, config.text_field) if format_of(path) == "jsonl" else data
+
+    yield read
 
 
 def _iter_rows(rows: pa.Table) -> Iterator[tuple[str, str, int, int, int, int]]:

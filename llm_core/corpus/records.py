@@ -42,8 +42,8 @@ _ROWS_PER_BATCH = 1 << 16
 class Document(NamedTuple):
     """One row of the documents table.
 
-    `start` and `end` are bytes of the file's content: the text itself, or its .jsonl line; `text_start` is the byte of that
-    line's text where a part of a divided text begins, 0 everywhere else.
+    `start` and `end` are bytes of the file's content: the text itself, or its .jsonl line; in a .parquet file they count rows.
+    `text_start` is the byte of that line's or row's text where a part of a divided text begins, 0 everywhere else.
     """
 
     document_id: str
@@ -58,7 +58,10 @@ class Document(NamedTuple):
 
 
 class FileFacts(NamedTuple):
-    """One row of the files table; `bytes` and `sha256` are those of the file's content, that is, decompressed."""
+    """One row of the files table.
+
+    `bytes` and `sha256` are those of the file's content: decompressed, and of a .parquet file the values of its text column.
+    """
 
     path: str
     bytes: int

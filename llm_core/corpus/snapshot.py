@@ -42,9 +42,9 @@ class Snapshot:
         return str(self.summary["snapshot_id"])
 
     @property
-    def text_field(self) -> str:
-        """What `iter_texts` needs to find the text in .jsonl lines."""
-        return str(self.summary["config"]["text_field"])
+    def config(self) -> CorpusConfig:
+        """What `iter_texts` needs to find the documents again."""
+        return CorpusConfig.model_validate(self.summary["config"])
 
     def kept_documents(self) -> pa.Table:
         """Rows of the documents that make up the corpus, in order."""
@@ -153,7 +153,7 @@ def _check_usable(input_dir: Path, config: CorpusConfig, summary: dict[str, Any]
         reasons = ", ".join(f"{reason} {count} bytes" for reason, count in sorted(summary["bytes_dropped"].items()))
         raise UserError(
             f"--input_dir {input_dir}: no usable text in its {summary['files']} files ({reasons or 'all empty'});"
-            f" .jsonl lines need a string under --text_field {config.text_field!r}, all files need UTF-8"
+            f" .jsonl lines and .parquet rows need a string under --text_field {config.text_field!r}, all files need UTF-8"
         )
     for split in ("train", "val"):
         if not summary[f"{split}_bytes"]:

@@ -12,12 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_core.config import CorpusConfig
-from llm_core.corpus import Snapshot, content, documents, folder, iter_texts, load_snapshot, readers, take_snapshot, text_formats
+from llm_core.corpus import (
+    Snapshot,
+    content,
+    documents,
+    folder,
+    iter_texts,
+    load_snapshot,
+    parquet_format,
+    readers,
+    take_snapshot,
+    text_formats,
+)
 from llm_core.errors import DataError, UserError
 
 # With half of the documents on each side, a handful is enough for both.
@@ -25,7 +37,7 @@ HALF = CorpusConfig(val_fraction=0.49, max_document_bytes=256)
 
 
 # One name for each way of reading.
-NAMES = ["a.txt", "b.jsonl", "c.md.gz", "d.jsonl.zst"]
+NAMES = ["a.txt", "b.jsonl", "c.md.gz", "d.jsonl.zst", "e.parquet", "f.parquet.gz"]
 
 
 def fill(directory: Path, count: int = 16) -> None:
@@ -65,11 +77,17 @@ def statuses(snapshot: Snapshot) -> dict[str, str]:
 
 
 def texts_of(snapshot: Snapshot, raw: Path) -> list[str]:
-    return list(iter_texts(raw, snapshot.kept_documents(), snapshot.text_field))
+    return list(iter_texts(raw, snapshot.kept_documents(), snapshot.config))
 
 
 def zstd(data: bytes) -> bytes:
     return bytes(pa.compress(data, codec="zstd", asbytes=True))
+
+
+def write_parquet(path: Path, values: list[Any], kind: pa.DataType | None = None, **options: Any) -> None:
+    """A file with an `id` column beside the `text` column."""
+    table = pa.table({"id": pa.array(range(len(values))), "text": pa.array(values, kind or pa.string())})
+    pq.write_table(table, path, **options)
 
 
 def write_jsonl(path: Path, *values: Any) -> None:
@@ -101,6 +119,82 @@ def test_reads_every_format_in_sorted_order_through_nested_folders(raw: Path, ou
     assert texts[-4:] == ["line one", "line two, né", "squeezed line", "line squeezed more"]
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+@pytest.mark.parametrize("pack", [None, gzip.compress, zstd])
+def test_a_parquet_file_is_read_by_rows_and_each_row_is_found_again(kind: Any, pack: Any, raw: Path, out: Path) -> None:
+    long = "".join(f"Line {n} of a long row, ü.\n" for n in range(50))
+    values = [f"row {n}" for n in range(20)] + [long, "last"]
+    write_parquet(raw / "a.parquet", values, kind, row_group_size=7)
+    if pack:
+        (raw / f"a.parquet.{'gz' if pack is gzip.compress else 'zst'}").write_bytes(pack((raw / "a.parquet").read_bytes()))
+        (raw / "a.parquet").unlink()
+    snapshot = take_snapshot(raw, out, HALF)
+    rows = snapshot.kept_documents()
+    rows = rows.filter(pa.compute.match_substring(rows["path"], "parquet"))
+    assert "".join(iter_texts(raw, rows, HALF)) == "".join(values)
+    assert rows["start"].to_pylist() == [*range(20), *[20] * (rows.num_rows - 21), 21]
+    assert rows["text_start"].to_pylist()[-3] > 0, "the long row is divided"
+    backwards = rows.take(list(reversed(range(20))))
+    assert list(iter_texts(raw, backwards, HALF)) == values[19::-1]
+    assert_bytes_add_up(snapshot)
+
+
+def test_rows_without_text_are_set_aside_alone_and_counted(raw: Path, out: Path) -> None:
+    not_utf8 = pa.Array.from_buffers(pa.string(), 1, pa.array([b"caf\xe9"], pa.binary()).buffers())
+    column = pa.chunked_array([["good", None, ""], not_utf8])
+    pq.write_table(pa.table({"text": column}), raw / "a.parquet")
+    snapshot = take_snapshot(raw, out, HALF)
+    rows = [row for row in snapshot.documents.to_pylist() if row["path"] == "a.parquet"]
+    assert [(row["status"], row["bytes"]) for row in rows] == [("kept", 4), ("no_text_field", 0), ("blank", 0), ("not_utf8", 4)]
+    assert {"path": "a.parquet", "reason": "not_utf8", "detail": "row 3"} in snapshot.summary["quarantined"]
+    assert_bytes_add_up(snapshot)
+
+
+def test_a_parquet_file_without_the_column_or_with_numbers_in_it_is_quarantined(raw: Path, out: Path) -> None:
+    pq.write_table(pa.table({"body": ["no such column"], "id": [1]}), raw / "a.parquet")
+    write_parquet(raw / "b.parquet", [1, 2], pa.int64())
+    write_parquet(raw / "c.parquet", [], pa.string())
+    quarantined = {entry["path"]: entry for entry in take_snapshot(raw, out, HALF).summary["quarantined"]}
+    assert quarantined["a.parquet"]["detail"] == "no column 'text' among body, id"
+    assert quarantined["b.parquet"]["detail"] == "the column 'text' holds int64, not strings"
+    assert [quarantined[f"{name}.parquet"]["reason"] for name in "abc"] == ["no_text_field", "no_text_field", "empty"]
+
+
+def test_the_same_rows_written_with_another_compression_are_the_same_snapshot(raw: Path, out: Path) -> None:
+    write_parquet(raw / "a.parquet", ["one", None, "two"], compression="snappy")
+    first = take_snapshot(raw, out, HALF)
+    write_parquet(raw / "a.parquet", ["one", None, "two"], compression="zstd", row_group_size=1)
+    assert take_snapshot(raw, out, HALF).snapshot_id == first.snapshot_id
+    write_parquet(raw / "a.parquet", ["onet", None, "wo"])
+    assert take_snapshot(raw, out, HALF).snapshot_id != first.snapshot_id
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_damaged_parquet_file_can_only_be_quarantined(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = tmp_path_factory.mktemp("damaged")
+    fill(base / "raw")
+    path = base / "raw" / "a.parquet"
+    write_parquet(path, [f"row {n}" * 20 for n in range(40)], row_group_size=15)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
+    assert_bytes_add_up(take_snapshot(base / "raw", base / "out", HALF))
+
+
+def test_what_a_parquet_file_can_expand_to_is_bounded(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content, "MAX_COMPRESSION_FREE", 1 << 20)
+    write_parquet(raw / "a.parquet", ["boom " * 10_000] * 1000)  # one entry of a dictionary, a thousand times
+    snapshot = take_snapshot(raw, out, HALF)
+    assert statuses(snapshot)["a.parquet"] == "too_compressed"
+    assert snapshot.summary["bytes_read"] < 2 << 20
+    assert_bytes_add_up(snapshot)
+    monkeypatch.setattr(parquet_format, "MAX_ROW_GROUP_BYTES", 1000)
+    write_parquet(raw / "a.parquet", ["large " * 1000])
+    assert statuses(take_snapshot(raw, out, HALF))["a.parquet"] == "row_group_too_large"
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, zstd])
 def test_compressed_files_of_many_parts_are_one_stream_read_in_any_order(
     pack: Callable[[bytes], bytes], raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch
@@ -112,7 +206,7 @@ def test_compressed_files_of_many_parts_are_one_stream_read_in_any_order(
     snapshot = take_snapshot(raw, out, CorpusConfig(val_fraction=0.49))
     rows = snapshot.kept_documents().slice(0, 200)
     backwards = rows.take(list(reversed(range(200))))
-    assert list(iter_texts(raw, backwards, "text")) == [f"Line {n}: {'ü' * n}" for n in reversed(range(200))]
+    assert list(iter_texts(raw, backwards, HALF)) == [f"Line {n}: {'ü' * n}" for n in reversed(range(200))]
 
 
 @pytest.mark.parametrize(
@@ -432,7 +526,7 @@ def test_a_missing_folder_names_the_option(tmp_path: Path, out: Path) -> None:
 def test_a_folder_without_text_files_names_the_option(tmp_path: Path, out: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "x.pdf").write_bytes(b"")
-    with pytest.raises(UserError, match=r"--input_dir .*/raw: no \.txt.* or \.jsonl file in it, nor .* \.zst \(1 other files"):
+    with pytest.raises(UserError, match=r"--input_dir .*/raw: no \.txt.* or \.parquet file in it, nor .* \.zst \(1 other files"):
         take_snapshot(tmp_path / "raw", out, HALF)
 
 

@@ -69,7 +69,7 @@ def wanted(raw: Path, out: Path, manifest: DatasetManifest, split: str) -> dict[
     snapshot = take_snapshot(raw, out, CORPUS)
     rows = snapshot.kept_documents()
     rows = rows.filter(pa.compute.equal(rows["split"], split))
-    return dict(zip(rows["document_id"].to_pylist(), iter_texts(raw, rows, "text"), strict=True))
+    return dict(zip(rows["document_id"].to_pylist(), iter_texts(raw, rows, CorpusConfig()), strict=True))
 
 
 def assert_holds(raw: Path, out: Path, manifest: DatasetManifest) -> None:
