@@ -62,6 +62,27 @@ class CorpusConfig(StageConfig):
         lt=0.5,
         description="Share of documents held out for validation; which ones is decided by each document's content hash.",
     )
+    min_characters: PositiveInt | None = Field(
+        None, description="Drop texts (files, lines, rows) of fewer characters than this; default: none."
+    )
+    max_characters: PositiveInt | None = Field(
+        None, description="Drop texts of more characters than this, whole, before they are divided; default: none."
+    )
+    max_repetition: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="Drop documents with a larger share of characters in runs of five words that occurred before in them;"
+        " 0.15 is the limit of Rae et al. 2021 (Gopher); default: none.",
+    )
+    min_letter_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Drop documents with a smaller share of letters in what is not white space; default: none.",
+    )
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> "CorpusConfig":
+        if self.min_characters and self.max_characters and self.min_characters > self.max_characters:
+            raise ValueError(f"min_characters {self.min_characters} must not exceed max_characters {self.max_characters}")
+        return self
 
 
 class TokenizerConfig(StageConfig):

@@ -1,9 +1,9 @@
 """Text to documents: divided where it is long, named by its hash, given a side of the split and a status."""
 
 import hashlib
-from collections.abc import Iterator
 
 from llm_core.config import CorpusConfig
+from llm_core.corpus.filters import content_reason, length_reason
 from llm_core.corpus.records import KEPT, Document, Quarantine
 
 
@@ -36,20 +36,28 @@ def document(data: bytes, path: str, start: int, end: int, text_start: int, conf
     except UnicodeDecodeError as error:
         raise not_utf8(start, error) from None
     document_id = hashlib.sha256(data).hexdigest()
-    status = "blank" if not text or text.isspace() else KEPT
+    status = "blank" if not text or text.isspace() else content_reason(text, config) or KEPT
     split = split_of(document_id, config.val_fraction)
     return Document(document_id, path, start, end, text_start, len(data), len(text), split, status)
 
 
-def divided(text: bytes, path: str, start: int, end: int, config: CorpusConfig) -> Iterator[Document]:
+def divided(text: bytes, path: str, start: int, end: int, config: CorpusConfig) -> list[Document]:
     """The documents of one text that was read whole; an empty text makes one, too."""
-    text_start = 0
+    documents, text_start = [], 0
     while True:
         text_end = piece_end(text, text_start, config.max_document_bytes)
-        yield document(text[text_start:text_end], path, start, end, text_start, config)
+        documents.append(document(text[text_start:text_end], path, start, end, text_start, config))
         text_start = text_end
         if text_end == len(text):
-            break
+            return of_wanted_length(documents, config)
+
+
+def of_wanted_length(documents: list[Document], config: CorpusConfig) -> list[Document]:
+    """The documents of one whole text, dropped together if it is too short or too long."""
+    reason = length_reason(sum(document.characters for document in documents), config)
+    if reason is None:
+        return documents
+    return [document._replace(status=reason) if document.status == KEPT else document for document in documents]
 
 
 def rejected(data: bytes, path: str, start: int, end: int, config: CorpusConfig, reason: str) -> Document:

@@ -49,15 +49,16 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     meter = Meter(size)
     byte_order_mark = jsonl_envelope = 0
     detail = ""
-    content = Content(raw, path, meter) if format_of(path) != "parquet" else None
+    format = format_of(path)
+    content = Content(raw, path, meter) if format != "parquet" else None
     try:
+        byte_order_mark = content.skip_byte_order_mark() if content else 0
         if content is None:
             documents = list(parquet_documents(raw, path, config, meter))
+        elif format == "text":
+            documents = text_documents(content, path, config)
         else:
-            byte_order_mark = content.skip_byte_order_mark()
-            read = text_documents if format_of(path) == "text" else jsonl_documents
-            documents = list(read(content, path, config))
-        if format_of(path) == "jsonl":
+            documents = list(jsonl_documents(content, path, config))
             # A rejected line counts whole, under its own reason; of every other line all but the text is envelope.
             jsonl_envelope = meter.position - byte_order_mark - sum(document.bytes for document in documents)
         kept = any(document.status == KEPT for document in documents)

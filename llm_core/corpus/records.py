@@ -5,10 +5,15 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from llm_core.corpus import filters
+
 KEPT = "kept"
 
-HARMLESS = frozenset({KEPT, "duplicate", "blank"})
-"""Every other status of a file or document is a quarantine: something is wrong with what was fed in."""
+HARMLESS = frozenset({KEPT, "duplicate", "blank"}) | filters.REASONS
+"""Every other status of a file or document is a quarantine: something is wrong with what was fed in.
+
+What a filter drops is well-formed text that the user does not want: it is counted, but is no cause for a warning.
+"""
 
 FILES_SCHEMA = pa.schema(
     [

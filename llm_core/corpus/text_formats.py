@@ -5,15 +5,19 @@ from collections.abc import Iterator
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus.content import BLOCK, Content
-from llm_core.corpus.documents import divided, document, not_utf8, piece_end, rejected
+from llm_core.corpus.documents import divided, document, not_utf8, of_wanted_length, piece_end, rejected
 from llm_core.corpus.records import Document, Quarantine
 
 MAX_LINE_BYTES = 64 << 20
 """A .jsonl line is held in memory; a file with a longer one is quarantined."""
 
 
-def text_documents(content: Content, path: str, config: CorpusConfig) -> Iterator[Document]:
+def text_documents(content: Content, path: str, config: CorpusConfig) -> list[Document]:
     """The documents of a text file, read block by block."""
+    return of_wanted_length(list(_pieces(content, path, config)), config)
+
+
+def _pieces(content: Content, path: str, config: CorpusConfig) -> Iterator[Document]:
     start, pending, block = content.position, b"", b"more"
     while block:
         block = content.read(BLOCK)
