@@ -77,6 +77,11 @@ class CorpusConfig(StageConfig):
         None,
         description="Drop documents with a smaller share of letters in what is not white space; default: none.",
     )
+    near_duplicates: Annotated[float, Field(ge=0.5, lt=1)] | None = Field(
+        None,
+        description="Drop documents that resemble an earlier one by at least this much: estimated Jaccard similarity of their"
+        " five-word shingles; 0.8 is usual; default: none. Needs the extra dedup.",
+    )
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> "CorpusConfig":

@@ -9,7 +9,13 @@ from llm_core.corpus import filters
 
 KEPT = "kept"
 
-HARMLESS = frozenset({KEPT, "duplicate", "blank"}) | filters.REASONS
+DUPLICATE = "duplicate"
+NEAR_DUPLICATE = "near_duplicate"
+
+RELATIVE = [DUPLICATE, NEAR_DUPLICATE]
+"""What a document is beside others; every other status is its own."""
+
+HARMLESS = frozenset({KEPT, "blank", *RELATIVE}) | filters.REASONS
 """Every other status of a file or document is a quarantine: something is wrong with what was fed in.
 
 What a filter drops is well-formed text that the user does not want: it is counted, but is no cause for a warning.

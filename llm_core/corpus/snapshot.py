@@ -20,7 +20,8 @@ from llm_core.corpus.accounting import byte_totals, file_changes, quarantine
 from llm_core.corpus.duplicates import mark_duplicates
 from llm_core.corpus.file_index import last_look, let_the_clock_tick, remember_look
 from llm_core.corpus.folder import READABLE, Stamp, walk
-from llm_core.corpus.readers import read_file
+from llm_core.corpus.near_duplicates import check_available, mark_near_duplicates
+from llm_core.corpus.readers import iter_texts, read_file
 from llm_core.corpus.records import DOCUMENTS_SCHEMA, FILES_SCHEMA, KEPT, FileFacts, Rows
 from llm_core.errors import DataError, UserError
 from llm_core.files import atomic_writer, content_id, read_json, verify_file, write_json
@@ -66,6 +67,8 @@ def take_snapshot(
         UserError: no folder, no text in it, or nothing on one side of the train/validation split.
         DataError: a file kept changing while it was read.
     """
+    if config.near_duplicates is not None:
+        check_available(config.near_duplicates)
     folder = walk(input_dir)
     if not folder.files:
         raise UserError(
@@ -101,6 +104,10 @@ def take_snapshot(
         if parent:
             tables.append(parent.documents.filter(pc.is_in(parent.documents["path"], value_set=pa.array(known, pa.string()))))
         documents_table = mark_duplicates(pa.concat_tables(tables))
+        if config.near_duplicates is not None:
+            documents_table = mark_near_duplicates(
+                documents_table, config.near_duplicates, processed_dir, lambda rows: iter_texts(input_dir, rows, config)
+            )
         files_table = Rows(FILES_SCHEMA, files).table()
         summary = {
             "format_version": FORMAT_VERSION,
