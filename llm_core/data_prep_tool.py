@@ -27,7 +27,9 @@ PROG = "python -m llm_core.data_prep_tool"
 class DataPrepOptions(ShardConfig, TokenizerConfig, CorpusConfig):
     """Turns a folder of raw text into a tokenizer and token shards; running it again does only what is new."""
 
-    input_dir: str = Field("raw_text_data", description=f"Folder of {READABLE} files, also with .gz or .zst; never written to.")
+    input_dir: str = Field(
+        "raw_text_data", description=f"Folder of {READABLE} files, also with .gz or .zst, or its fsspec URL; never written to."
+    )
     output_dir: str = Field("processed_data", description="Folder for the tokenizer, the shards and their manifest.")
 
 
@@ -38,7 +40,7 @@ def prepare(options: DataPrepOptions) -> None:
         UserError: an option does not fit the text.
         DataError: a file is damaged, or cannot be written.
     """
-    input_dir, output_dir = Path(options.input_dir), Path(options.output_dir)
+    input_dir, output_dir = options.input_dir, Path(options.output_dir)
     try:
         with _progress("Reading", "files") as show:
             snapshot = take_snapshot(input_dir, output_dir, options.part(CorpusConfig), show)

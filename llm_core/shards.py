@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llm_core.config import ShardConfig
-from llm_core.corpus import Snapshot, iter_texts
+from llm_core.corpus import InputDir, Snapshot, iter_texts
 from llm_core.errors import DataError, UserError
 from llm_core.files import content_id, read_json, write_json
 from llm_core.shard_file import ShardEntry, ShardWriter, open_tokens, read_facts
@@ -147,7 +147,7 @@ def kept_documents(processed_dir: Path, manifest: DatasetManifest, split: str) -
 def build_dataset(
     snapshot: Snapshot,
     artifact: TokenizerArtifact,
-    input_dir: Path,
+    input_dir: InputDir,
     processed_dir: Path,
     config: ShardConfig,
     on_progress: Callable[[int, int], None] | None = None,

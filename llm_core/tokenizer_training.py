@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llm_core.config import TokenizerConfig
-from llm_core.corpus import Snapshot, iter_texts
+from llm_core.corpus import InputDir, Snapshot, iter_texts
 from llm_core.errors import DataError, UserError
 from llm_core.files import ID_LENGTH, read_json, sha256_file, write_json
 from llm_core.tiktoken_ranks import ready_tokenizer
@@ -51,7 +51,7 @@ class TokenizerArtifact:
         return f"tokenizers/{self.tokenizer_id}.json"
 
 
-def prepare_tokenizer(snapshot: Snapshot, input_dir: Path, processed_dir: Path, config: TokenizerConfig) -> TokenizerArtifact:
+def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Path, config: TokenizerConfig) -> TokenizerArtifact:
     """The tokenizer for a snapshot, made only if there is none yet.
 
     The current tokenizer is frozen: it stays while its configuration does, whatever text arrives, because a new one makes

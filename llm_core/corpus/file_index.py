@@ -1,6 +1,6 @@
 """The files' stamps at the last look: a cache that spares opening what did not change, never the truth.
 
-snapshots/file_index.parquet   size, time and inode of every file, and the id of the snapshot taken then
+snapshots/file_index.parquet   size, time, inode and version of every file, and the id of the snapshot taken then
 """
 
 import time
@@ -15,7 +15,9 @@ from llm_core.corpus.records import Rows
 from llm_core.files import atomic_writer
 from llm_core.tables import parquet_bytes
 
-_SCHEMA = pa.schema([("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("inode", pa.uint64())])
+_SCHEMA = pa.schema(
+    [("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("inode", pa.uint64()), ("tag", pa.string())]
+)
 _FILE = Path("snapshots", "file_index.parquet")
 _CLOCK_TICK = 0.02
 """Seconds; two writes to a file within one tick of the file system's clock (10 ms at most) can leave the same mtime."""
@@ -32,14 +34,16 @@ def last_look(processed_dir: Path) -> tuple[str | None, dict[str, Stamp]]:
     try:
         index = pq.read_table(processed_dir / _FILE)
         snapshot_id = index.schema.metadata[b"snapshot_id"].decode()
-        return snapshot_id, {row["path"]: Stamp(row["size"], row["mtime_ns"], row["inode"]) for row in index.to_pylist()}
+        return snapshot_id, {
+            row["path"]: Stamp(row["size"], row["mtime_ns"], row["inode"], row["tag"]) for row in index.to_pylist()
+        }
     except (OSError, KeyError, TypeError, pa.ArrowException):
         return None, {}
 
 
-def remember_look(processed_dir: Path, snapshot_id: str, stamps: dict[str, Stamp | None]) -> None:
+def remember_look(processed_dir: Path, snapshot_id: str, stamps: dict[str, Stamp]) -> None:
     """Stores the stamps of the files that could be read; writes nothing if nothing changed."""
-    rows = [(path, stamp.size, stamp.mtime_ns, stamp.inode) for path, stamp in stamps.items() if stamp]
+    rows = [(path, stamp.size, stamp.mtime_ns, stamp.inode, stamp.tag) for path, stamp in stamps.items()]
     content = parquet_bytes(Rows(_SCHEMA.with_metadata({"snapshot_id": snapshot_id}), rows).table())
     path = processed_dir / _FILE
     if not path.is_file() or path.read_bytes() != content:

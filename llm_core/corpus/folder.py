@@ -3,10 +3,11 @@
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import IO, Literal, NamedTuple
 
 from llm_core.errors import UserError
 
@@ -32,6 +33,8 @@ class Stamp:
     size: int
     mtime_ns: int
     inode: int
+    tag: str = ""
+    """What a remote file system says about the version of a file."""
 
     @classmethod
     def of(cls, status: os.stat_result) -> "Stamp":
@@ -45,6 +48,40 @@ class Folder:
     files: dict[str, Stamp] = field(default_factory=dict)
     ignored: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+
+
+class OpenFile(NamedTuple):
+    """A buffered file that can seek, and a function to look at what its stamp is now."""
+
+    raw: IO[bytes]
+    look: Callable[[], Stamp]
+
+
+class LocalFolder:
+    """A folder of this machine as a `Source`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def address(self, path: str) -> str:
+        return str(self._root / path)
+
+    def walk(self) -> Folder:
+        return walk(self._root)
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[OpenFile]:
+        with _open_regular(self._root / path) as raw:
+            yield OpenFile(raw, lambda: Stamp.of(os.fstat(raw.fileno())))
+
+
+@contextmanager
+def _open_regular(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a regular file; O_NONBLOCK, so that a FIFO put in its place cannot hold us."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as raw:
+        if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+            raise OSError(0, "not a regular file")
+        yield raw
 
 
 def walk(input_dir: Path) -> Folder:
@@ -89,7 +126,7 @@ def _entries(directory: str, prefix: str, skipped: Counter[str]) -> Iterator[tup
         path = prefix + entry.name
         if entry.name.startswith("."):
             skipped["hidden"] += 1
-        elif not _is_unicode(entry.name):
+        elif not is_unicode(entry.name):
             skipped["name_not_utf8"] += 1
         elif entry.is_dir(follow_symlinks=False):
             yield from _entries(entry.path, path + "/", skipped)
@@ -99,7 +136,8 @@ def _entries(directory: str, prefix: str, skipped: Counter[str]) -> Iterator[tup
             yield path, entry
 
 
-def _is_unicode(name: str) -> bool:
+def is_unicode(name: str) -> bool:
+    """Whether a file's name can be written in UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:  # the system hands undecodable bytes over as lone surrogates

@@ -1,8 +1,8 @@
 """Near duplicates: documents that share most of their wording with one that stands before them.
 
-Documents are compared by the Jaccard similarity of their sets of five-word shingles, estimated by MinHash (Broder 1997) and looked
-up by locality-sensitive hashing, both of the package datasketch. They are gone through in the order of the documents table: one
-that is similar enough to a kept one before it is dropped. The outcome is a function of the documents alone, whatever came when.
+Documents are compared by the Jaccard similarity of their sets of five-word shingles, estimated by MinHash (Broder 1997) and found
+by locality-sensitive hashing, both of the package datasketch. They are gone through in the order of the documents table: one that
+is similar enough to a kept one before it is dropped. The outcome is a function of the documents alone, whatever came when.
 
 snapshots/signatures.parquet   the signature of every document compared last: a cache, never the truth
 """

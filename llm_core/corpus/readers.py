@@ -5,44 +5,41 @@ can only be quarantined; the rest of the corpus goes on.
 """
 
 import hashlib
-import os
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
-from pathlib import Path
 from typing import IO
 
 import pyarrow as pa
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus.content import Content, Meter, open_content
-from llm_core.corpus.folder import Stamp, format_of
+from llm_core.corpus.folder import format_of
 from llm_core.corpus.parquet_format import ParquetTexts, parquet_documents
-from llm_core.corpus.records import KEPT, Document, FileFacts, Quarantine
+from llm_core.corpus.records import KEPT, UNREADABLE, Document, FileFacts, Quarantine
+from llm_core.corpus.source import InputDir, Source, open_source
 from llm_core.corpus.text_formats import jsonl_documents, jsonl_text, text_documents
 from llm_core.errors import DataError
 
 _ATTEMPTS = 3
 
 
-def read_file(input_dir: Path, path: str, config: CorpusConfig) -> tuple[FileFacts, list[Document], Stamp | None]:
-    """Reads one file into documents; the stamp is that of the bytes read, None if the file could not be read.
+def read_file(source: Source, path: str, config: CorpusConfig) -> tuple[FileFacts, list[Document]]:
+    """Reads one file into documents; of one that cannot be read, the status says so.
 
     Raises:
-        DataError: the file kept changing while it was read.
+        DataError: the file kept changing while it was read, or the place it is in cannot be reached.
     """
     for _ in range(_ATTEMPTS):
         try:
-            with _open_regular(input_dir / path) as raw:
-                before = Stamp.of(os.fstat(raw.fileno()))
-                facts, documents = _read_open_file(raw, before.size, path, config)
-                if Stamp.of(os.fstat(raw.fileno())) == before:
-                    return facts, documents, before
+            with source.open(path) as file:
+                before = file.look()
+                facts, documents = _read_open_file(file.raw, before.size, path, config)
+                if file.look() == before:
+                    return facts, documents
         except OSError as error:
-            detail = error.strerror or str(error)
-            return FileFacts(path, 0, hashlib.sha256().hexdigest(), "unreadable", detail, 0, 0, 0), [], None
-    raise DataError(f"{input_dir / path}: changed {_ATTEMPTS} times while it was read; run again when it is at rest")
+            return FileFacts(path, 0, hashlib.sha256().hexdigest(), UNREADABLE, error.strerror or str(error), 0, 0, 0), []
+    raise DataError(f"{source.address(path)}: changed {_ATTEMPTS} times while it was read; run again when it is at rest")
 
 
 def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) -> tuple[FileFacts, list[Document]]:
@@ -72,25 +69,17 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     return facts, documents
 
 
-@contextmanager
-def _open_regular(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a regular file; O_NONBLOCK, so that a FIFO put in its place cannot hold us."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as raw:
-        if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
-            raise OSError(0, "not a regular file")
-        yield raw
-
-
-def iter_texts(input_dir: Path, rows: pa.Table, config: CorpusConfig) -> Iterator[str]:
+def iter_texts(input_dir: InputDir, rows: pa.Table, config: CorpusConfig) -> Iterator[str]:
     """Texts of the given rows of the documents table, in their order; each run of rows of one file opens it once.
 
     Raises:
-        DataError: a file is gone, or what it holds is no longer the text whose hash is the document's id.
+        DataError: a file is gone or cannot be reached, or what it holds is no longer the text whose hash is the document's id.
     """
+    source = open_source(input_dir)
     for path, group in groupby(_iter_rows(rows), key=lambda row: row[1]):
-        changed = DataError(f"{input_dir / path}: changed since the snapshot was taken; run again")
+        changed = DataError(f"{source.address(path)}: changed since the snapshot was taken; run again")
         try:
-            with _open_regular(input_dir / path) as raw, _texts_of(raw, path, config) as text_at:
+            with source.open(path) as file, _texts_of(file.raw, path, config) as text_at:
                 text_at_start, text = -1, b""
                 for document_id, _, start, end, text_start, size in group:
                     if start != text_at_start:

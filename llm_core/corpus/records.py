@@ -8,6 +8,8 @@ import pyarrow as pa
 from llm_core.corpus import filters
 
 KEPT = "kept"
+UNREADABLE = "unreadable"
+"""Of a file that is to be tried again at the next look."""
 
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near_duplicate"

@@ -3,7 +3,7 @@
 snapshots/<snapshot_id>.files.parquet      one row per file
 snapshots/<snapshot_id>.documents.parquet  one row per document, ordered by (path, start, text_start)
 snapshots/<snapshot_id>.json               totals and the digests of both tables; written last
-snapshots/file_index.parquet               size, time and inode of the files at the last look: a cache, never the truth
+snapshots/file_index.parquet               what tells the files' versions at the last look: a cache, never the truth
 """
 
 from collections.abc import Callable
@@ -19,10 +19,11 @@ from llm_core.config import CorpusConfig
 from llm_core.corpus.accounting import byte_totals, file_changes, quarantine
 from llm_core.corpus.duplicates import mark_duplicates
 from llm_core.corpus.file_index import last_look, let_the_clock_tick, remember_look
-from llm_core.corpus.folder import READABLE, Stamp, walk
+from llm_core.corpus.folder import READABLE
 from llm_core.corpus.near_duplicates import check_available, mark_near_duplicates
 from llm_core.corpus.readers import iter_texts, read_file
-from llm_core.corpus.records import DOCUMENTS_SCHEMA, FILES_SCHEMA, KEPT, FileFacts, Rows
+from llm_core.corpus.records import DOCUMENTS_SCHEMA, FILES_SCHEMA, KEPT, UNREADABLE, FileFacts, Rows
+from llm_core.corpus.source import InputDir, open_source
 from llm_core.errors import DataError, UserError
 from llm_core.files import atomic_writer, content_id, read_json, verify_file, write_json
 from llm_core.tables import parquet_bytes
@@ -53,23 +54,24 @@ class Snapshot:
 
 
 def take_snapshot(
-    input_dir: Path,
+    input_dir: InputDir,
     processed_dir: Path,
     config: CorpusConfig,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Snapshot:
     """Reads what is new in `input_dir` and returns the snapshot of the whole; `on_progress` gets (done files, all files).
 
-    A file whose size, time and inode are those of the last look is not opened. The same content and configuration give the
-    same snapshot, which is then not written again.
+    A file whose size, time and inode (behind a URL, its version there) are those of the last look is not opened. The same content
+    and configuration give the same snapshot, which is then not written again.
 
     Raises:
         UserError: no folder, no text in it, or nothing on one side of the train/validation split.
-        DataError: a file kept changing while it was read.
+        DataError: a file kept changing while it was read, or its place cannot be reached.
     """
     if config.near_duplicates is not None:
         check_available(config.near_duplicates)
-    folder = walk(input_dir)
+    source = open_source(input_dir)
+    folder = source.walk()
     if not folder.files:
         raise UserError(
             f"--input_dir {input_dir}: no {READABLE} file in it, nor one of these with .gz or .zst"
@@ -85,12 +87,11 @@ def take_snapshot(
 
     files: list[FileFacts] = []
     fresh = Rows(DOCUMENTS_SCHEMA)
-    seen: dict[str, Stamp | None] = {}
-    for done, (path, stamp) in enumerate(folder.files.items(), start=1):
+    for done, path in enumerate(folder.files, start=1):
         if path in known:
-            facts, seen[path] = known[path], stamp
+            facts = known[path]
         else:
-            facts, documents, seen[path] = read_file(input_dir, path, config)
+            facts, documents = read_file(source, path, config)
             fresh.extend(documents)
         files.append(facts)
         if on_progress:
@@ -124,7 +125,9 @@ def take_snapshot(
         }
         _check_usable(input_dir, config, summary)
         snapshot = _publish(processed_dir, summary, files_table, documents_table)
-    remember_look(processed_dir, snapshot_id, seen)
+    # The stamps from before the files were read: what changed in between is looked at again.
+    stamps = {facts.path: folder.files[facts.path] for facts in files if facts.status != UNREADABLE}
+    remember_look(processed_dir, snapshot_id, stamps)
     return snapshot
 
 
@@ -154,7 +157,7 @@ def _intact_snapshot(processed_dir: Path, snapshot_id: str) -> Snapshot | None:
         return None
 
 
-def _check_usable(input_dir: Path, config: CorpusConfig, summary: dict[str, Any]) -> None:
+def _check_usable(input_dir: InputDir, config: CorpusConfig, summary: dict[str, Any]) -> None:
     documents, size = summary["documents"], summary["bytes_kept"]
     if not documents:
         reasons = ", ".join(f"{reason} {count} bytes" for reason, count in sorted(summary["bytes_dropped"].items()))

@@ -62,13 +62,13 @@ def out(tmp_path: Path) -> Path:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the corpus files opened from here on."""
     names: list[str] = []
-    original = readers._open_regular
+    original = folder._open_regular
 
     def recording(path: Path) -> Any:
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(readers, "_open_regular", recording)
+    monkeypatch.setattr(folder, "_open_regular", recording)
     return names
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llm_core.config import CorpusConfig
-from llm_core.corpus import Snapshot, near_duplicates, readers, take_snapshot
+from llm_core.corpus import Snapshot, folder, near_duplicates, take_snapshot
 from llm_core.errors import UserError
 
 pytest.importorskip("datasketch", reason="the extra dedup is not installed")
@@ -100,8 +100,8 @@ def test_only_new_documents_are_read_to_be_compared(raw: Path, tmp_path: Path, s
     take_snapshot(raw, tmp_path / "out", CONFIG)
     write(raw, "new.txt", prose(100))
     opened: list[str] = []
-    original = readers._open_regular
-    monkeypatch.setattr(readers, "_open_regular", lambda path: opened.append(path.name) or original(path))
+    original = folder._open_regular
+    monkeypatch.setattr(folder, "_open_regular", lambda path: opened.append(path.name) or original(path))
     take_snapshot(raw, tmp_path / "out", CONFIG)
     assert signed == [12, 1]
     assert set(opened) == {"new.txt"}

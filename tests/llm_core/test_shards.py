@@ -16,7 +16,7 @@ import pytest
 
 from llm_core import shard_file, shards
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
-from llm_core.corpus import iter_texts, readers, take_snapshot
+from llm_core.corpus import folder, iter_texts, take_snapshot
 from llm_core.dataset import TokenStream, Windows
 from llm_core.errors import DataError, UserError
 from llm_core.shards import DatasetManifest, build_dataset, kept_documents, kept_runs, load_manifest, open_tokens, read_facts
@@ -187,13 +187,13 @@ def test_rule_33_the_same_bytes_at_any_worker_count_and_batch_size(raw: Path, ou
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the corpus files opened from here on."""
     names: list[str] = []
-    original = readers._open_regular
+    original = folder._open_regular
 
     def recording(path: Path) -> Any:
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(readers, "_open_regular", recording)
+    monkeypatch.setattr(folder, "_open_regular", recording)
     return names
 
 
