@@ -62,6 +62,10 @@ class CorpusConfig(StageConfig):
         lt=0.5,
         description="Share of documents held out for validation; which ones is decided by each document's content hash.",
     )
+    invalid_utf8: Literal["quarantine", "replace"] = Field(
+        "quarantine",
+        description="What is done with text that is not UTF-8: set it aside, or put U+FFFD for each bad sequence.",
+    )
     min_characters: PositiveInt | None = Field(
         None, description="Drop texts (files, lines, rows) of fewer characters than this; default: none."
     )

@@ -68,6 +68,8 @@ def _facts(
     )
     for reason, size in sorted(summary["bytes_dropped"].items()):
         yield "  dropped", f"{size:,} bytes: {reason.replace('_', ' ')}"
+    if summary["sequences_replaced"]:
+        yield "  repaired", f"{summary['sequences_replaced']:,} sequences that were not UTF-8"
     for reason, count in sorted(summary["quarantined_by_reason"].items()):
         yield "  quarantined", f"{count:,} files, lines or rows: {reason.replace('_', ' ')}"
     for entry in summary["quarantined"][:5]:

@@ -27,6 +27,7 @@ def byte_totals(files: pa.Table, documents: pa.Table) -> dict[str, Any]:
         "bytes_read": pc.sum(files["bytes"]).as_py(),
         "bytes_kept": kept,
         "bytes_dropped": {reason: size for reason, size in dropped.items() if size},
+        "sequences_replaced": pc.sum(files["replaced"]).as_py(),
         "train_bytes": by_split.get("train", 0),
         "val_bytes": by_split.get("val", 0),
     }

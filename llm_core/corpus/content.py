@@ -1,5 +1,6 @@
-"""A file's content as a stream of bytes: decompressed on the way, counted, hashed, and never more than a bounded amount."""
+"""A file's content as a stream of bytes: decompressed and, if asked, repaired on the way, counted, hashed and bounded."""
 
+import codecs
 import gzip
 import hashlib
 import io
@@ -24,7 +25,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def open_content(raw: IO[bytes], path: str) -> Any:
-    """The decompressed bytes of an open file, as a buffered stream that can seek; going back means starting over.
+    """The decompressed bytes of an open file, as a buffered stream that can seek; going back may mean starting over.
 
     Raises (when it is read):
         Quarantine: the compressed data is damaged or ends early.
@@ -48,6 +49,8 @@ class Meter:
         self._max_bytes = max(MAX_COMPRESSION_FREE, size * MAX_COMPRESSION)
         self._hash = hashlib.sha256()
         self.position = 0
+        self.replaced = 0
+        """Sequences that were not UTF-8 and became U+FFFD."""
 
     def add(self, data: bytes) -> None:
         self._hash.update(data)
@@ -66,8 +69,10 @@ class Meter:
 class Content:
     """Reads a file's content once, in order, through a meter."""
 
-    def __init__(self, raw: IO[bytes], path: str, meter: Meter) -> None:
+    def __init__(self, raw: IO[bytes], path: str, meter: Meter, repair: bool = False) -> None:
         self._stream = open_content(raw, path)
+        if repair:
+            self._stream = repaired(self._stream, meter)
         self._meter = meter
 
     @property
@@ -93,6 +98,23 @@ class Content:
         with suppress(Quarantine):
             while self.read(BLOCK):
                 pass
+
+
+def repaired(stream: Any, meter: Meter) -> io.BufferedReader:
+    """A seekable stream of bytes with U+FFFD in place of each sequence that is not UTF-8; the meter counts them."""
+
+    def blocks() -> Iterator[bytes]:
+        stream.seek(0)
+        replacing, ignoring = (codecs.getincrementaldecoder("utf-8")(errors) for errors in ("replace", "ignore"))
+        block = b"more"
+        while block:
+            block = stream.read(BLOCK)
+            text = replacing.decode(block, final=not block)
+            meter.replaced += len(text) - len(ignoring.decode(block, final=not block))
+            if text:
+                yield text.encode()
+
+    return io.BufferedReader(BlockStream(blocks), BLOCK)
 
 
 class BlockStream(io.RawIOBase):

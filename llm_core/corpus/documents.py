@@ -29,8 +29,10 @@ def document(data: bytes, path: str, start: int, end: int, text_start: int, conf
     """The document that a piece of text makes.
 
     Raises:
-        Quarantine: it is not UTF-8.
+        Quarantine: it is binary or not UTF-8.
     """
+    if b"\0" in data:
+        raise Quarantine("binary", f"NUL at byte {start + data.index(0)}")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

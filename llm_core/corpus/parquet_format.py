@@ -36,12 +36,12 @@ def parquet_documents(raw: IO[bytes], path: str, config: CorpusConfig, meter: Me
     Raises:
         Quarantine: no such column, or the file is damaged or too large inside.
     """
-    with ParquetTexts.open(raw, path, config) as texts:
+    with ParquetTexts.open(raw, path, config, meter) as texts:
         for row, value in enumerate(texts.values()):
             meter.mark((_NULL_LENGTH if value is None else len(value)).to_bytes(8, "little"))
             meter.add(value or b"")
             try:
-                text = _text(value)
+                text = _usable(value)
             except Quarantine as quarantine:
                 yield rejected(value or b"", path, row, row + 1, config, quarantine.reason)
                 continue
@@ -51,9 +51,10 @@ def parquet_documents(raw: IO[bytes], path: str, config: CorpusConfig, meter: Me
 class ParquetTexts:
     """The text column of an open Parquet file; rows are found fastest in ascending order."""
 
-    def __init__(self, raw: IO[bytes], text_field: str) -> None:
-        """Raises Quarantine if the file cannot be used at all."""
-        self._text_field = text_field
+    def __init__(self, raw: IO[bytes], config: CorpusConfig, meter: Meter) -> None:
+        """Raises Quarantine if the file cannot be used at all; the meter counts repairs."""
+        self._text_field = text_field = config.text_field
+        self._meter = meter if config.invalid_utf8 == "replace" else None
         with _arrow_errors():
             # Buffered: a row group's column comes in page by page, not at once.
             self._file = pq.ParquetFile(raw, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True)
@@ -74,7 +75,7 @@ class ParquetTexts:
 
     @classmethod
     @contextmanager
-    def open(cls, raw: IO[bytes], path: str, config: CorpusConfig) -> Iterator["ParquetTexts"]:
+    def open(cls, raw: IO[bytes], path: str, config: CorpusConfig, meter: Meter) -> Iterator["ParquetTexts"]:
         """Parquet is read from its end: a compressed file is unpacked into a temporary one, capped like all compressed files.
 
         Raises:
@@ -82,7 +83,7 @@ class ParquetTexts:
             DataError: there is no room for the temporary file.
         """
         if not is_compressed(path):
-            yield cls(raw, config.text_field)
+            yield cls(raw, config, meter)
             return
         content = Content(raw, path, Meter(raw.seek(0, 2)))
         with tempfile.TemporaryFile() as unpacked:
@@ -93,10 +94,10 @@ class ParquetTexts:
                     raise DataError(
                         f"{path}: cannot be unpacked into {tempfile.gettempdir()} ({error.strerror}); make room or set TMPDIR"
                     ) from None
-            yield cls(unpacked, config.text_field)
+            yield cls(unpacked, config, meter)
 
     def values(self, first_group: int = 0) -> Iterator[bytes | None]:
-        """The bytes of every row from that row group on, None where there is no value."""
+        """The bytes of every row from that row group on, repaired if that was asked, None where there is no value."""
         for number in range(first_group, len(self._groups)):
             # One value can be as long as its row group, and a dictionary can repeat it in every row of the batch.
             rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, self._groups[number][1])))
@@ -105,7 +106,8 @@ class ParquetTexts:
                     column = batch.column(0)
                     if pa.types.is_dictionary(column.type):
                         column = column.dictionary_decode()
-                    yield from column.cast(pa.large_binary()).to_pylist()
+                    values = column.cast(pa.large_binary()).to_pylist()
+                    yield from values if self._meter is None else (_repaired(value, self._meter) for value in values)
 
     def text(self, row: int) -> bytes:
         """The text of one row.
@@ -123,7 +125,7 @@ class ParquetTexts:
         for value in self._values:
             self._next_row += 1
             if self._next_row > row:
-                return _text(value)
+                return _usable(value)
         raise Quarantine("no_text_field", f"no row {row}")
 
     def _size_of(self, group: int) -> tuple[int, int]:
@@ -135,9 +137,19 @@ class ParquetTexts:
             return facts.num_rows, sum(sizes)
 
 
-def _text(value: bytes | None) -> bytes:
+def _repaired(value: bytes | None, meter: Meter) -> bytes | None:
+    if value is None:
+        return None
+    text = value.decode(errors="replace")
+    meter.replaced += len(text) - len(value.decode(errors="ignore"))
+    return text.encode()
+
+
+def _usable(value: bytes | None) -> bytes:
     if value is None:
         raise Quarantine("no_text_field", "null")
+    if b"\0" in value:
+        raise Quarantine("binary", "NUL in it")
     try:
         value.decode()
     except UnicodeDecodeError as error:

@@ -13,7 +13,7 @@ from typing import IO
 import pyarrow as pa
 
 from llm_core.config import CorpusConfig
-from llm_core.corpus.content import Content, Meter, open_content
+from llm_core.corpus.content import Content, Meter, open_content, repaired
 from llm_core.corpus.folder import format_of
 from llm_core.corpus.parquet_format import ParquetTexts, parquet_documents
 from llm_core.corpus.records import KEPT, UNREADABLE, Document, FileFacts, Quarantine
@@ -38,7 +38,7 @@ def read_file(source: Source, path: str, config: CorpusConfig) -> tuple[FileFact
                 if file.look() == before:
                     return facts, documents
         except OSError as error:
-            return FileFacts(path, 0, hashlib.sha256().hexdigest(), UNREADABLE, error.strerror or str(error), 0, 0, 0), []
+            return FileFacts(path, 0, hashlib.sha256().hexdigest(), UNREADABLE, error.strerror or str(error), 0, 0, 0, 0), []
     raise DataError(f"{source.address(path)}: changed {_ATTEMPTS} times while it was read; run again when it is at rest")
 
 
@@ -47,7 +47,7 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     byte_order_mark = jsonl_envelope = 0
     detail = ""
     format = format_of(path)
-    content = Content(raw, path, meter) if format != "parquet" else None
+    content = Content(raw, path, meter, config.invalid_utf8 == "replace") if format != "parquet" else None
     try:
         byte_order_mark = content.skip_byte_order_mark() if content else 0
         if content is None:
@@ -65,7 +65,9 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
         documents, byte_order_mark = [], 0
         if content:
             content.drain()
-    facts = FileFacts(path, meter.position, meter.sha256(), status, detail, len(documents), byte_order_mark, jsonl_envelope)
+    replaced = meter.replaced if documents else 0
+    counts = (len(documents), byte_order_mark, jsonl_envelope, replaced)
+    facts = FileFacts(path, meter.position, meter.sha256(), status, detail, *counts)
     return facts, documents
 
 
@@ -96,10 +98,12 @@ def iter_texts(input_dir: InputDir, rows: pa.Table, config: CorpusConfig) -> Ite
 def _texts_of(raw: IO[bytes], path: str, config: CorpusConfig) -> Iterator[Callable[[int, int], bytes]]:
     """A function from `start` and `end` of a document to the whole text it is a part of."""
     if format_of(path) == "parquet":
-        with ParquetTexts.open(raw, path, config) as texts:
+        with ParquetTexts.open(raw, path, config, Meter(0)) as texts:
             yield lambda start, end: texts.text(start)
         return
     content = open_content(raw, path)
+    if config.invalid_utf8 == "replace":
+        content = repaired(content, Meter(0))
 
     def read(start: int, end: int) -> bytes:
         content.seek(start)

@@ -33,6 +33,7 @@ FILES_SCHEMA = pa.schema(
         ("documents", pa.int64()),
         ("byte_order_mark", pa.int64()),
         ("jsonl_envelope", pa.int64()),
+        ("replaced", pa.int64()),
     ]
 )
 DOCUMENTS_SCHEMA = pa.schema(
@@ -73,7 +74,8 @@ class Document(NamedTuple):
 class FileFacts(NamedTuple):
     """One row of the files table.
 
-    `bytes` and `sha256` are those of the file's content: decompressed, and of a .parquet file the values of its text column.
+    `bytes` and `sha256` are those of the file's content: decompressed, of a .parquet file the values of its text column, and
+    with invalid_utf8 "replace" repaired; `replaced` counts the sequences that were not UTF-8 and became U+FFFD.
     """
 
     path: str
@@ -84,6 +86,7 @@ class FileFacts(NamedTuple):
     documents: int
     byte_order_mark: int
     jsonl_envelope: int
+    replaced: int
 
 
 class Quarantine(Exception):

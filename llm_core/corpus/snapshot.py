@@ -28,7 +28,7 @@ from llm_core.errors import DataError, UserError
 from llm_core.files import atomic_writer, content_id, read_json, verify_file, write_json
 from llm_core.tables import parquet_bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ def _check_usable(input_dir: InputDir, config: CorpusConfig, summary: dict[str, 
         reasons = ", ".join(f"{reason} {count} bytes" for reason, count in sorted(summary["bytes_dropped"].items()))
         raise UserError(
             f"--input_dir {input_dir}: no usable text in its {summary['files']} files ({reasons or 'all empty'});"
-            f" .jsonl lines and .parquet rows need a string under --text_field {config.text_field!r}, all files need UTF-8"
+            f" .jsonl lines and .parquet rows need a string under --text_field {config.text_field!r}, all text needs UTF-8"
+            " (or --invalid_utf8 replace)"
         )
     for split in ("train", "val"):
         if not summary[f"{split}_bytes"]:

@@ -55,6 +55,8 @@ def jsonl_text(line: bytes, text_field: str) -> bytes:
         UnicodeDecodeError: the line is not UTF-8.
         Quarantine: there is no text in it.
     """
+    if b"\0" in line:
+        raise Quarantine("binary", "NUL in it")
     decoded = line.decode()
     try:
         value = json.loads(decoded)
@@ -64,6 +66,9 @@ def jsonl_text(line: bytes, text_field: str) -> bytes:
     if not isinstance(text, str):
         raise Quarantine("no_text_field", f"no string under {text_field!r}")
     try:
-        return text.encode()
+        data = text.encode()
     except UnicodeEncodeError:
         raise Quarantine("lone_surrogate", "an escape stands for half a character") from None
+    if b"\0" in data:
+        raise Quarantine("binary", "an escape stands for NUL")
+    return data

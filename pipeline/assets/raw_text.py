@@ -22,7 +22,7 @@ def raw_text(
 ) -> dg.MaterializeResult:
     """The documents of the raw text folder, found by content: cleaned, deduplicated, split into train and validation.
 
-    Unchanged files are not opened again. Files that are not clean UTF-8 text are set aside with a reason, never repaired.
+    Unchanged files are not opened again. Files that are not clean UTF-8 text are set aside with a reason, repaired only if asked.
     """
     place = storage.raw_text
     if isinstance(place, Path):

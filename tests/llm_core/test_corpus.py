@@ -324,14 +324,67 @@ def test_rule_34_bytes_read_are_kept_or_dropped_by_reason(raw: Path, out: Path) 
     assert statuses(snapshot)["lines.jsonl"] == "kept"
 
 
+# Encoding
+
+BAD = b"fine, then \xe9\xff and \xc3 end"
+"""Three bad sequences."""
+
+
+@pytest.mark.parametrize("block", [1 << 20, 5])
+def test_bytes_that_are_not_utf8_are_replaced_only_if_asked(block: int, raw: Path, out: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(content, "BLOCK", block)
+    (raw / "a.txt").write_bytes(BAD * 30)
+    (raw / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + BAD + b'1"}\n{"text": "fine \xef\xbf\xbd"}\n'))
+    bad = pa.Array.from_buffers(pa.string(), 1, pa.array([BAD + b"2"], pa.binary()).buffers())
+    pq.write_table(pa.table({"text": bad}), raw / "c.parquet")
+    untouched = take_snapshot(raw, out, HALF)
+    assert untouched.summary["quarantined_by_reason"] == {"not_utf8": 3}
+    assert untouched.summary["sequences_replaced"] == 0
+    config = HALF.model_copy(update={"invalid_utf8": "replace"})
+    snapshot = take_snapshot(raw, out, config)
+    repaired = "fine, then \ufffd\ufffd and \ufffd end"
+    texts = texts_of(snapshot, raw)
+    assert "".join(texts[:-19]) == repaired * 30
+    assert texts[-19:-16] == [repaired + "1", "fine \ufffd", repaired + "2"]
+    assert snapshot.summary["sequences_replaced"] == 32 * 3, "the one that was in the text is not counted"
+    assert snapshot.summary["quarantined_by_reason"] == {}
+    assert_bytes_add_up(snapshot)
+    assert list(iter_texts(raw, snapshot.kept_documents().slice(1, 2), config)) == texts[1:3]
+
+
+@pytest.mark.parametrize("invalid_utf8", ["quarantine", "replace"])
+def test_binary_content_is_quarantined_and_never_repaired(invalid_utf8: Any, raw: Path, out: Path) -> None:
+    (raw / "a.txt").write_bytes("UTF-16, say".encode("utf-16"))
+    (raw / "b.md").write_text("text with \0 in the middle")
+    (raw / "c.jsonl").write_bytes(b'{"text": "a\\u0000b"}\n{"text": "good"}\n\0\0\0{"text": "torn"}\n')
+    write_parquet(raw / "d.parquet", ["a\0b", "good too"])
+    snapshot = take_snapshot(raw, out, HALF.model_copy(update={"invalid_utf8": invalid_utf8}))
+    assert {path: status for path, status in statuses(snapshot).items() if "plain" not in path} == {
+        "a.txt": "binary",
+        "b.md": "binary",
+        "c.jsonl": "kept",
+        "d.parquet": "kept",
+    }
+    assert snapshot.summary["quarantined_by_reason"] == {"binary": 5}
+    assert {"path": "b.md", "reason": "binary", "detail": "NUL at byte 10"} in snapshot.summary["quarantined"]
+    assert_bytes_add_up(snapshot)
+
+
 @settings(max_examples=30, deadline=None)
-@given(files=st.lists(st.tuples(st.sampled_from(NAMES), st.binary(max_size=600)), max_size=3))
-def test_rule_34_holds_for_any_bytes(files: list[tuple[str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(
+    invalid_utf8=st.sampled_from(["quarantine", "replace"]),
+    files=st.lists(st.tuples(st.sampled_from(NAMES), st.binary(max_size=600)), max_size=3),
+)
+def test_rule_34_holds_for_any_bytes(
+    invalid_utf8: Any, files: list[tuple[str, bytes]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     base = tmp_path_factory.mktemp("any")
     fill(base / "raw")
     for name, data in files:
         (base / "raw" / name).write_bytes(data)
-    assert_bytes_add_up(take_snapshot(base / "raw", base / "out", HALF))
+    snapshot = take_snapshot(base / "raw", base / "out", HALF.model_copy(update={"invalid_utf8": invalid_utf8}))
+    assert_bytes_add_up(snapshot)
+    assert len(texts_of(snapshot, base / "raw")) == snapshot.summary["documents"]
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("zst", zstd)])
