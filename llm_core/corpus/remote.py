@@ -59,7 +59,7 @@ class RemoteFolder:
                 found.skipped["name_not_utf8"] += 1
             elif format_of(path) is None:
                 found.ignored += 1
-            elif info["type"] != "file" or info.get("islink"):
+            elif info["type"] != "file":  # links count as something else
                 found.skipped["not_a_regular_file"] += 1
             else:
                 found.files[path] = self._stamp(info)

@@ -240,7 +240,7 @@ def test_rule_34_bytes_read_are_kept_or_dropped_by_reason(raw: Path, out: Path) 
 
 # Encoding
 
-BAD = b"fine, then \xe9\xff and \xc3 end"
+BAD = b"f\xc3\xbcr, then \xe9\xff and \xc3 end"
 """Three bad sequences."""
 
 
@@ -256,7 +256,7 @@ def test_bytes_that_are_not_utf8_are_replaced_only_if_asked(block: int, raw: Pat
     assert untouched.summary["sequences_replaced"] == 0
     config = HALF.model_copy(update={"invalid_utf8": "replace"})
     snapshot = take_snapshot(raw, out, config)
-    repaired = "fine, then \ufffd\ufffd and \ufffd end"
+    repaired = "für, then \ufffd\ufffd and \ufffd end"
     texts = texts_of(snapshot, raw)
     assert "".join(texts[:-19]) == repaired * 30
     assert texts[-19:-16] == [repaired + "1", "fine \ufffd", repaired + "2"]

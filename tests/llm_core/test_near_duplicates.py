@@ -79,6 +79,14 @@ def test_documents_above_the_threshold_are_dropped_and_counted_and_others_stay(r
     assert set(status_of(without).values()) == {"kept"}, "off by default"
 
 
+def test_a_document_is_compared_with_kept_ones_only(raw: Path, tmp_path: Path) -> None:
+    near = altered(prose(3), 5, seed=1)
+    write(raw, "g.txt", near)
+    write(raw, "h.txt", altered(near, 5, seed=2))  # near to g.txt, which is dropped, and far from f03.txt
+    status = status_of(take_snapshot(raw, tmp_path / "out", CONFIG))
+    assert (status["f03.txt"], status["g.txt"], status["h.txt"]) == ("kept", "near_duplicate", "kept")
+
+
 def test_rule_33_the_first_in_order_is_kept_whatever_was_there_before(raw: Path, tmp_path: Path) -> None:
     write(raw, "m.txt", altered(prose(3), 2, seed=1))
     (raw / "f03.txt").rename(raw / "n.txt")
