@@ -53,7 +53,9 @@ class RemoteFolder:
         found = Folder()
         for name, info in sorted(self._listing().items()):
             path = name.removeprefix(self._prefix).lstrip("/")
-            if any(part.startswith(".") for part in path.split("/")):
+            if not name.startswith(self._prefix):
+                found.skipped["out_of_folder"] += 1
+            elif any(part.startswith(".") for part in path.split("/")):
                 found.skipped["hidden"] += 1
             elif not is_unicode(path):
                 found.skipped["name_not_utf8"] += 1
