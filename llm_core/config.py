@@ -49,7 +49,9 @@ class StageConfig(BaseModel):
 class CorpusConfig(StageConfig):
     """How files become documents."""
 
-    text_field: str = Field("text", min_length=1, description="Name of the field that holds the text in .jsonl files.")
+    text_field: str = Field(
+        "text", min_length=1, description="Name of the field or column that holds the text in .jsonl and .parquet files."
+    )
     max_document_bytes: int = Field(
         32 * 1024,
         ge=256,
@@ -61,6 +63,36 @@ class CorpusConfig(StageConfig):
         lt=0.5,
         description="Share of documents held out for validation; which ones is decided by each document's content hash.",
     )
+    invalid_utf8: Literal["quarantine", "replace"] = Field(
+        "quarantine",
+        description="What is done with text that is not UTF-8: set it aside, or put U+FFFD for each bad sequence.",
+    )
+    min_characters: PositiveInt | None = Field(
+        None, description="Drop texts (files, lines, rows) of fewer characters than this; default: none."
+    )
+    max_characters: PositiveInt | None = Field(
+        None, description="Drop texts of more characters than this, whole, before they are divided; default: none."
+    )
+    max_repetition: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="Drop documents with a larger share of characters in runs of five words that occurred before in them;"
+        " 0.15 is the limit of Rae et al. 2021 (Gopher); default: none.",
+    )
+    min_letter_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Drop documents with a smaller share of letters in what is not white space; default: none.",
+    )
+    near_duplicates: Annotated[float, Field(ge=0.5, lt=1)] | None = Field(
+        None,
+        description="Drop documents that resemble an earlier one by at least this much: estimated Jaccard similarity of their"
+        " five-word shingles; 0.8 is usual; default: none. Needs the extra dedup.",
+    )
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> "CorpusConfig":
+        if self.min_characters and self.max_characters and self.min_characters > self.max_characters:
+            raise ValueError(f"min_characters {self.min_characters} must not exceed max_characters {self.max_characters}")
+        return self
 
 
 class TokenizerConfig(StageConfig):
@@ -164,7 +196,7 @@ class TrainConfig(StageConfig):
         description="Share of the windows from each source, as relative weights by top-level folder of the raw text "
         "('.': files in none; '*': every other source); empty: all text alike.",
     )
-    max_repetition: float = Field(
+    max_source_epochs: float = Field(
         4.0, ge=1, description="Times a part of a mixture is read at most; what is cut goes to the others in proportion."
     )
 

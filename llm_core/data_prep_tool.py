@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llm_core.cli import parse_options, run_tool
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
-from llm_core.corpus import Snapshot, take_snapshot
+from llm_core.corpus import READABLE, Snapshot, take_snapshot
 from llm_core.errors import DataError
 from llm_core.shards import DatasetManifest, build_dataset
 from llm_core.tokenizer_training import TokenizerArtifact, prepare_tokenizer
@@ -27,7 +27,9 @@ PROG = "python -m llm_core.data_prep_tool"
 class DataPrepOptions(ShardConfig, TokenizerConfig, CorpusConfig):
     """Turns a folder of raw text into a tokenizer and token shards; running it again does only what is new."""
 
-    input_dir: str = Field("raw_text_data", description="Folder of .txt, .md and .jsonl files, also with .gz; never written to.")
+    input_dir: str = Field(
+        "raw_text_data", description=f"Folder of {READABLE} files, also with .gz or .zst, or its fsspec URL; never written to."
+    )
     output_dir: str = Field("processed_data", description="Folder for the tokenizer, the shards and their manifest.")
 
 
@@ -38,7 +40,7 @@ def prepare(options: DataPrepOptions) -> None:
         UserError: an option does not fit the text.
         DataError: a file is damaged, or cannot be written.
     """
-    input_dir, output_dir = Path(options.input_dir), Path(options.output_dir)
+    input_dir, output_dir = options.input_dir, Path(options.output_dir)
     try:
         with _progress("Reading", "files") as show:
             snapshot = take_snapshot(input_dir, output_dir, options.part(CorpusConfig), show)
@@ -66,8 +68,10 @@ def _facts(
     )
     for reason, size in sorted(summary["bytes_dropped"].items()):
         yield "  dropped", f"{size:,} bytes: {reason.replace('_', ' ')}"
+    if summary["sequences_replaced"]:
+        yield "  repaired", f"{summary['sequences_replaced']:,} sequences that were not UTF-8"
     for reason, count in sorted(summary["quarantined_by_reason"].items()):
-        yield "  quarantined", f"{count:,} files or lines: {reason.replace('_', ' ')}"
+        yield "  quarantined", f"{count:,} files, lines or rows: {reason.replace('_', ' ')}"
     for entry in summary["quarantined"][:5]:
         yield "", f"{entry['path']}: {entry['reason'].replace('_', ' ')}, {entry['detail']}"
     origin = "kept" if artifact.reused else "new"

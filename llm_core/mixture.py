@@ -45,15 +45,15 @@ def plan_mixture(config: TrainConfig, data_dir: Path, manifest: DatasetManifest,
     return Mixture(known_first(known, new, OLD), [replay, *((1 - replay) * share for share in wanted)])
 
 
-def final_shares(mixture: Mixture, sizes: list[int], windows: int, max_repetition: float) -> list[int]:
+def final_shares(mixture: Mixture, sizes: list[int], windows: int, max_source_epochs: float) -> list[int]:
     """The shares that a run of `windows` windows can keep to, in units of 1 / SHARE_UNITS; sizes: windows of each part.
 
-    No part is read more than `max_repetition` times over: what is cut from one goes to the others in proportion.
+    No part is read more than `max_source_epochs` times over: what is cut from one goes to the others in proportion.
 
     Raises:
         UserError: even so the run is longer than the text allows; the message has the numbers.
     """
-    limits = [max_repetition * size / windows for size in sizes]
+    limits = [max_source_epochs * size / windows for size in sizes]
     if OLD in mixture.parts.names and not any(sizes[1:]):
         raise UserError("--replay_share: the parent has seen all of this text; leave the option out to train on it once more")
     shares = [0.0] * len(sizes)
@@ -72,7 +72,7 @@ def final_shares(mixture: Mixture, sizes: list[int], windows: int, max_repetitio
         capped = ", ".join(name for name, share in zip(mixture.parts.names, shares, strict=True) if share)
         raise UserError(
             f"--max_steps: the run reads {windows:,} windows, more than {capped or 'the weighted sources'} can give at "
-            f"--max_repetition {max_repetition:g}; lower --max_steps, raise --max_repetition, or weigh other sources too"
+            f"--max_source_epochs {max_source_epochs:g}; lower --max_steps, raise --max_source_epochs, or weigh other sources too"
         )
     units = [int(share * SHARE_UNITS) for share in shares]
     units[max(range(len(units)), key=units.__getitem__)] += SHARE_UNITS - sum(units)

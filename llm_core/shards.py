@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llm_core.config import ShardConfig
-from llm_core.corpus import Snapshot, iter_texts
+from llm_core.corpus import InputDir, Snapshot, iter_texts
 from llm_core.errors import DataError, UserError
 from llm_core.files import content_id, read_json, write_json
 from llm_core.shard_file import ShardEntry, ShardWriter, open_tokens, read_facts
@@ -112,7 +112,7 @@ def load_manifest(processed_dir: Path, dataset_id: str | None = None) -> Dataset
 def build_dataset(
     snapshot: Snapshot,
     artifact: TokenizerArtifact,
-    input_dir: Path,
+    input_dir: InputDir,
     processed_dir: Path,
     config: ShardConfig,
     on_progress: Callable[[int, int], None] | None = None,
@@ -137,7 +137,7 @@ def build_dataset(
         shards += reused
         missing.append(wanted.filter(pc.invert(pc.is_in(wanted["document_id"], value_set=stored_ids))))
     to_encode = pa.concat_tables(missing).sort_by([(name, "ascending") for name in ("path", "start", "text_start")])
-    texts = iter_texts(input_dir, to_encode, snapshot.text_field)
+    texts = iter_texts(input_dir, to_encode, snapshot.config)
     shards += _encode(to_encode, texts, tokenizer, processed_dir, config, on_progress)
     shards.sort(key=lambda shard: SPLITS.index(shard.split))  # stable: within a split the oldest come first
 

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llm_core.config import TokenizerConfig
-from llm_core.corpus import Snapshot, iter_texts
+from llm_core.corpus import InputDir, Snapshot, iter_texts
 from llm_core.errors import DataError, UserError
 from llm_core.files import ID_LENGTH, read_json, sha256_file, write_json
 from llm_core.tiktoken_ranks import ready_tokenizer
@@ -51,7 +51,7 @@ class TokenizerArtifact:
         return f"tokenizers/{self.tokenizer_id}.json"
 
 
-def prepare_tokenizer(snapshot: Snapshot, input_dir: Path, processed_dir: Path, config: TokenizerConfig) -> TokenizerArtifact:
+def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Path, config: TokenizerConfig) -> TokenizerArtifact:
     """The tokenizer for a snapshot, made only if there is none yet.
 
     The current tokenizer is frozen: it stays while its configuration does, whatever text arrives, because a new one makes
@@ -83,7 +83,7 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: Path, processed_dir: Path, 
     documents = snapshot.kept_documents()
     train = documents.filter(pa.compute.equal(documents["split"], "train"))
     sample = _sample(train, config.tokenizer_train_bytes, config.tokenizer_seed)
-    tokenizer = train_tokenizer(lambda: iter_texts(input_dir, sample, snapshot.text_field), config)
+    tokenizer = train_tokenizer(lambda: iter_texts(input_dir, sample, snapshot.config), config)
     path = store / f"{tokenizer.tokenizer_id}.json"
     tokenizer.save(path)
     measured = _sample(documents, _MEASURED_BYTES, config.tokenizer_seed)
@@ -95,7 +95,7 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: Path, processed_dir: Path, 
         "config": identity,
         "snapshot_id": snapshot.snapshot_id,
         "train_bytes": 0 if config.tokenizer_type == "tiktoken" else pa.compute.sum(sample["bytes"]).as_py(),
-        **_measure(tokenizer, iter_texts(input_dir, measured, snapshot.text_field)),
+        **_measure(tokenizer, iter_texts(input_dir, measured, snapshot.config)),
     }
     write_json(store / f"{tokenizer.tokenizer_id}.report.json", report)
     tokenizer.save(current)

@@ -46,7 +46,7 @@ class TrainingData:
         order = WindowOrder(train.sizes, config.seed)
         if mixture is not None:
             windows = config.max_steps * config.batch_size
-            order = WindowOrder(train.sizes, config.seed, final_shares(mixture, train.sizes, windows, config.max_repetition))
+            order = WindowOrder(train.sizes, config.seed, final_shares(mixture, train.sizes, windows, config.max_source_epochs))
         tokenizer = Tokenizer.load(data_dir / manifest.tokenizer.file)
         return cls(
             manifest=manifest,

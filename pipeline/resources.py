@@ -6,6 +6,7 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field
 
+from llm_core.corpus import InputDir, is_url
 from pipeline.catalog.catalog import Catalog
 
 
@@ -15,14 +16,19 @@ class Storage(dg.ConfigurableResource):
     home: str = Field(
         default_factory=lambda: os.environ.get("TEXTMILL_HOME", "data"), description="Root of everything textmill writes."
     )
-    raw_text_dir: str | None = Field(default=None, description="Folder of the raw text; default: raw_text_data under the home.")
+    raw_text_dir: str | None = Field(
+        default=None, description="Folder of the raw text, or its URL (s3://...); default: raw_text_data under the home."
+    )
 
     @property
     def root(self) -> Path:
         return Path(self.home).resolve()
 
     @property
-    def raw_text(self) -> Path:
+    def raw_text(self) -> InputDir:
+        """Where the raw text lies: a resolved path, or a URL as it was given."""
+        if self.raw_text_dir and is_url(self.raw_text_dir):
+            return self.raw_text_dir
         return Path(self.raw_text_dir).resolve() if self.raw_text_dir else self.root / "raw_text_data"
 
     @property

@@ -6,10 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llm_core.corpus.readers import KEPT
-
-HARMLESS = frozenset({KEPT, "duplicate", "blank"})
-"""Every other status of a file or document is a quarantine: something is wrong with what was fed in."""
+from llm_core.corpus.folder import format_of
+from llm_core.corpus.records import HARMLESS, KEPT
 
 LISTED_QUARANTINES = 100
 
@@ -29,6 +27,7 @@ def byte_totals(files: pa.Table, documents: pa.Table) -> dict[str, Any]:
         "bytes_read": pc.sum(files["bytes"]).as_py(),
         "bytes_kept": kept,
         "bytes_dropped": {reason: size for reason, size in dropped.items() if size},
+        "sequences_replaced": pc.sum(files["replaced"]).as_py(),
         "train_bytes": by_split.get("train", 0),
         "val_bytes": by_split.get("val", 0),
     }
@@ -49,20 +48,24 @@ def file_changes(files: pa.Table, previous: pa.Table | None) -> dict[str, int]:
 
 
 def quarantine(files: pa.Table, documents: pa.Table) -> dict[str, Any]:
-    """Which files and .jsonl lines were set aside and why: the first ones listed, all of them counted."""
+    """Which files, .jsonl lines and .parquet rows were set aside and why: the first ones listed, all of them counted."""
     entries = [
         {"path": row["path"], "reason": row["status"], "detail": row["detail"] or "no text in it"}
         for row in files.filter(pc.equal(files["documents"], 0)).to_pylist()
     ]
     harmless = pc.is_in(documents["status"], value_set=pa.array(sorted(HARMLESS)))
     entries += [
-        {"path": row["path"], "reason": row["status"], "detail": f"line at byte {row['start']}"}
+        {"path": row["path"], "reason": row["status"], "detail": _place(row)}
         for row in documents.filter(pc.invert(harmless)).to_pylist()
     ]
     return {
         "quarantined": entries[:LISTED_QUARANTINES],
         "quarantined_by_reason": dict(Counter(entry["reason"] for entry in entries)),
     }
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f"row {row['start']}" if format_of(row["path"]) == "parquet" else f"line at byte {row['start']}"
 
 
 def _sums(documents: pa.Table, key: str) -> dict[str, int]:

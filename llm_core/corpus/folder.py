@@ -3,21 +3,27 @@
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import IO, Literal, NamedTuple
 
 from llm_core.errors import UserError
 
-Format = Literal["text", "jsonl"]
+Format = Literal["text", "jsonl", "parquet"]
 
-_FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "jsonl"}
+_FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+_COMPRESSIONS = (".gz", ".zst")
+
+READABLE = ".txt, .md, .jsonl or .parquet"
+"""For messages; each of these may also end in .gz or .zst."""
 
 
 def format_of(path: str) -> Format | None:
     """Format of a file by its name, compressed or not; None for a name we do not read."""
-    return _FORMATS.get(PurePosixPath(path.lower().removesuffix(".gz")).suffix)
+    name = PurePosixPath(path.lower())
+    return _FORMATS.get(PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSIONS else name.suffix)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Stamp:
     size: int
     mtime_ns: int
     inode: int
+    tag: str = ""
+    """What a remote file system says about the version of a file."""
 
     @classmethod
     def of(cls, status: os.stat_result) -> "Stamp":
@@ -42,6 +50,40 @@ class Folder:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
+class OpenFile(NamedTuple):
+    """A buffered file that can seek, and a function to look at what its stamp is now."""
+
+    raw: IO[bytes]
+    look: Callable[[], Stamp]
+
+
+class LocalFolder:
+    """A folder of this machine as a `Source`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def address(self, path: str) -> str:
+        return str(self._root / path)
+
+    def walk(self) -> Folder:
+        return walk(self._root)
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[OpenFile]:
+        with _open_regular(self._root / path) as raw:
+            yield OpenFile(raw, lambda: Stamp.of(os.fstat(raw.fileno())))
+
+
+@contextmanager
+def _open_regular(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a regular file; O_NONBLOCK, so that a FIFO put in its place cannot hold us."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as raw:
+        if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+            raise OSError(0, "not a regular file")
+        yield raw
+
+
 def walk(input_dir: Path) -> Folder:
     """Looks through `input_dir` and its subfolders without opening a file.
 
@@ -52,7 +94,7 @@ def walk(input_dir: Path) -> Folder:
         UserError: the folder is missing or cannot be listed.
     """
     if not input_dir.is_dir():
-        raise UserError(f"--input_dir {input_dir}: no such folder; create it and put .txt, .md or .jsonl files into it")
+        raise UserError(f"--input_dir {input_dir}: no such folder; create it and put {READABLE} files into it")
     root = os.path.realpath(input_dir)
     found = Folder()
     for path, entry in _entries(root, "", found.skipped):
@@ -84,7 +126,7 @@ def _entries(directory: str, prefix: str, skipped: Counter[str]) -> Iterator[tup
         path = prefix + entry.name
         if entry.name.startswith("."):
             skipped["hidden"] += 1
-        elif not _is_unicode(entry.name):
+        elif not is_unicode(entry.name):
             skipped["name_not_utf8"] += 1
         elif entry.is_dir(follow_symlinks=False):
             yield from _entries(entry.path, path + "/", skipped)
@@ -94,7 +136,8 @@ def _entries(directory: str, prefix: str, skipped: Counter[str]) -> Iterator[tup
             yield path, entry
 
 
-def _is_unicode(name: str) -> bool:
+def is_unicode(name: str) -> bool:
+    """Whether a file's name can be written in UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:  # the system hands undecodable bytes over as lone surrogates

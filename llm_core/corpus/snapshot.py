@@ -3,61 +3,32 @@
 snapshots/<snapshot_id>.files.parquet      one row per file
 snapshots/<snapshot_id>.documents.parquet  one row per document, ordered by (path, start, text_start)
 snapshots/<snapshot_id>.json               totals and the digests of both tables; written last
-snapshots/file_index.parquet               size, time and inode of the files at the last look: a cache, never the truth
+snapshots/file_index.parquet               what tells the files' versions at the last look: a cache, never the truth
 """
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus.accounting import byte_totals, file_changes, quarantine
-from llm_core.corpus.folder import Stamp, walk
-from llm_core.corpus.readers import KEPT, FileFacts, read_file
+from llm_core.corpus.duplicates import mark_duplicates
+from llm_core.corpus.file_index import last_look, let_the_clock_tick, remember_look
+from llm_core.corpus.folder import READABLE
+from llm_core.corpus.near_duplicates import check_available, mark_near_duplicates
+from llm_core.corpus.readers import iter_texts, read_file
+from llm_core.corpus.records import DOCUMENTS_SCHEMA, FILES_SCHEMA, KEPT, UNREADABLE, FileFacts, Rows
+from llm_core.corpus.source import InputDir, open_source
 from llm_core.errors import DataError, UserError
 from llm_core.files import atomic_writer, content_id, read_json, verify_file, write_json
 from llm_core.tables import parquet_bytes
 
-FORMAT_VERSION = 1
-
-FILES_SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),
-        ("bytes", pa.int64()),
-        ("sha256", pa.string()),
-        ("status", pa.string()),
-        ("detail", pa.string()),
-        ("documents", pa.int64()),
-        ("byte_order_mark", pa.int64()),
-        ("jsonl_envelope", pa.int64()),
-    ]
-)
-DOCUMENTS_SCHEMA = pa.schema(
-    [
-        ("document_id", pa.string()),
-        ("path", pa.string()),
-        ("start", pa.int64()),
-        ("end", pa.int64()),
-        ("text_start", pa.int64()),
-        ("bytes", pa.int64()),
-        ("characters", pa.int64()),
-        ("split", pa.string()),
-        ("status", pa.string()),
-    ]
-)
-_INDEX_SCHEMA = pa.schema([("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("inode", pa.uint64())])
-
-_INDEX_FILE = Path("snapshots", "file_index.parquet")
-_ROWS_PER_BATCH = 1 << 16
-_CLOCK_TICK = 0.02
-"""Seconds; two writes to a file within one tick of the file system's clock (10 ms at most) can leave the same mtime."""
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -73,9 +44,9 @@ class Snapshot:
         return str(self.summary["snapshot_id"])
 
     @property
-    def text_field(self) -> str:
-        """What `iter_texts` needs to find the text in .jsonl lines."""
-        return str(self.summary["config"]["text_field"])
+    def config(self) -> CorpusConfig:
+        """What `iter_texts` needs to find the documents again."""
+        return CorpusConfig.model_validate(self.summary["config"])
 
     def kept_documents(self) -> pa.Table:
         """Rows of the documents that make up the corpus, in order."""
@@ -83,41 +54,44 @@ class Snapshot:
 
 
 def take_snapshot(
-    input_dir: Path,
+    input_dir: InputDir,
     processed_dir: Path,
     config: CorpusConfig,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Snapshot:
     """Reads what is new in `input_dir` and returns the snapshot of the whole; `on_progress` gets (done files, all files).
 
-    A file whose size, time and inode are those of the last look is not opened. The same content and configuration give the
-    same snapshot, which is then not written again.
+    A file whose size, time and inode (behind a URL, its version there) are those of the last look is not opened. The same content
+    and configuration give the same snapshot, which is then not written again.
 
     Raises:
         UserError: no folder, no text in it, or nothing on one side of the train/validation split.
-        DataError: a file kept changing while it was read.
+        DataError: a file kept changing while it was read, or its place cannot be reached.
     """
-    folder = walk(input_dir)
+    if config.near_duplicates is not None:
+        check_available(config.near_duplicates)
+    source = open_source(input_dir)
+    folder = source.walk()
     if not folder.files:
         raise UserError(
-            f"--input_dir {input_dir}: no .txt, .md or .jsonl file in it, nor one of these with .gz"
+            f"--input_dir {input_dir}: no {READABLE} file in it, nor one of these with .gz or .zst"
             f" ({folder.ignored} other files, {folder.skipped.total()} skipped); put text files there or name another folder"
         )
-    _let_the_clock_tick(folder.files.values())
-    parent, stamps = _last_look(processed_dir)
+    let_the_clock_tick(folder.files.values())
+    parent_id, stamps = last_look(processed_dir)
+    parent = _intact_snapshot(processed_dir, parent_id) if parent_id else None
     known: dict[str, FileFacts] = {}
     if parent and parent.summary["config"] == config.identity():
         rows = (FileFacts(**row) for row in parent.files.to_pylist())
         known = {row.path: row for row in rows if row.path in folder.files and stamps.get(row.path) == folder.files[row.path]}
 
     files: list[FileFacts] = []
-    fresh = _Rows(DOCUMENTS_SCHEMA)
-    seen: dict[str, Stamp | None] = {}
-    for done, (path, stamp) in enumerate(folder.files.items(), start=1):
+    fresh = Rows(DOCUMENTS_SCHEMA)
+    for done, path in enumerate(folder.files, start=1):
         if path in known:
-            facts, seen[path] = known[path], stamp
+            facts = known[path]
         else:
-            facts, documents, seen[path] = read_file(input_dir, path, config)
+            facts, documents = read_file(source, path, config)
             fresh.extend(documents)
         files.append(facts)
         if on_progress:
@@ -130,8 +104,12 @@ def take_snapshot(
         tables = [fresh.table()]
         if parent:
             tables.append(parent.documents.filter(pc.is_in(parent.documents["path"], value_set=pa.array(known, pa.string()))))
-        documents_table = _first_of_each(pa.concat_tables(tables))
-        files_table = _Rows(FILES_SCHEMA, files).table()
+        documents_table = mark_duplicates(pa.concat_tables(tables))
+        if config.near_duplicates is not None:
+            documents_table = mark_near_duplicates(
+                documents_table, config.near_duplicates, processed_dir, lambda rows: iter_texts(input_dir, rows, config)
+            )
+        files_table = Rows(FILES_SCHEMA, files).table()
         summary = {
             "format_version": FORMAT_VERSION,
             "snapshot_id": snapshot_id,
@@ -147,7 +125,9 @@ def take_snapshot(
         }
         _check_usable(input_dir, config, summary)
         snapshot = _publish(processed_dir, summary, files_table, documents_table)
-    _remember_look(processed_dir, snapshot_id, seen)
+    # The stamps from before the files were read: what changed in between is looked at again.
+    stamps = {facts.path: folder.files[facts.path] for facts in files if facts.status != UNREADABLE}
+    remember_look(processed_dir, snapshot_id, stamps)
     return snapshot
 
 
@@ -177,52 +157,14 @@ def _intact_snapshot(processed_dir: Path, snapshot_id: str) -> Snapshot | None:
         return None
 
 
-class _Rows:
-    """Collects rows into Arrow batches, so that few of them are Python objects at any time."""
-
-    def __init__(self, schema: pa.Schema, rows: Iterable[tuple[Any, ...]] = ()) -> None:
-        self._schema = schema
-        self._batches: list[pa.RecordBatch] = []
-        self._pending = list(rows)
-
-    def extend(self, rows: Iterable[tuple[Any, ...]]) -> None:
-        self._pending.extend(rows)
-        if len(self._pending) >= _ROWS_PER_BATCH:
-            self._flush()
-
-    def table(self) -> pa.Table:
-        self._flush()
-        return pa.Table.from_batches(self._batches, self._schema)
-
-    def _flush(self) -> None:
-        if self._pending:
-            columns = zip(zip(*self._pending, strict=True), self._schema.types, strict=True)
-            self._batches.append(pa.record_batch([pa.array(values, kind) for values, kind in columns], schema=self._schema))
-            self._pending = []
-
-
-def _first_of_each(documents: pa.Table) -> pa.Table:
-    """Sorts the documents and keeps the first of each text; the others are marked as duplicates."""
-    documents = documents.sort_by([("path", "ascending"), ("start", "ascending"), ("text_start", "ascending")])
-    # What was a duplicate in the parent may be the first now.
-    status = pc.if_else(pc.equal(documents["status"], "duplicate"), KEPT, documents["status"])
-    usable = pc.equal(status, KEPT).to_numpy()
-    # Dictionary codes count up in order of first appearance: a first appearance is a code above all codes before it.
-    ids = documents["document_id"].filter(pa.array(usable)).combine_chunks()
-    codes = ids.dictionary_encode().indices.to_numpy()
-    repeated = np.zeros(len(usable), dtype=bool)
-    repeated[usable] = codes <= np.maximum.accumulate(np.concatenate([[-1], codes]))[:-1]
-    status = pc.if_else(pa.array(repeated), "duplicate", status)
-    return documents.set_column(documents.schema.get_field_index("status"), "status", status)
-
-
-def _check_usable(input_dir: Path, config: CorpusConfig, summary: dict[str, Any]) -> None:
+def _check_usable(input_dir: InputDir, config: CorpusConfig, summary: dict[str, Any]) -> None:
     documents, size = summary["documents"], summary["bytes_kept"]
     if not documents:
         reasons = ", ".join(f"{reason} {count} bytes" for reason, count in sorted(summary["bytes_dropped"].items()))
         raise UserError(
             f"--input_dir {input_dir}: no usable text in its {summary['files']} files ({reasons or 'all empty'});"
-            f" .jsonl lines need a string under --text_field {config.text_field!r}, all files need UTF-8"
+            f" .jsonl lines and .parquet rows need a string under --text_field {config.text_field!r}, all text needs UTF-8"
+            " (or --invalid_utf8 replace)"
         )
     for split in ("train", "val"):
         if not summary[f"{split}_bytes"]:
@@ -241,29 +183,3 @@ def _publish(processed_dir: Path, summary: dict[str, Any], files: pa.Table, docu
             summary[f"{name}_table"] = {"file": path.name, "sha256": file.sha256()}
     write_json(processed_dir / "snapshots" / f"{summary['snapshot_id']}.json", summary)
     return Snapshot(summary, files, documents)
-
-
-def _let_the_clock_tick(stamps: Iterable[Stamp]) -> None:
-    """After this a further write to any of the files shows in its mtime, so that an equal stamp means equal content."""
-    newest = max(stamp.mtime_ns for stamp in stamps) / 1e9
-    time.sleep(max(0.0, min(newest + _CLOCK_TICK - time.time(), _CLOCK_TICK)))
-
-
-def _last_look(processed_dir: Path) -> tuple[Snapshot | None, dict[str, Stamp]]:
-    """The snapshot taken last and the files' stamps of that moment; nothing if the cache is lost or unreadable."""
-    try:
-        index = pq.read_table(processed_dir / _INDEX_FILE)
-        snapshot_id = index.schema.metadata[b"snapshot_id"].decode()
-        stamps = {row["path"]: Stamp(row["size"], row["mtime_ns"], row["inode"]) for row in index.to_pylist()}
-    except (OSError, KeyError, TypeError, pa.ArrowException):
-        return None, {}
-    return _intact_snapshot(processed_dir, snapshot_id), stamps
-
-
-def _remember_look(processed_dir: Path, snapshot_id: str, stamps: dict[str, Stamp | None]) -> None:
-    rows = [(path, stamp.size, stamp.mtime_ns, stamp.inode) for path, stamp in stamps.items() if stamp]
-    content = parquet_bytes(_Rows(_INDEX_SCHEMA.with_metadata({"snapshot_id": snapshot_id}), rows).table())
-    path = processed_dir / _INDEX_FILE
-    if not path.is_file() or path.read_bytes() != content:
-        with atomic_writer(path) as file:
-            file.write(content)

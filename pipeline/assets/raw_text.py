@@ -1,5 +1,7 @@
 """raw_text: the folder of raw text as a snapshot of documents."""
 
+from pathlib import Path
+
 import dagster as dg
 
 from llm_core.config import CorpusConfig
@@ -20,10 +22,12 @@ def raw_text(
 ) -> dg.MaterializeResult:
     """The documents of the raw text folder, found by content: cleaned, deduplicated, split into train and validation.
 
-    Unchanged files are not opened again. Files that are not clean UTF-8 text are set aside with a reason, never repaired.
+    Unchanged files are not opened again. Files that are not clean UTF-8 text are set aside with a reason, repaired only if asked.
     """
-    storage.raw_text.mkdir(parents=True, exist_ok=True)
-    snapshot = take_snapshot(storage.raw_text, storage.processed, config.part(CorpusConfig))
+    place = storage.raw_text
+    if isinstance(place, Path):
+        place.mkdir(parents=True, exist_ok=True)
+    snapshot = take_snapshot(place, storage.processed, config.part(CorpusConfig))
     catalog.open().record_snapshot(storage.processed, snapshot.snapshot_id)
     set_current(storage.current_snapshot, storage.current_snapshot.with_name(f"{snapshot.snapshot_id}.json"))
     summary, dropped = snapshot.summary, snapshot.summary["bytes_dropped"]
@@ -44,6 +48,6 @@ def raw_text(
             "dropped_by_reason": table([{"reason": why, "bytes": dropped[why]} for why in dropped], reason="string", bytes="int"),
             "quarantined": sum(summary["quarantined_by_reason"].values()),
             "quarantined_files": table(summary["quarantined"], path="string", reason="string", detail="string"),
-            "folder": dg.MetadataValue.path(storage.raw_text),
+            "folder": dg.MetadataValue.path(place),
         },
     )

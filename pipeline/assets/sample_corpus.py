@@ -1,8 +1,11 @@
 """sample_corpus: text for a first run, without a download."""
 
+from pathlib import Path
+
 import dagster as dg
 from pydantic import Field
 
+from llm_core.errors import UserError
 from llm_core.sample_corpus import write_sample_corpus
 from pipeline.assets.common import DATA, OWNERS
 from pipeline.resources import Storage
@@ -20,6 +23,9 @@ def sample_corpus(config: SampleCorpusConfig, storage: Storage) -> dg.Materializ
 
     Written to `sample_corpus/` in the raw text folder; delete that folder to train on your own text alone.
     """
-    directory = storage.raw_text / "sample_corpus"
+    place = storage.raw_text
+    if not isinstance(place, Path):
+        raise UserError(f"raw_text_dir {place}: the sample corpus needs a local folder; leave raw_text_dir out of the quickstart")
+    directory = place / "sample_corpus"
     files, size = write_sample_corpus(directory, config.at_least_bytes)
     return dg.MaterializeResult(metadata={"files": files, "bytes": size, "folder": dg.MetadataValue.path(directory)})

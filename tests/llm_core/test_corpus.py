@@ -1,8 +1,6 @@
 """A folder becomes documents: every byte accounted for, nothing harmful let in, nothing read twice."""
 
-import gzip
 import hashlib
-import json
 import os
 import shutil
 import socket
@@ -11,22 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llm_core.config import CorpusConfig
-from llm_core.corpus import Snapshot, folder, iter_texts, load_snapshot, readers, take_snapshot
+from llm_core.corpus import documents, folder, load_snapshot, readers, take_snapshot
 from llm_core.errors import DataError, UserError
-
-# With half of the documents on each side, a handful is enough for both.
-HALF = CorpusConfig(val_fraction=0.49, max_document_bytes=256)
-
-
-def fill(directory: Path, count: int = 16) -> None:
-    """Small files, enough that both splits have some."""
-    directory.mkdir(exist_ok=True)
-    for number in range(count):
-        (directory / f"plain{number:02}.txt").write_text(f"This is text number {number}.\n" * 3)
+from tests.llm_core.corpora import HALF, fill, statuses, texts_of, write_jsonl
 
 
 @pytest.fixture
@@ -44,55 +31,17 @@ def out(tmp_path: Path) -> Path:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the corpus files opened from here on."""
     names: list[str] = []
-    original = readers._open_regular
+    original = folder._open_regular
 
     def recording(path: Path) -> Any:
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(readers, "_open_regular", recording)
+    monkeypatch.setattr(folder, "_open_regular", recording)
     return names
 
 
-def statuses(snapshot: Snapshot) -> dict[str, str]:
-    return dict(zip(snapshot.files["path"].to_pylist(), snapshot.files["status"].to_pylist(), strict=True))
-
-
-def texts_of(snapshot: Snapshot, raw: Path) -> list[str]:
-    return list(iter_texts(raw, snapshot.kept_documents(), snapshot.text_field))
-
-
-def write_jsonl(path: Path, *values: Any) -> None:
-    path.write_text("".join(json.dumps(value) + "\n" for value in values))
-
-
-# What is read
-
-
-def test_reads_every_format_in_sorted_order_through_nested_folders(raw: Path, out: Path) -> None:
-    deep = raw / "a" / "b"
-    deep.mkdir(parents=True)
-    (deep / "one.md").write_text("markdown")
-    with gzip.open(deep / "two.txt.gz", "wt") as file:
-        file.write("squeezed")
-    write_jsonl(raw / "z.jsonl", {"text": "line one", "id": 1}, {"id": 2, "text": "line two, né"})
-    with gzip.open(raw / "z.jsonl.gz", "wt") as file:
-        file.write(json.dumps({"text": "squeezed line"}))
-    (raw / "picture.png").write_bytes(b"\x89PNG")
-    snapshot = take_snapshot(raw, out, HALF)
-    paths = snapshot.files["path"].to_pylist()
-    assert paths == sorted(paths)
-    assert paths[:2] == ["a/b/one.md", "a/b/two.txt.gz"]
-    assert snapshot.summary["files_ignored"] == 1
-    texts = texts_of(snapshot, raw)
-    assert texts[:2] == ["markdown", "squeezed"]
-    assert texts[-3:] == ["line one", "line two, né", "squeezed line"]
-
-
-def test_text_field_names_the_field_of_jsonl_lines(raw: Path, out: Path) -> None:
-    write_jsonl(raw / "z.jsonl", {"body": "from the body", "text": "not this"})
-    snapshot = take_snapshot(raw, out, CorpusConfig(text_field="body", val_fraction=0.49))
-    assert texts_of(snapshot, raw)[-1] == "from the body"
+# What is looked at
 
 
 def test_hidden_files_links_out_of_the_folder_and_special_files_are_skipped(raw: Path, out: Path, tmp_path: Path) -> None:
@@ -119,107 +68,6 @@ def test_hidden_files_links_out_of_the_folder_and_special_files_are_skipped(raw:
     assert summary["bytes_dropped"] == {"duplicate": (raw / "plain00.txt").stat().st_size}  # the link that stays inside
 
 
-# Long texts
-
-
-@given(text=st.text(alphabet="ab\n é中🙂", max_size=2000), limit=st.integers(256, 300))
-def test_long_text_is_divided_without_losing_a_byte(text: str, limit: int) -> None:
-    data, start, pieces = text.encode(), 0, []
-    while start < len(data):
-        end = readers.piece_end(data, start, limit)
-        pieces.append(data[start:end])
-        start = end
-    assert b"".join(pieces) == data
-    assert all(len(piece) <= limit and piece.decode() for piece in pieces)
-    assert all(piece.endswith(b"\n") or b"\n" not in piece for piece in pieces[:-1])
-
-
-def test_division_does_not_depend_on_how_much_is_read_at_once(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (raw / "long.txt").write_text("".join(f"Zeile {n}: Größe\n" for n in range(500)) + "ü" * 1000)
-    whole = take_snapshot(raw, out, HALF)
-    monkeypatch.setattr(readers, "_BLOCK", 7)
-    assert take_snapshot(raw, out.with_name("out2"), HALF).documents.equals(whole.documents)
-    assert max(whole.documents["bytes"].to_pylist()) <= 256
-    pieces = [text for text in texts_of(whole, raw) if "Zeile" in text or "ü" in text]
-    assert "".join(pieces).startswith("Zeile 0: Größe\n")
-
-
-def test_a_long_jsonl_text_is_divided_and_found_again(raw: Path, out: Path) -> None:
-    text = "".join(f'Line {n} with "quotes" and ü.\n' for n in range(100))
-    write_jsonl(raw / "a.jsonl", {"text": "short"}, {"text": text}, {"text": "last"})
-    assert "".join(texts_of(take_snapshot(raw, out, HALF), raw)).startswith("short" + text + "last")
-
-
-# Rule 34
-
-
-def assert_bytes_add_up(snapshot: Snapshot) -> None:
-    summary = snapshot.summary
-    assert summary["bytes_read"] == summary["bytes_kept"] + sum(summary["bytes_dropped"].values())
-    assert summary["bytes_kept"] == summary["train_bytes"] + summary["val_bytes"]
-
-
-def test_rule_34_bytes_read_are_kept_or_dropped_by_reason(raw: Path, out: Path) -> None:
-    (raw / "bom.txt").write_bytes(b"\xef\xbb\xbfmarked")
-    (raw / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "marked line"}\n\n')
-    (raw / "blank.txt").write_text(" \n\t\n")
-    (raw / "empty.txt").write_text("")
-    (raw / "latin1.txt").write_bytes("fine at first, then: é".encode("latin-1"))
-    (raw / "copy.txt").write_bytes((raw / "plain03.txt").read_bytes())
-    bad_lines = ["{not json", '{"text": 5}', '["text"]', '{"text": "half \\ud800 of a character"}', "[" * 100_000]
-    (raw / "lines.jsonl").write_text("\n".join([*bad_lines, '{"text": "good"}', '{"text": ""}']))
-    with gzip.open(raw / "cut.txt.gz", "wb", compresslevel=1) as file:
-        file.write(os.urandom(3000).hex().encode())
-    (raw / "cut.txt.gz").write_bytes((raw / "cut.txt.gz").read_bytes()[:-1000])
-    (raw / "nogzip.txt.gz").write_bytes(b"plain text")
-    snapshot = take_snapshot(raw, out, HALF)
-    assert_bytes_add_up(snapshot)
-    dropped = snapshot.summary["bytes_dropped"]
-    assert dropped["byte_order_mark"] == 6
-    assert dropped["jsonl_envelope"] == len('{"text": ""}\n\n') + 2 * len('{"text": ""}') + 1
-    assert dropped["blank"] == 4
-    assert dropped["not_utf8"] == 22
-    assert dropped["duplicate"] == (raw / "copy.txt").stat().st_size
-    assert dropped["unreadable_json"] == len("{not json\n") + 100_001
-    assert dropped["no_text_field"] == len('{"text": 5}\n["text"]\n')
-    assert dropped["lone_surrogate"] == len(bad_lines[3]) + 1
-    assert snapshot.summary["quarantined_by_reason"] == {
-        "empty": 1, "not_utf8": 1, "unreadable_gzip": 2, "unreadable_json": 2, "no_text_field": 2, "lone_surrogate": 1,
-    }  # fmt: skip
-    assert {"path": "latin1.txt", "reason": "not_utf8", "detail": "unexpected end of data at byte 21"} in snapshot.summary[
-        "quarantined"
-    ]
-    assert statuses(snapshot)["lines.jsonl"] == "kept"
-
-
-@settings(max_examples=30, deadline=None)
-@given(files=st.lists(st.tuples(st.sampled_from(["a.txt", "b.jsonl", "c.md.gz"]), st.binary(max_size=600)), max_size=3))
-def test_rule_34_holds_for_any_bytes(files: list[tuple[str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> None:
-    base = tmp_path_factory.mktemp("any")
-    fill(base / "raw")
-    for name, data in files:
-        (base / "raw" / name).write_bytes(data)
-    assert_bytes_add_up(take_snapshot(base / "raw", base / "out", HALF))
-
-
-def test_a_decompression_bomb_is_quarantined_early(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_COMPRESSION_FREE", 1 << 20)
-    with gzip.open(raw / "bomb.txt.gz", "wb") as file:
-        file.write(bytes(64 << 20))
-    snapshot = take_snapshot(raw, out, HALF)
-    assert statuses(snapshot)["bomb.txt.gz"] == "too_compressed"
-    assert snapshot.summary["bytes_read"] < 32 << 20
-    assert_bytes_add_up(snapshot)
-
-
-def test_an_endless_jsonl_line_is_quarantined(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
-    write_jsonl(raw / "a.jsonl", {"text": "fine"}, {"text": "x" * 2000})
-    snapshot = take_snapshot(raw, out, HALF)
-    assert statuses(snapshot)["a.jsonl"] == "line_too_long"
-    assert_bytes_add_up(snapshot)
-
-
 # Identity, duplicates, split
 
 
@@ -241,13 +89,13 @@ def test_rule_29_split_is_a_pure_function_of_the_content(raw: Path, out: Path) -
     after = take_snapshot(raw, out, HALF)
     side = dict(zip(after.documents["document_id"].to_pylist(), after.documents["split"].to_pylist(), strict=True))
     for row in before.documents.to_pylist():
-        assert side[row["document_id"]] == row["split"] == readers.split_of(row["document_id"], 0.49)
+        assert side[row["document_id"]] == row["split"] == documents.split_of(row["document_id"], 0.49)
 
 
 def test_rule_29_val_fraction_is_the_share_of_documents_and_growing_it_only_moves_documents_to_val() -> None:
     ids = [hashlib.sha256(bytes([n % 256, n // 256])).hexdigest() for n in range(4000)]
-    small = {i for i in ids if readers.split_of(i, 0.05) == "val"}
-    large = {i for i in ids if readers.split_of(i, 0.2) == "val"}
+    small = {i for i in ids if documents.split_of(i, 0.05) == "val"}
+    large = {i for i in ids if documents.split_of(i, 0.2) == "val"}
     assert small < large
     assert 140 < len(small) < 260
     assert 700 < len(large) < 900
@@ -392,7 +240,7 @@ def test_a_missing_folder_names_the_option(tmp_path: Path, out: Path) -> None:
 def test_a_folder_without_text_files_names_the_option(tmp_path: Path, out: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "x.pdf").write_bytes(b"")
-    with pytest.raises(UserError, match=r"--input_dir .*/raw: no \.txt, \.md or \.jsonl file in it.*1 other files"):
+    with pytest.raises(UserError, match=r"--input_dir .*/raw: no \.txt.* or \.parquet file in it, nor .* \.zst \(1 other files"):
         take_snapshot(tmp_path / "raw", out, HALF)
 
 
@@ -411,8 +259,3 @@ def test_a_side_of_the_split_without_documents_says_what_to_change(tmp_path: Pat
     )
     with pytest.raises(UserError, match=expected):
         take_snapshot(tmp_path / "raw", out, CorpusConfig(val_fraction=0.0001))
-
-
-def test_format_is_told_by_the_name() -> None:
-    names = {"a.txt": "text", "a.MD": "text", "a.jsonl.gz": "jsonl", "a.json": None, "a.gz": None, "txt": None, "a.txt.bz2": None}
-    assert {name: folder.format_of(name) for name in names} == names

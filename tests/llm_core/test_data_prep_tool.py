@@ -3,6 +3,8 @@
 import base64
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +73,7 @@ def test_the_table_tells_what_was_read_dropped_and_made(
     run(raw, tmp_path / "out")
     first = capsys.readouterr().out
     assert "36 read, 35 passed over" in first
-    assert "quarantined  1 files or lines: not utf8" in first
+    assert "quarantined  1 files, lines or rows: not utf8" in first
     assert "latin1.txt: not utf8, unexpected end of data at byte 3" in first
     assert "bpe, 300 tokens, new" in first
     assert "bytes per token" in first
@@ -152,6 +154,23 @@ def test_max_document_bytes_val_fraction_and_text_field(tmp_path: Path) -> None:
     assert documents[1] > 500
     assert 0.2 < whole["val"]["documents"] / documents[0] < 0.4
     assert 0.05 < divided["val"]["documents"] / documents[1] < 0.15
+
+
+def test_filters_and_invalid_utf8(corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(corpus_dir, raw)
+    (raw / "short.txt").write_text("Too short.")
+    (raw / "long.txt").write_text("Far too long. " * 2000)
+    (raw / "spam.txt").write_text("buy cheap pills online now " * 50)
+    (raw / "digits.txt").write_text(" ".join(str(number * number) for number in range(300)))
+    (raw / "latin1.txt").write_bytes(f"caf\xe9 {' '.join(f'number{n}' for n in range(60))}".encode("latin-1"))
+    flags = "--min_characters 50 --max_characters 20000 --min_letter_share 0.5 --max_repetition 0.3 --invalid_utf8 replace"
+    run(raw, tmp_path / "out", *flags.split())
+    out = capsys.readouterr().out
+    for reason in ("too short", "too long", "few letters", "repetitive"):
+        assert re.search(rf"dropped +[\d,]+ bytes: {reason}", out)
+    assert "repaired     1 sequences that were not UTF-8" in out
+    assert "quarantined" not in out
 
 
 def test_tokenizer_train_bytes_and_tokenizer_seed(corpus_dir: Path, tmp_path: Path) -> None:

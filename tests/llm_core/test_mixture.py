@@ -52,29 +52,27 @@ def grown(corpus_dir: Path, processed_dir: Path, tmp_path: Path) -> Path:
 
 
 def test_shares_are_the_weights_where_nothing_is_read_too_often() -> None:
-    units = final_shares(mixture(0.75, 0.25), [1000, 1000], windows=100, max_repetition=1)
+    units = final_shares(mixture(0.75, 0.25), [1000, 1000], windows=100, max_source_epochs=1)
     assert units == [SHARE_UNITS * 3 // 4, SHARE_UNITS // 4]
 
 
 def test_what_the_repetition_cap_cuts_goes_to_the_others_in_proportion() -> None:
     # Half of 1000 windows would read the 50 of the first part 10 times over; 4 times is a share of 0.2.
-    units = final_shares(mixture(0.5, 0.3, 0.2), [50, 1000, 1000], windows=1000, max_repetition=4)
+    units = final_shares(mixture(0.5, 0.3, 0.2), [50, 1000, 1000], windows=1000, max_source_epochs=4)
     assert [unit / SHARE_UNITS for unit in units] == pytest.approx([0.2, 0.48, 0.32], abs=1e-5)
     assert sum(units) == SHARE_UNITS
     # A part that is pushed over its own cap by that is cut too.
-    units = final_shares(mixture(0.5, 0.3, 0.2), [50, 110, 1000], windows=1000, max_repetition=4)
+    units = final_shares(mixture(0.5, 0.3, 0.2), [50, 110, 1000], windows=1000, max_source_epochs=4)
     assert [unit / SHARE_UNITS for unit in units] == pytest.approx([0.2, 0.44, 0.36], abs=1e-5)
 
 
 def test_a_run_that_is_longer_than_its_text_may_be_repeated_is_refused_with_the_numbers() -> None:
-    with pytest.raises(
-        UserError, match=r"--max_steps: the run reads 1,000 windows, more than part0, part1 can give .*repetition 4"
-    ):
-        final_shares(mixture(0.5, 0.5), [50, 60], windows=1000, max_repetition=4)
+    with pytest.raises(UserError, match=r"--max_steps: the run reads 1,000 windows, more than part0, part1 can give .*epochs 4"):
+        final_shares(mixture(0.5, 0.5), [50, 60], windows=1000, max_source_epochs=4)
 
 
 def test_sources_are_the_top_level_folders_and_are_read_by_weight(processed_dir: Path) -> None:
-    data = open_data(processed_dir, source_weights={".": 1, "more": 3}, max_repetition=100)
+    data = open_data(processed_dir, source_weights={".": 1, "more": 3}, max_source_epochs=100)
     assert data.parts is not None and data.parts.names == SOURCES
     shares = {part["part"]: part["share"] for part in data.mixture(TrainConfig(batch_size=8, max_steps=100))}
     assert shares == {".": pytest.approx(0.25, abs=0.01), "more": pytest.approx(0.75, abs=0.01)}
@@ -92,7 +90,7 @@ def kept_rows(processed: Path) -> list[dict[str, Any]]:
 
 
 def test_a_mixture_trains_from_the_command_line_and_its_order_survives_a_resume(processed_dir: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"source_weights": '{".": 1, "*": 1}', "max_repetition": 50, "max_steps": 6, "save_interval": 3}
+    options: dict[str, Any] = {"source_weights": '{".": 1, "*": 1}', "max_source_epochs": 50, "max_steps": 6, "save_interval": 3}
     done = run_train(processed_dir, tmp_path / "whole", keep_checkpoints=5, **options)
     assert "50.0% more" in done.stderr
     run_train(processed_dir, tmp_path / "other", checkpoint=tmp_path / "whole/checkpoint_step_3.pt", **options)
@@ -124,7 +122,7 @@ def test_negative_weights_are_refused(processed_dir: Path, tmp_path: Path) -> No
 def test_the_documents_of_a_mixture_are_read_at_the_steps_that_are_recorded(processed_dir: Path, tmp_path: Path) -> None:
     """Replays a tiny run window by window, and compares which documents' tokens are targets with what the run wrote."""
     trainer = make_trainer(
-        processed_dir, tmp_path, source_weights={".": 1, "more": 1}, max_repetition=50, max_steps=8, batch_size=4
+        processed_dir, tmp_path, source_weights={".": 1, "more": 1}, max_source_epochs=50, max_steps=8, batch_size=4
     )
     data, config = trainer.data, trainer.config
     first: dict[str, int] = {}
@@ -238,7 +236,7 @@ def test_moving_a_file_to_another_source_is_another_run_of_the_same_dataset(corp
         snapshot = take_snapshot(raw, processed, CorpusConfig(max_document_bytes=2048))
         artifact = prepare_tokenizer(snapshot, raw, processed, TokenizerConfig(vocab_size=512))
         dataset = build_dataset(snapshot, artifact, raw, processed, ShardConfig(max_length=64, num_workers=1))
-        weighted = make_trainer(processed, tmp_path, source_weights={"*": 1}, max_repetition=50)
+        weighted = make_trainer(processed, tmp_path, source_weights={"*": 1}, max_source_epochs=50)
         ids.append((dataset.dataset_id, make_trainer(processed, tmp_path).run_id, weighted.run_id))
         assert parts_by_source(snapshot.kept_documents()).names == SOURCES
         (file := min(raw.glob("*.txt"))).rename(raw / "more" / file.name)

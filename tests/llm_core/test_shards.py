@@ -16,7 +16,7 @@ import pytest
 
 from llm_core import shard_file, shards
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
-from llm_core.corpus import iter_texts, readers, take_snapshot
+from llm_core.corpus import folder, iter_texts, take_snapshot
 from llm_core.dataset import TokenStream, Windows
 from llm_core.errors import DataError, UserError
 from llm_core.parts import kept_documents, kept_runs
@@ -70,7 +70,7 @@ def wanted(raw: Path, out: Path, manifest: DatasetManifest, split: str) -> dict[
     snapshot = take_snapshot(raw, out, CORPUS)
     rows = snapshot.kept_documents()
     rows = rows.filter(pa.compute.equal(rows["split"], split))
-    return dict(zip(rows["document_id"].to_pylist(), iter_texts(raw, rows, "text"), strict=True))
+    return dict(zip(rows["document_id"].to_pylist(), iter_texts(raw, rows, CorpusConfig()), strict=True))
 
 
 def assert_holds(raw: Path, out: Path, manifest: DatasetManifest) -> None:
@@ -188,13 +188,13 @@ def test_rule_33_the_same_bytes_at_any_worker_count_and_batch_size(raw: Path, ou
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the corpus files opened from here on."""
     names: list[str] = []
-    original = readers._open_regular
+    original = folder._open_regular
 
     def recording(path: Path) -> Any:
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(readers, "_open_regular", recording)
+    monkeypatch.setattr(folder, "_open_regular", recording)
     return names
 
 

@@ -51,7 +51,7 @@ def test_without_a_release_training_starts_from_the_beginning(trained_home: tupl
 
 def test_sources_are_weighted_from_the_launchpad(trained_home: tuple[Home, Any], clone: Any) -> None:
     home, _ = clone(trained_home)
-    options = {"source_weights": {".": 1.0, "more": 1.0}, "max_repetition": 1000.0}
+    options = {"source_weights": {".": 1.0, "more": 1.0}, "max_source_epochs": 1000.0}
     result = home.materialize(checkpoint, checkpoint=options)
     parts = [record.data for record in home.metadata(result, "checkpoint")["mixture"].records]
     assert [(part["part"], part["windows_read"]) for part in parts] == [(".", 12), ("more", 12)]

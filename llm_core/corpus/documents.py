@@ -1,0 +1,73 @@
+"""Text to documents: divided where it is long, named by its hash, given a side of the split and a status."""
+
+import hashlib
+
+from llm_core.config import CorpusConfig
+from llm_core.corpus.filters import content_reason, length_reason
+from llm_core.corpus.records import KEPT, Document, Quarantine
+
+
+def split_of(document_id: str, val_fraction: float) -> str:
+    """Side of a document: its hash, read as a number in [0, 1), against the fraction. Nothing else can move it."""
+    return "val" if int(document_id[:16], 16) / 2**64 < val_fraction else "train"
+
+
+def piece_end(data: bytes, start: int, max_bytes: int) -> int:
+    """Where the piece that begins at `start` ends: after its last line that fits, else between two characters."""
+    end = start + max_bytes
+    if end >= len(data):
+        return len(data)
+    line_end = data.rfind(b"\n", start, end) + 1
+    if line_end > start:
+        return line_end
+    while end > start + max_bytes - 4 and data[end] & 0xC0 == 0x80:  # inside a UTF-8 character of at most 4 bytes
+        end -= 1
+    return end
+
+
+def document(data: bytes, path: str, start: int, end: int, text_start: int, config: CorpusConfig) -> Document:
+    """The document that a piece of text makes.
+
+    Raises:
+        Quarantine: it is binary or not UTF-8.
+    """
+    if b"\0" in data:
+        raise Quarantine("binary", f"NUL at byte {start + data.index(0)}")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise not_utf8(start, error) from None
+    document_id = hashlib.sha256(data).hexdigest()
+    status = "blank" if not text or text.isspace() else content_reason(text, config) or KEPT
+    split = split_of(document_id, config.val_fraction)
+    return Document(document_id, path, start, end, text_start, len(data), len(text), split, status)
+
+
+def divided(text: bytes, path: str, start: int, end: int, config: CorpusConfig) -> list[Document]:
+    """The documents of one text that was read whole; an empty text makes one, too."""
+    documents, text_start = [], 0
+    while True:
+        text_end = piece_end(text, text_start, config.max_document_bytes)
+        documents.append(document(text[text_start:text_end], path, start, end, text_start, config))
+        text_start = text_end
+        if text_end == len(text):
+            return of_wanted_length(documents, config)
+
+
+def of_wanted_length(documents: list[Document], config: CorpusConfig) -> list[Document]:
+    """The documents of one whole text, dropped together if it is too short or too long."""
+    reason = length_reason(sum(document.characters for document in documents), config)
+    if reason is None:
+        return documents
+    return [document._replace(status=reason) if document.status == KEPT else document for document in documents]
+
+
+def rejected(data: bytes, path: str, start: int, end: int, config: CorpusConfig, reason: str) -> Document:
+    """A line or row without usable text stands in the table under the hash of its raw bytes."""
+    document_id = hashlib.sha256(data).hexdigest()
+    return Document(document_id, path, start, end, 0, len(data), 0, split_of(document_id, config.val_fraction), reason)
+
+
+def not_utf8(start: int, error: UnicodeDecodeError) -> Quarantine:
+    """The error as a quarantine; `start` is where the decoded bytes begin in the file."""
+    return Quarantine("not_utf8", f"{error.reason} at byte {start + error.start}")

@@ -1,0 +1,51 @@
+"""The files' stamps at the last look: a cache that spares opening what did not change, never the truth.
+
+snapshots/file_index.parquet   size, time, inode and version of every file, and the id of the snapshot taken then
+"""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm_core.corpus.folder import Stamp
+from llm_core.corpus.records import Rows
+from llm_core.files import atomic_writer
+from llm_core.tables import parquet_bytes
+
+_SCHEMA = pa.schema(
+    [("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("inode", pa.uint64()), ("tag", pa.string())]
+)
+_FILE = Path("snapshots", "file_index.parquet")
+_CLOCK_TICK = 0.02
+"""Seconds; two writes to a file within one tick of the file system's clock (10 ms at most) can leave the same mtime."""
+
+
+def let_the_clock_tick(stamps: Iterable[Stamp]) -> None:
+    """After this a further write to any of the files shows in its mtime, so that an equal stamp means equal content."""
+    newest = max(stamp.mtime_ns for stamp in stamps) / 1e9
+    time.sleep(max(0.0, min(newest + _CLOCK_TICK - time.time(), _CLOCK_TICK)))
+
+
+def last_look(processed_dir: Path) -> tuple[str | None, dict[str, Stamp]]:
+    """Id of the snapshot taken last and the files' stamps of that moment; nothing if the cache is lost or unreadable."""
+    try:
+        index = pq.read_table(processed_dir / _FILE)
+        snapshot_id = index.schema.metadata[b"snapshot_id"].decode()
+        return snapshot_id, {
+            row["path"]: Stamp(row["size"], row["mtime_ns"], row["inode"], row["tag"]) for row in index.to_pylist()
+        }
+    except (OSError, KeyError, TypeError, pa.ArrowException):
+        return None, {}
+
+
+def remember_look(processed_dir: Path, snapshot_id: str, stamps: dict[str, Stamp]) -> None:
+    """Stores the stamps of the files that could be read; writes nothing if nothing changed."""
+    rows = [(path, stamp.size, stamp.mtime_ns, stamp.inode, stamp.tag) for path, stamp in stamps.items()]
+    content = parquet_bytes(Rows(_SCHEMA.with_metadata({"snapshot_id": snapshot_id}), rows).table())
+    path = processed_dir / _FILE
+    if not path.is_file() or path.read_bytes() != content:
+        with atomic_writer(path) as file:
+            file.write(content)

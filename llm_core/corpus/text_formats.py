@@ -1,0 +1,74 @@
+"""Plain text and .jsonl: a stream of bytes to documents."""
+
+import json
+from collections.abc import Iterator
+
+from llm_core.config import CorpusConfig
+from llm_core.corpus.content import BLOCK, Content
+from llm_core.corpus.documents import divided, document, not_utf8, of_wanted_length, piece_end, rejected
+from llm_core.corpus.records import Document, Quarantine
+
+MAX_LINE_BYTES = 64 << 20
+"""A .jsonl line is held in memory; a file with a longer one is quarantined."""
+
+
+def text_documents(content: Content, path: str, config: CorpusConfig) -> list[Document]:
+    """The documents of a text file, read block by block."""
+    return of_wanted_length(list(_pieces(content, path, config)), config)
+
+
+def _pieces(content: Content, path: str, config: CorpusConfig) -> Iterator[Document]:
+    start, pending, block = content.position, b"", b"more"
+    while block:
+        block = content.read(BLOCK)
+        pending += block
+        used = 0
+        while len(pending) - used > config.max_document_bytes or (not block and used < len(pending)):
+            end = piece_end(pending, used, config.max_document_bytes)
+            yield document(pending[used:end], path, start + used, start + end, 0, config)
+            used = end
+        start, pending = start + used, pending[used:]
+
+
+def jsonl_documents(content: Content, path: str, config: CorpusConfig) -> Iterator[Document]:
+    """The documents of a .jsonl file, read line by line; a line without usable text is set aside alone."""
+    while line := content.readline(MAX_LINE_BYTES + 1):
+        start, end = content.position - len(line), content.position
+        if len(line) > MAX_LINE_BYTES:
+            raise Quarantine("line_too_long", f"the line at byte {start} has more than {MAX_LINE_BYTES} bytes")
+        if not line.strip():
+            continue
+        try:
+            text = jsonl_text(line, config.text_field)
+        except UnicodeDecodeError as error:
+            raise not_utf8(start, error) from None
+        except Quarantine as quarantine:
+            yield rejected(line, path, start, end, config, quarantine.reason)
+            continue
+        yield from divided(text, path, start, end, config)
+
+
+def jsonl_text(line: bytes, text_field: str) -> bytes:
+    """UTF-8 bytes of the text in one line. Never longer than the line: no JSON escape is shorter than what it stands for.
+
+    Raises:
+        UnicodeDecodeError: the line is not UTF-8.
+        Quarantine: there is no text in it.
+    """
+    if b"\0" in line:
+        raise Quarantine("binary", "NUL in it")
+    decoded = line.decode()
+    try:
+        value = json.loads(decoded)
+    except (ValueError, RecursionError) as error:
+        raise Quarantine("unreadable_json", str(error)) from None
+    text = value.get(text_field) if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise Quarantine("no_text_field", f"no string under {text_field!r}")
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise Quarantine("lone_surrogate", "an escape stands for half a character") from None
+    if b"\0" in data:
+        raise Quarantine("binary", "an escape stands for NUL")
+    return data
