@@ -256,16 +256,6 @@ def test_precision_auto_picks_what_the_device_is_fast_at(monkeypatch: pytest.Mon
         assert resolve_precision(mixed, torch.device("cuda", 0)) == expected
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("attention", ["sdpa", "auto"])
-def test_a_gpu_trains_in_mixed_precision(precision: str, attention: str, processed_dir: Path, tmp_path: Path) -> None:
-    run_train(processed_dir, tmp_path, device="cuda", precision=precision, attention=attention, max_steps=5, hidden_size=128)
-    losses = [line["loss"] for line in train_lines(tmp_path)]
-    assert losses[-1] < losses[0]
-
-
 @pytest.mark.slow
 def test_rule_17_holds_for_muon_too(processed_dir: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"optimizer": "muon", "save_interval": 3, "keep_checkpoints": 5, "max_steps": 6}
