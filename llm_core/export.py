@@ -135,9 +135,9 @@ def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, 
     temporary.mkdir(parents=True)
     special = {"bos_token": tokenizer.special_tokens[0], "eos_token": tokenizer.special_tokens[0]}
     special_ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
-    write_json(temporary / "config.json", llama_config(model.config, tokenizer.eot_id))
-    write_json(temporary / "generation_config.json", special_ids)
-    write_json(temporary / "special_tokens_map.json", special)
+    write_json(temporary / "config.json", llama_config(model.config, tokenizer.eot_id), sealed=False)
+    write_json(temporary / "generation_config.json", special_ids, sealed=False)
+    write_json(temporary / "special_tokens_map.json", special, sealed=False)
     write_json(
         temporary / "tokenizer_config.json",
         special
@@ -147,6 +147,7 @@ def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, 
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": False,
         },
+        sealed=False,
     )
     tokenizer.save(temporary / "tokenizer.json")
     with atomic_writer(temporary / "model.safetensors") as file:

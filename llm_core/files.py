@@ -7,7 +7,7 @@ A reader therefore sees the old file or the new one, never a part.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,9 @@ from llm_core.errors import DataError
 
 ID_LENGTH = 16
 """Hex digits of an artifact id: 64 bits of a SHA-256, enough for billions of artifacts."""
+
+SEAL = "sha256_of_the_rest"
+"""Key under which a JSON file holds the digest of everything else in it: one flipped bit can leave readable JSON."""
 
 _BLOCK = 1 << 20
 
@@ -71,18 +74,22 @@ def atomic_writer(path: Path) -> Iterator[HashingWriter]:
     fsync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any) -> str:
-    """Writes `value` atomically as sorted, indented JSON and returns the file's SHA-256."""
+def write_json(path: Path, value: Mapping[str, Any], sealed: bool = True) -> str:
+    """Writes a JSON object atomically, sorted and indented, and returns the file's SHA-256.
+
+    A sealed one carries a digest of itself, for `read_json`; files that other programs define are written without.
+    """
+    seal = {SEAL: _seal(json.loads(json.dumps(value)))} if sealed else {}
     with atomic_writer(path) as file:
-        file.write((json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+        file.write((json.dumps(dict(value) | seal, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
         return file.sha256()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Reads a JSON object that `write_json` sealed, and takes the seal off.
 
     Raises:
-        DataError: the file is missing or is not a JSON object; the message names it.
+        DataError: the file is missing, not a JSON object or not as it was written; the message names it.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -92,7 +99,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not readable as JSON ({error}); restore it or delete it to rebuild") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    if value.pop(SEAL, None) != _seal(value):
+        raise DataError(
+            f"{path}: damaged or edited by hand, it does not match its own digest; restore it or delete it to rebuild"
+        )
     return value
+
+
+def _seal(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

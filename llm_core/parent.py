@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 from llm_core.checkpoint_files import CheckpointRecord, checkpoint_path, manifest_path, newest_valid
 from llm_core.config import TrainConfig
 from llm_core.errors import DataError, UserError
-from llm_core.files import atomic_writer, read_json
+from llm_core.files import atomic_writer, read_json, verify_file
 from llm_core.schedule import decay_start
 from llm_core.tables import parquet_bytes
 
@@ -58,13 +59,14 @@ def recorded_parent(checkpoint: Path) -> Parent | None:
     state = read_json(run_dir / "run.json") if (run_dir / "run.json").is_file() else {}
     if state.get("run_id") != CheckpointRecord.read(manifest_path(checkpoint)).run_id or state["parent_run_id"] is None:
         return None
-    return Parent(state["parent_checkpoint_id"], state["parent_run_id"], state["parent_step"], None, _inherited(run_dir))
+    return Parent(state["parent_checkpoint_id"], state["parent_run_id"], state["parent_step"], None, _inherited(run_dir, state))
 
 
-def write_known_documents(run_dir: Path, known: pa.Array) -> None:
-    """Keeps what a run's parents have seen beside what it sees itself."""
+def write_known_documents(run_dir: Path, known: pa.Array) -> str:
+    """Keeps what a run's parents have seen beside what it sees itself; returns the file's SHA-256."""
     with atomic_writer(run_dir / KNOWN_DOCUMENTS) as file:
         file.write(parquet_bytes(pa.table({"document_id": known})))
+        return file.sha256()
 
 
 def _known_documents(record: CheckpointRecord) -> pa.Array | None:
@@ -72,15 +74,18 @@ def _known_documents(record: CheckpointRecord) -> pa.Array | None:
     state = read_json(run_dir / "run.json") if (run_dir / "run.json").is_file() else {}
     if state.get("run_id") != record.run_id or not (run_dir / DOCUMENT_STEPS).is_file():
         return None
+    verify_file(run_dir / DOCUMENT_STEPS, state["document_steps_sha256"])
     own = pq.read_table(run_dir / DOCUMENT_STEPS)
     seen = own.filter(pc.less(own["first_step"], record.step))["document_id"]
-    inherited = pa.array([], pa.string()) if state["parent_run_id"] is None else _inherited(run_dir)
+    inherited = pa.array([], pa.string()) if state["parent_run_id"] is None else _inherited(run_dir, state)
     return None if inherited is None else pc.unique(pa.chunked_array([*seen.chunks, inherited], pa.string()))
 
 
-def _inherited(run_dir: Path) -> pa.Array | None:
-    path = run_dir / KNOWN_DOCUMENTS
-    return pq.read_table(path)["document_id"].combine_chunks() if path.is_file() else None
+def _inherited(run_dir: Path, state: dict[str, Any]) -> pa.Array | None:
+    if state["known_documents_sha256"] is None:
+        return None
+    verify_file(run_dir / KNOWN_DOCUMENTS, state["known_documents_sha256"])
+    return pq.read_table(run_dir / KNOWN_DOCUMENTS)["document_id"].combine_chunks()
 
 
 def _before_decay(run_dir: Path) -> CheckpointRecord | None:

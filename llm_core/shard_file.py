@@ -73,9 +73,7 @@ class ShardWriter:
         ends = np.cumsum(counts)
         document_ids, sizes = pa.array(self._document_ids, pa.string()), pa.array(self._sizes, pa.int64())
         content = self._arrow_file(document_ids, sizes, ends)
-        facts = parquet_bytes(
-            pa.table({"document_id": document_ids, "token_start": ends - counts, "token_count": counts, "bytes": sizes})
-        )
+        facts = _facts(document_ids, ends, sizes)
         sha256 = hashlib.sha256(content).hexdigest()
         shard_id = sha256[:ID_LENGTH]
         entry = ShardEntry(
@@ -138,6 +136,31 @@ def read_facts(processed_dir: Path, shard: ShardEntry) -> pa.Table:
     path = processed_dir / shard.facts_file
     _verify(path, shard.facts_sha256)
     return pq.read_table(path)
+
+
+def mend_facts(processed_dir: Path, shard: ShardEntry) -> None:
+    """Makes the facts of a shard anew if they are lost or damaged: the shard itself says the same.
+
+    Raises:
+        DataError: the shard is damaged too.
+    """
+    try:
+        verify_file(processed_dir / shard.facts_file, shard.facts_sha256)
+        return
+    except DataError:
+        open_tokens(processed_dir, shard)
+    batch = pa.ipc.open_file(pa.memory_map(str(processed_dir / shard.file))).get_batch(0)
+    ends = batch.column("tokens").offsets.to_numpy()[1:]
+    facts = _facts(batch.column("document_id"), ends, batch.column("bytes"))
+    _write_once(processed_dir / shard.facts_file, shard.facts_sha256, facts)
+
+
+def _facts(document_ids: pa.Array, ends: npt.NDArray[np.int64], sizes: pa.Array) -> bytes:
+    """The facts file of a shard; ends: where each row's tokens end."""
+    counts = np.diff(ends, prepend=0)
+    return parquet_bytes(
+        pa.table({"document_id": document_ids, "token_start": ends - counts, "token_count": counts, "bytes": sizes})
+    )
 
 
 def _verify(path: Path, sha256: str) -> None:

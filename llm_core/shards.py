@@ -21,7 +21,7 @@ from llm_core.config import ShardConfig
 from llm_core.corpus import InputDir, Snapshot, iter_texts
 from llm_core.errors import DataError, UserError
 from llm_core.files import content_id, read_json, write_json
-from llm_core.shard_file import ShardEntry, ShardWriter, open_tokens, read_facts
+from llm_core.shard_file import ShardEntry, ShardWriter, mend_facts, open_tokens, read_facts
 from llm_core.tokenizer import Tokenizer
 from llm_core.tokenizer_training import TokenizerArtifact
 
@@ -139,7 +139,9 @@ def build_dataset(
     to_encode = pa.concat_tables(missing).sort_by([(name, "ascending") for name in ("path", "start", "text_start")])
     texts = iter_texts(input_dir, to_encode, snapshot.config)
     shards += _encode(to_encode, texts, tokenizer, processed_dir, config, on_progress)
-    shards.sort(key=lambda shard: SPLITS.index(shard.split))  # stable: within a split the oldest come first
+    # Within a split the oldest come first; one that was lost and made again takes its old place.
+    places = {shard.shard_id: place for place, shard in enumerate(parent.shards)} if parent else {}
+    shards.sort(key=lambda shard: (SPLITS.index(shard.split), places.get(shard.shard_id, len(places))))
 
     dataset_id = content_id(
         FORMAT_VERSION, tokenizer.tokenizer_id, [(shard.shard_id, shard.split, shard.removed_rows) for shard in shards]
@@ -189,6 +191,7 @@ def _reuse(
         if shard.split != split or not _is_whole(processed_dir / shard.file, shard.file_bytes):
             continue
         try:
+            mend_facts(processed_dir, shard)
             ids = read_facts(processed_dir, shard)["document_id"].combine_chunks()
         except DataError:  # its documents are encoded again
             continue

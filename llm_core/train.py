@@ -76,8 +76,8 @@ def train(
             trainer.start_from(path, ranks.from_main(lambda: load_checkpoint(path)))
         set_aside = ranks.from_main(lambda: make_room(run_dir, trainer.run_id, trainer.step))
         if log is not None:
-            trainer.data.write_usage(run_dir, data_dir, config)
-            _announce(log, trainer, found[0] if found is not None else None, set_aside)
+            usage = trainer.data.write_usage(run_dir, data_dir, config)
+            _announce(log, trainer, usage, found[0] if found is not None else None, set_aside)
         finished = trainer.run()
         if log is not None:
             log.update({"status": "finished" if finished else "preempted", "finished_at": now()})
@@ -111,7 +111,7 @@ def _run_log(run_dir: Path, ranks: Ranks, listener: Listener | None) -> Iterator
         log.close()
 
 
-def _announce(log: RunLog, trainer: Trainer, resumed: Path | None, set_aside: list[Path]) -> None:
+def _announce(log: RunLog, trainer: Trainer, usage: dict[str, str | None], resumed: Path | None, set_aside: list[Path]) -> None:
     """Writes what this run is, to its files and to the console."""
     config, model, ranks, data = trainer.config, trainer.model, trainer.ranks, trainer.data
     mixture = data.mixture(config)
@@ -127,6 +127,7 @@ def _announce(log: RunLog, trainer: Trainer, resumed: Path | None, set_aside: li
             "parent_step": data.parent.step if data.parent is not None else None,
             "parent_checkpoint_id": data.parent_checkpoint_id,
             "mixture": mixture,
+            **usage,
             "config": config.model_dump(mode="json"),
             "seed": config.seed,
             "code_version": code_version(),

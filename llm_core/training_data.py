@@ -78,8 +78,16 @@ class TrainingData:
             for name, size, count in zip(names, self.train.sizes, read, strict=True)
         ]
 
-    def write_usage(self, run_dir: Path, data_dir: Path, config: TrainConfig) -> None:
-        """Writes which documents the run reads when, and which ones its parents have seen, where that is known."""
-        write_document_steps(run_dir / DOCUMENT_STEPS, data_dir, self.manifest, self.parts, self.train, self.order, config)
+    def write_usage(self, run_dir: Path, data_dir: Path, config: TrainConfig) -> dict[str, str | None]:
+        """Writes which documents the run reads when, and which ones its parents have seen, where that is known.
+
+        Returns:
+            The SHA-256 of both files, None for the one that is not written.
+        """
+        steps = write_document_steps(
+            run_dir / DOCUMENT_STEPS, data_dir, self.manifest, self.parts, self.train, self.order, config
+        )
+        known = None
         if self.parent is not None and self.parent.known is not None:
-            write_known_documents(run_dir, self.parent.known)
+            known = write_known_documents(run_dir, self.parent.known)
+        return {"document_steps_sha256": steps, "known_documents_sha256": known}

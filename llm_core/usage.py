@@ -47,8 +47,12 @@ def write_document_steps(
     windows: Windows,
     order: WindowOrder,
     config: TrainConfig,
-) -> None:
-    """Writes (document_id, first_step) for each training document that the run reads by its last step."""
+) -> str:
+    """Writes (document_id, first_step) for each training document that the run reads by its last step.
+
+    Returns:
+        The file's SHA-256.
+    """
     tables = []
     for part, (ids, counts) in enumerate(kept_documents(data_dir, manifest, "train", parts)):
         if not windows.sizes[part]:
@@ -58,3 +62,4 @@ def write_document_steps(
         tables.append(pa.table({"document_id": ids.filter(pa.array(seen)), "first_step": steps[seen]}))
     with atomic_writer(path) as file:
         file.write(parquet_bytes(pa.concat_tables(tables)))
+        return file.sha256()

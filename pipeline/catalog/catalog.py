@@ -129,7 +129,7 @@ class Catalog:
                 _insert_checkpoints(connection, run_id, run_dir, saved)
                 known = _known(connection, "SELECT 1 FROM run_documents WHERE run_id = ? LIMIT 1", run_id)
                 if document_steps.exists() and not known:
-                    _insert_document_steps(connection, run_id, document_steps)
+                    _insert_document_steps(connection, run_id, document_steps, run["document_steps_sha256"])
 
     def record_evaluation(self, path: Path) -> None:
         with _artifact(path) as value:
@@ -260,13 +260,15 @@ def _insert_checkpoints(connection: duckdb.DuckDBPyConnection, run_id: str, run_
         )
 
 
-def _insert_document_steps(connection: duckdb.DuckDBPyConnection, run_id: str, path: Path) -> None:
-    table = "read_parquet(?, hive_partitioning = false)"
-    try:  # the file has no digest, so it is read through once: what goes wrong here is the file's, later the catalog's
-        connection.execute(f"SELECT max(document_id), max(first_step) FROM {table}", [str(path)])
-    except duckdb.Error as error:
-        raise DataError(f"{path}: damaged ({error}); resuming the run writes it anew") from None
-    connection.execute(f"INSERT INTO run_documents SELECT ?, document_id, first_step FROM {table}", [run_id, str(path)])
+def _insert_document_steps(connection: duckdb.DuckDBPyConnection, run_id: str, path: Path, sha256: str) -> None:
+    try:
+        verify_file(path, sha256)
+    except DataError as error:
+        raise DataError(f"{error}; resuming the run writes it anew") from None
+    connection.execute(
+        "INSERT INTO run_documents SELECT ?, document_id, first_step FROM read_parquet(?, hive_partitioning = false)",
+        [run_id, str(path)],
+    )
 
 
 @contextmanager

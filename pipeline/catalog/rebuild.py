@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from llm_core.checkpoint_files import CheckpointRecord, checkpoint_manifests
 from llm_core.errors import DataError
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.database import CatalogError, Database
@@ -34,7 +35,7 @@ def rebuild(home: Path, path: Path) -> list[str]:
     return problems
 
 
-def _records(home: Path, catalog: Catalog) -> Iterator[Callable[[], None]]:
+def _records(home: Path, catalog: Catalog) -> Iterator[Callable[[], object]]:
     """What records each artifact, in the order of the lineage."""
     processed, checkpoints, models = home / "processed_data", home / "checkpoints", home / "models"
     for path in _oldest_first(processed / "snapshots", "*.json"):
@@ -46,6 +47,8 @@ def _records(home: Path, catalog: Catalog) -> Iterator[Callable[[], None]]:
         yield partial(catalog.record_dataset, processed, path.stem)
     for path in _oldest_first(checkpoints, "*/run.json"):
         yield partial(catalog.record_run, path.parent)
+        for manifest in checkpoint_manifests(path.parent):
+            yield partial(CheckpointRecord.read, manifest)  # a damaged one is not in the catalog, and said to be missing
     for path in _oldest_first(checkpoints, "*/evaluation_step_*.json"):
         yield partial(catalog.record_evaluation, path)
     for path in _oldest_first(models, "*/textmill.json"):

@@ -1,7 +1,6 @@
 """Tokens on disk: immutable shards, manifests that say what they hold, and builds that only do what is new."""
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.corpus import folder, iter_texts, take_snapshot
 from llm_core.dataset import TokenStream, Windows
 from llm_core.errors import DataError, UserError
+from llm_core.files import read_json, write_json
 from llm_core.parts import kept_documents, kept_runs
 from llm_core.shards import DatasetManifest, build_dataset, load_manifest, open_tokens, read_facts
 from llm_core.tokenizer import Tokenizer
@@ -297,8 +297,8 @@ def test_rule_30_an_old_manifest_stays_readable(raw: Path, out: Path) -> None:
     old = load_manifest(out, first.dataset_id)
     assert old == first != second
     assert decoded(out, old, "train") == before
-    stored = json.loads((out / "manifests" / f"{second.dataset_id}.json").read_text())
-    assert stored | {"max_length": 64, "stride": 0} == json.loads((out / "metadata.json").read_text())
+    stored = read_json(out / "manifests" / f"{second.dataset_id}.json")
+    assert stored | {"max_length": 64, "stride": 0} == read_json(out / "metadata.json")
     assert "stride" not in stored
 
 
@@ -419,12 +419,16 @@ def test_missing_data_names_the_tool_that_makes_it(folder: str, tmp_path: Path) 
     [
         ("{", "not readable as JSON"),
         ("[]", "expected a JSON object"),
-        ('{"format_version": 9}', "format version 9, this program reads 1"),
-        ('{"format_version": 1}', r"not a dataset manifest \(dataset_id: Field required\)"),
+        ('{"format_version": 1}', "damaged or edited by hand"),
+        ({"format_version": 9}, "format version 9, this program reads 1"),
+        ({"format_version": 1}, r"not a dataset manifest \(dataset_id: Field required\)"),
     ],
 )
-def test_a_damaged_manifest_is_named(content: str, problem: str, tmp_path: Path) -> None:
-    (tmp_path / "metadata.json").write_text(content)
+def test_a_damaged_manifest_is_named(content: str | dict[str, Any], problem: str, tmp_path: Path) -> None:
+    if isinstance(content, str):
+        (tmp_path / "metadata.json").write_text(content)
+    else:
+        write_json(tmp_path / "metadata.json", content)
     with pytest.raises(DataError, match=f"metadata.json: {problem}"):
         load_manifest(tmp_path)
 

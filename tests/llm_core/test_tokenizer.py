@@ -25,6 +25,7 @@ from llm_core import tokenizer as tokenizer_module
 from llm_core.config import END_OF_TEXT, CorpusConfig, TokenizerConfig
 from llm_core.corpus import Snapshot, take_snapshot
 from llm_core.errors import DataError, UserError
+from llm_core.files import read_json
 from llm_core.tiktoken_ranks import PATTERNS, merges_of
 from llm_core.tokenizer import CL100K_PATTERN, GPT2_PATTERN, Tokenizer, byte_characters, id_dtype
 from llm_core.tokenizer_training import TokenizerArtifact, prepare_tokenizer, tokenizer_identity, train_tokenizer
@@ -399,7 +400,7 @@ def test_the_store_keeps_every_tokenizer_with_its_report(
     artifact = make(snapshot)
     path = tmp_path / artifact.file
     assert path.read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
-    report = json.loads((tmp_path / "tokenizers" / f"{artifact.tokenizer_id}.report.json").read_text())
+    report = read_json(tmp_path / "tokenizers" / f"{artifact.tokenizer_id}.report.json")
     assert report == artifact.report
     assert report["sha256"] == artifact.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (report["vocab_size"], report["tokenizer_type"], report["snapshot_id"]) == (300, "bpe", snapshot.snapshot_id)

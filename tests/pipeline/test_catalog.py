@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm_core.errors import DataError, UserError
-from llm_core.files import sha256_file, write_json
+from llm_core.files import read_json, sha256_file, write_json
 from pipeline.catalog import database
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.database import CatalogBusyError, CatalogError, Database
@@ -123,6 +123,10 @@ class Artifacts:
     def run(self, run_id: str, dataset_id: str, tokenizer_id: str, first_steps: dict[str, int]) -> Path:
         """A finished run of 4 steps with checkpoints at 2 and 4; first_steps: text of a document -> step that read it first."""
         run_dir = self.home / "checkpoints" / run_id
+        digest = self._parquet(
+            run_dir / "document_steps.parquet",
+            {"document_id": [document_id(text) for text in first_steps], "first_step": list(first_steps.values())},
+        )
         state = {
             "format_version": 1,
             "run_id": run_id,
@@ -130,6 +134,7 @@ class Artifacts:
             "tokenizer_id": tokenizer_id,
             "parent_run_id": None,
             "parent_step": None,
+            "document_steps_sha256": digest,
             "config": {"learning_rate": 0.001},
             "seed": 1337,
             "code_version": "0.1.0",
@@ -158,10 +163,6 @@ class Artifacts:
                 lines.append({"kind": "eval", "step": step, "tokens": 100 * step, "val_loss": 4.5, "val_bits_per_byte": 2.5})
                 lines.append({"kind": "checkpoint"} | self.checkpoint(run_dir, step))
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self._parquet(
-            run_dir / "document_steps.parquet",
-            {"document_id": [document_id(text) for text in first_steps], "first_step": list(first_steps.values())},
-        )
         return run_dir
 
     def checkpoint(self, run_dir: Path, step: int) -> dict[str, Any]:
@@ -371,11 +372,11 @@ def test_a_dataset_whose_manifest_was_written_anew_is_as_the_file_says(catalog: 
 
 
 def lose_fields(path: Path) -> None:
-    path.write_text('{"format_version": 1}')
+    write_json(path, {"format_version": 1})
 
 
 def change_types(path: Path) -> None:
-    path.write_text(json.dumps({name: [] for name in json.loads(path.read_text())}))
+    write_json(path, {name: [] for name in read_json(path)})
 
 
 def flip_bits(path: Path) -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from llm_core.checkpoint_files import newest_valid
+from llm_core.files import read_json, write_json
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.launcher import training_environment
 from tests.pipeline.conftest import Home
@@ -78,8 +79,7 @@ def test_a_killed_training_is_resumed_by_the_next_run(trained_home: tuple[Home, 
     # As a kill between steps 3 and 6 leaves it.
     for name in ("checkpoint_step_6.pt", "checkpoint_step_6.pt.json"):
         (run_dir / name).unlink()
-    state = json.loads((run_dir / "run.json").read_text())
-    (run_dir / "run.json").write_text(json.dumps(state | {"status": "running"}))
+    write_json(run_dir / "run.json", read_json(run_dir / "run.json") | {"status": "running"})
     again = home.materialize(checkpoint)
     assert home.metadata(again, "checkpoint")["checkpoint_id"] == home.metadata(first, "checkpoint")["checkpoint_id"]
     assert json.loads((run_dir / "run.json").read_text())["resumed_from_step"] == 3

@@ -1,0 +1,101 @@
+"""Training in forked children of a process that has loaded PyTorch: a trial costs a fraction of a second.
+
+The children run the whole of `llm_core.train.train`, with their own files, lock and signals.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_core import trainer
+from llm_core.config import TrainConfig
+from llm_core.errors import TextmillError
+from llm_core.runlog import read_metrics
+from llm_core.train import train
+from tests.llm_core.training import SMALL
+
+OPTIONS: dict[str, Any] = SMALL | {
+    "max_steps": 12,
+    "batch_size": 4,
+    "save_interval": 2,
+    "eval_interval": 4,
+    "keep_checkpoints": 3,
+    "device": "cpu",
+    "threads_per_process": 1,
+}
+
+
+def prepare() -> None:
+    """What a parent does once: no threads that a fork would lose, and no measuring of the machine in each child."""
+    torch.set_num_threads(1)
+    trainer.measure_peak_flops = lambda *_: 1e9
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended: its exit code, or minus the signal that ended it; and what it printed."""
+
+    code: int
+    output: str
+
+
+def run_forked(work: Callable[[], object], log: Path, kill_after: float | None = None) -> Ended:
+    """Runs `work` in a child; errors of ours print their message and give their exit code, as the tools do.
+
+    kill_after: seconds after which the child is killed, if it still runs then.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
+            work()
+            code = 0
+        except TextmillError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = error.exit_code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    if kill_after is not None:
+        deadline = time.monotonic() + kill_after
+        while time.monotonic() < deadline:
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.001)
+        else:
+            os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return Ended(os.waitstatus_to_exitcode(status), log.read_text(errors="replace") if log.exists() else "")
+
+
+def train_forked(data_dir: Path, run_dir: Path, kill_after: float | None = None, **options: Any) -> Ended:
+    """Trains, or goes on training, in `run_dir`."""
+    config = TrainConfig(**(OPTIONS | options))
+    return run_forked(lambda: train(config, data_dir, run_dir, resume="auto"), run_dir.with_suffix(".log"), kill_after)
+
+
+def outcome(run_dir: Path, steps: int = OPTIONS["max_steps"]) -> tuple[bytes, list[dict[str, Any]]]:
+    """What a run has come to, to the bit: its last checkpoint, and what it logged of every step, rates and times apart."""
+    timed = {"time", "tokens_per_second", "mfu"}
+    lines = [
+        {name: value for name, value in line.items() if name not in timed}
+        for line in read_metrics(run_dir / "metrics.jsonl")
+        if line["kind"] != "checkpoint"
+    ]
+    return (run_dir / f"checkpoint_step_{steps}.pt").read_bytes(), lines
