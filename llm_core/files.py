@@ -4,9 +4,11 @@ The order is always: temporary name in the same folder, write, flush, fsync, ren
 A reader therefore sees the old file or the new one, never a part.
 """
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,18 +28,21 @@ _BLOCK = 1 << 20
 class HashingWriter:
     """A binary file object that hashes and counts what passes through it."""
 
-    def __init__(self, raw: IO[bytes]) -> None:
+    def __init__(self, raw: IO[bytes], path: Path) -> None:
         self._raw = raw
+        self._path = path
         self._hash = hashlib.sha256()
         self.bytes_written = 0
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
         self.bytes_written += memoryview(data).nbytes
-        return self._raw.write(data)
+        with says_when_the_disk_is_full(self._path, self.bytes_written):
+            return self._raw.write(data)
 
     def flush(self) -> None:
-        self._raw.flush()
+        with says_when_the_disk_is_full(self._path, self.bytes_written):
+            self._raw.flush()
 
     def sha256(self) -> str:
         return self._hash.hexdigest()
@@ -53,20 +58,37 @@ def fsync_directory(directory: Path) -> None:
 
 
 @contextmanager
+def says_when_the_disk_is_full(path: Path, needed: int) -> Iterator[None]:
+    """Turns the system's error into one with a remedy; needed: bytes of the file at `path` so far, the pending ones included."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise DataError(
+            f"{path}: disk full, it needs at least {needed:,} bytes and {free:,} are free; what was there before is untouched. "
+            "Free some space and run again"
+        ) from None
+
+
+@contextmanager
 def atomic_writer(path: Path) -> Iterator[HashingWriter]:
     """Opens a file that takes its name only when the block ends without an error.
 
     Raises:
-        OSError: the disk refused a write; the previous file at `path`, if any, is untouched.
+        DataError: the disk is full; the previous file at `path`, if any, is untouched.
+        OSError: the disk refused a write for another reason; likewise.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as raw:
-            writer = HashingWriter(raw)
+            writer = HashingWriter(raw, path)
             yield writer
-            raw.flush()
-            os.fsync(raw.fileno())
+            writer.flush()
+            with says_when_the_disk_is_full(path, writer.bytes_written):
+                os.fsync(raw.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

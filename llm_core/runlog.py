@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from llm_core.checkpoint_files import CheckpointRecord, sound_records
 from llm_core.errors import UserError
-from llm_core.files import atomic_writer, write_json
+from llm_core.files import atomic_writer, says_when_the_disk_is_full, write_json
 
 Record = dict[str, Any]
 Listener = Callable[[Record], None]
@@ -68,7 +68,9 @@ class RunLog:
         """Appends one line to metrics.jsonl and hands it to the listener; what is not finite becomes null, as JSON has no NaN."""
         record = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
         if self._metrics is not None:
-            self._metrics.write(json.dumps(record | {"time": now()}) + "\n")
+            line = json.dumps(record | {"time": now()}) + "\n"
+            with says_when_the_disk_is_full(self.run_dir / "metrics.jsonl", len(line)):
+                self._metrics.write(line)
         if self._listener is not None:
             self._listener(record)
 

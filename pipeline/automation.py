@@ -30,7 +30,7 @@ QUICKSTART_CONFIG = {
                 "num_kv_heads": 2,
                 "batch_size": 4,
                 "max_steps": 1600,
-                "learning_rate": 3e-3,
+                "learning_rate": 1.5e-3,
                 "eval_interval": 200,
                 "eval_tokens": 32768,
                 "save_interval": 800,

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from tests.faults import damage, forks, kills
+from tests.faults import damage, disk, forks, kills
 from tests.faults.report import Tally, table
 
 
@@ -43,7 +43,12 @@ def main() -> None:
             "kill_the_training_process": lambda at: kills.kill_the_training_process(data_dir, at, many(200), options.seed),
             "kill_two_ranks": lambda at: kills.kill_two_ranks(data_dir, at, many(20), options.seed),
             "damage_files": lambda at: damage.damage_files(home, at, many(6), options.seed),
+            "fail_the_nth_call": lambda at: disk.fail_the_nth_call(folder / "corpus", at),
+            "fill_the_disk": lambda at: disk.fill_the_disk(folder / "corpus", at),
         }
+        if not disk.can_mount(folder / "probe"):
+            print("fill_the_disk: left out, it needs root to mount a small file system")
+            del scenarios["fill_the_disk"]
         tallies: list[Tally] = []
         for scenario, run in scenarios.items():
             if options.only in (None, scenario):

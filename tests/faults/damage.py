@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from llm_core.checkpoint_files import CheckpointRecord, manifest_path
 from llm_core.config import CorpusConfig, EvaluateConfig, ShardConfig, TokenizerConfig, TrainConfig
 from llm_core.corpus import take_snapshot
 from llm_core.errors import DataError
@@ -69,7 +68,7 @@ FILES = {
 def prepare_home(corpus_dir: Path, home: Path) -> None:
     """A home with prepared data, a run that was interrupted after step 10 of 12, and a catalog that knows of both."""
     shutil.copytree(corpus_dir, home / "raw_text_data")
-    _prepare(home)
+    prepare(home)
     ended = run_forked(lambda: _train(home, home / "checkpoints/run"), home / "log")
     assert ended.code == 0, ended.output
     for name in ("checkpoint_step_12.pt.json", "checkpoint_step_12.pt"):
@@ -137,9 +136,9 @@ def _answer(action: str, home: Path, folder: Path, whole: object) -> tuple[int, 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     work: Callable[[], object] = {
-        "prepare and train": lambda: (_prepare(home), _train(home, folder / "run")),
+        "prepare and train": lambda: (prepare(home), _train(home, folder / "run")),
         "resume": lambda: _train(home, home / "checkpoints/run"),
-        "judge": lambda: (folder / "values").write_text(_judge(home)),
+        "judge": lambda: (folder / "values").write_text(judge(home, home / "checkpoints/run/checkpoint_step_10.pt")),
         "catalog": lambda: (folder / "values").write_text(_ask(home)),
         "rebuild": lambda: (folder / "values").write_text(_rebuild(home)),
     }[action]
@@ -151,7 +150,7 @@ def _answer(action: str, home: Path, folder: Path, whole: object) -> tuple[int, 
     return 0, ended.output, outcome(folder / "run" if action == "prepare and train" else home / "checkpoints/run") == whole
 
 
-def _prepare(home: Path) -> None:
+def prepare(home: Path) -> None:
     raw, processed = home / "raw_text_data", home / "processed_data"
     snapshot = take_snapshot(raw, processed, CORPUS)
     build_dataset(snapshot, prepare_tokenizer(snapshot, raw, processed, TOKENIZER), raw, processed, SHARDS)
@@ -161,9 +160,7 @@ def _train(home: Path, run_dir: Path) -> None:
     train(TrainConfig(**OPTIONS), home / "processed_data", run_dir, resume="auto")
 
 
-def _judge(home: Path) -> str:
-    path = home / "checkpoints/run/checkpoint_step_10.pt"
-    assert CheckpointRecord.read(manifest_path(path)).step == 10
+def judge(home: Path, path: Path) -> str:
     config = EvaluateConfig(max_eval_tokens=512, sample_tokens=2)
     return str(
         [(entry["metric"], entry["value"]) for entry in evaluate_checkpoint(path, home / "processed_data", config)["metrics"]]
