@@ -7,6 +7,7 @@ Shapes in comments: B windows, T tokens, C hidden size, H query heads, K key-val
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -153,6 +154,7 @@ class Transformer(nn.Module):
         self.eot_id = eot_id
         self.backend: Backend = "sdpa"
         self.gradient_checkpointing = False
+        self.on_phase: Callable[[str], None] = lambda phase: None  # told of each part of a forward pass as it ends
         self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -213,8 +215,12 @@ class Transformer(nn.Module):
 
         inputs and targets: (B, T); a target of IGNORE_INDEX counts as 0.
         """
+        hidden = self.hidden(inputs)
+        self.on_phase("forward")
         nll = token_nll if per_token else nll_sum
-        return nll(self.hidden(inputs), self.head.weight[: self.config.vocab_size], targets)
+        loss = nll(hidden, self.head.weight[: self.config.vocab_size], targets)
+        self.on_phase("loss head")
+        return loss
 
     def num_parameters(self) -> int:
         """Trainable parameters, a tied matrix counted once, padding rows included."""

@@ -30,6 +30,22 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class PhaseClock:
+    """Where a run's time goes: each lap counts what passed since the one before for its phase.
+
+    On a GPU the work goes on after its launch; what waits for it is the clipping, which reads the norm.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self._since = now
+
+
 class Throughput:
     """Tokens per second of training alone: the first steps and the pauses for validation and saving do not count."""
 

@@ -80,7 +80,10 @@ def train(
             _announce(log, trainer, usage, found[0] if found is not None else None, set_aside)
         finished = trainer.run()
         if log is not None:
-            log.update({"status": "finished" if finished else "preempted", "finished_at": now()})
+            seconds = trainer.phases.seconds
+            log.update({"status": "finished" if finished else "preempted", "finished_at": now(), "seconds_by_phase": seconds})
+            shares = sorted(seconds.items(), key=lambda item: -item[1])
+            log.say("time: " + ", ".join(f"{phase} {part / sum(seconds.values()):.0%}" for phase, part in shares))
     if not finished:
         raise Preempted(
             f"stopped on request at step {trainer.step}/{config.max_steps}; saved in {run_dir}, --resume auto goes on"

@@ -25,7 +25,7 @@ from llm_core.profiling import step_profiler
 from llm_core.runlog import RunLog
 from llm_core.schedule import decay_start, learning_rate
 from llm_core.sharding import gradient_sync, load_model_state, load_optimizer_state, spread, whole
-from llm_core.throughput import Throughput, duration, measure_peak_flops
+from llm_core.throughput import PhaseClock, Throughput, duration, measure_peak_flops
 from llm_core.training_data import TrainingData
 
 
@@ -65,6 +65,7 @@ class Trainer:
         self.module = spread(self.model, ranks, config.sharding)
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
+        self.phases = PhaseClock()
         self.step = 0  # optimizer steps done
         self.tokens_seen = 0
         self.skipped_steps = 0
@@ -84,6 +85,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = rate
+        self.phases.lap("optimizer")
 
         nll = self._accumulate_gradients(windows, targets)
         for optimizer in self.optimizers:
@@ -94,12 +96,14 @@ class Trainer:
         totals = ranks.sum(torch.stack((nll, torch.tensor(float(self.stop.requested), device=ranks.device))))
         loss, stops, grad_norm = totals[0].item() / targets, totals[1].item(), norm.item()
         skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
+        self.phases.lap("clip")
         if not skipped:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
         # Every rank lowers the scale by itself after a skip: with FSDP the overflow may lie in the share of one of them alone.
         overflow = skipped and self.scaler.is_enabled()
         self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor() if overflow else None)
+        self.phases.lap("optimizer")
 
         self.step += 1
         self.tokens_seen += targets
@@ -119,11 +123,13 @@ class Trainer:
         nll = torch.zeros((), device=self.ranks.device)
         for number, micro_batch in enumerate(micro_batches):
             inputs, labels = self._to_device(self.data.train.batch(micro_batch))
+            self.phases.lap("data")
             with gradient_sync(self.module, last=number == len(micro_batches) - 1):
                 with autocast(self.precision, self.ranks.device):
                     micro_nll = self.module(inputs, labels)
                 # DDP averages over the ranks; the loss is the mean over all targets of all ranks.
                 self.scaler.scale(micro_nll * (self.ranks.world_size / targets)).backward()
+            self.phases.lap("backward")
             nll += micro_nll.detach()
         return nll
 
@@ -144,6 +150,8 @@ class Trainer:
             flops_per_token=self.model.flops_per_token(),
             peak_flops=measure_peak_flops(self.ranks.device, DTYPES[self.precision]) * self.ranks.world_size,
         )
+        # Validation goes through the same model: its parts are counted as its own.
+        self.model.on_phase = lambda phase: self.phases.lap(phase if self.model.training else "validation")
         with step_profiler(config.profile, self.run_dir, self.ranks.rank) as profiled_step:
             while self.step < config.max_steps:
                 tokens_before = self.tokens_seen
@@ -151,13 +159,16 @@ class Trainer:
                 clock.step_done(self.tokens_seen - tokens_before)
                 profiled_step()
                 self._report(result, clock)
+                self.phases.lap("log")
                 finished = self.step == config.max_steps
                 if finished or _is_due(self.step, config.eval_interval):
                     self.validate()
+                    self.phases.lap("validation")
                     clock.resume()
                 decays = config.lr_schedule == "wsd" and self.step == decay_start(config)
                 if finished or result.stop or decays or _is_due(self.step, config.save_interval):
                     self.save()
+                    self.phases.lap("save")
                     clock.resume()
                 if result.stop:
                     return finished
@@ -222,7 +233,8 @@ class Trainer:
                 self.log.record_checkpoint(record)
                 before_decay = decay_start(self.config) if self.config.lr_schedule == "wsd" else None
                 prune_checkpoints(self.run_dir, self.config.keep_checkpoints, before_decay)
-                self.log.update({"steps_done": self.step, "tokens_seen": self.tokens_seen, "skipped_steps": self.skipped_steps})
+                counts = {"steps_done": self.step, "tokens_seen": self.tokens_seen, "skipped_steps": self.skipped_steps}
+                self.log.update(counts | {"seconds_by_phase": self.phases.seconds})
                 self.log.say(f"step {self.step}/{self.config.max_steps} | saved {record.path} ({record.bytes / 1e6:.1f} MB)")
             except Exception as failure:
                 error = failure

@@ -10,6 +10,7 @@ from typing import Any
 
 from llm_core.cli import run_tool
 from llm_core.errors import DataError, UserError
+from llm_core.garbage import GarbageOptions, collect
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.rebuild import rebuild
 
@@ -43,6 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="all training runs", parents=[home])
     runs.set_defaults(run=_runs)
 
+    gc = commands.add_parser(
+        "gc", help="remove prepared data that no kept dataset needs; the catalog keeps its rows", parents=[home]
+    )
+    gc.add_argument("--keep", type=int, default=1, help="newest datasets to keep beside the current one and those of runs")
+    gc.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    gc.set_defaults(run=_gc)
+
     catalog = commands.add_parser("catalog", help="care for the catalog file").add_subparsers(required=True, metavar="COMMAND")
     rebuilding = catalog.add_parser("rebuild", help="make the catalog anew from the files on disk", parents=[home])
     rebuilding.set_defaults(run=_rebuild)
@@ -72,6 +80,13 @@ def _usage(home: Path, path: Path, options: argparse.Namespace) -> None:
 def _runs(home: Path, path: Path, options: argparse.Namespace) -> None:
     rows = Catalog(path).runs()
     print(_table(rows) if rows else "no training runs yet")
+
+
+def _gc(home: Path, path: Path, options: argparse.Namespace) -> None:
+    defaults = GarbageOptions()
+    runs = [folder for folder in [home / "checkpoints"] if folder.is_dir()]
+    print(collect(home / "processed_data", runs, max(1, options.keep), defaults.min_age_hours, options.dry_run))
+    print("nothing was removed (--dry-run)" if options.dry_run else "files younger than an hour stay: they may be in use")
 
 
 def _rebuild(home: Path, path: Path, options: argparse.Namespace) -> None:

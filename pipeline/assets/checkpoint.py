@@ -86,6 +86,11 @@ def _result(storage: Storage, record: CheckpointRecord, reused: bool) -> dg.Mate
             "tokens_per_second": rounded(last["train"]["tokens_per_second"], 0),
             "parameters": state["parameters"],
             "reused": reused,
+            "time_by_phase": table(
+                [{"phase": phase, "seconds": round(part, 2)} for phase, part in state["seconds_by_phase"].items()],
+                phase="string",
+                seconds="float",
+            ),
             "skipped_steps": state["skipped_steps"],
             "processes": state["world_size"],
             "device": state["device"],

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from llm_core.throughput import Throughput, duration, measure_peak_flops
+from llm_core.throughput import PhaseClock, Throughput, duration, measure_peak_flops
 
 
 class Clock:
@@ -53,6 +53,15 @@ def test_rule_25_a_product_that_takes_longer_than_the_time_allowed_is_still_meas
     ticks = itertools.count(0.0, 2.0)
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
     assert measure_peak_flops(torch.device("cpu"), torch.float32) == pytest.approx(2 * 1024**3 / 2)
+
+
+def test_every_moment_is_counted_for_one_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    phases = PhaseClock()
+    for phase, seconds in (("data", 1.0), ("forward", 2.0), ("data", 0.5)):
+        clock.now += seconds
+        phases.lap(phase)
+    assert phases.seconds == {"data": 1.5, "forward": 2.0}
 
 
 def test_durations_read_like_people_say_them() -> None:

@@ -30,6 +30,9 @@ def test_the_documented_flags_train_a_model(processed_dir: Path, tmp_path: Path)
     run = json.loads((tmp_path / "run.json").read_text())
     assert (run["status"], run["attention"], run["accumulation_steps"]) == ("finished", "sdpa", 2)
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 32
+    parts = {"data", "forward", "loss head", "backward", "clip", "optimizer", "validation", "save", "log"}
+    assert run["seconds_by_phase"].keys() == parts
+    assert "time: " in done.stderr
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
