@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.set_defaults(run=_runs)
 
     gc = commands.add_parser(
-        "gc", help="remove prepared data that no kept dataset needs; the catalog keeps its rows", parents=[home]
+        "gc", help="remove prepared data that no kept dataset needs", parents=[home]
     )
     gc.add_argument("--keep", type=int, default=1, help="newest datasets to keep beside the current one and those of runs")
     gc.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
