@@ -98,7 +98,7 @@ class CorpusConfig(StageConfig):
 class TokenizerConfig(StageConfig):
     """How text becomes token ids."""
 
-    execution_fields = frozenset({"retrain_tokenizer"})
+    execution_fields = frozenset({"retrain_tokenizer", "retrain_on_drift"})
 
     tokenizer_type: Literal["bpe", "wordpiece", "tiktoken"] = Field(
         "bpe", description="Byte-level BPE or WordPiece trained on the corpus, or a ready tiktoken encoding."
@@ -119,6 +119,11 @@ class TokenizerConfig(StageConfig):
     )
     retrain_tokenizer: bool = Field(
         False, description="Train again on the present text; otherwise a tokenizer of the same configuration is kept as it is."
+    )
+    retrain_on_drift: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Train again when text that is new since the tokenizer was made has this share fewer bytes per token than "
+        "the text it was made for; default: never.",
     )
 
 

@@ -124,6 +124,9 @@ def _files_of(processed_dir: Path, manifest: DatasetManifest) -> Iterator[Path]:
         yield processed_dir / shard.facts_file
     yield from _snapshot_files(processed_dir, manifest.snapshot_id)
     yield from _tokenizer_files(processed_dir, manifest.tokenizer.tokenizer_id)
+    made_from = processed_dir / "tokenizers" / f"{manifest.tokenizer.tokenizer_id}.report.json"
+    if made_from.is_file():  # the text it was made for tells how far new text has drifted from it
+        yield from _snapshot_files(processed_dir, read_json(made_from)["snapshot_id"])
 
 
 def _snapshot_files(processed_dir: Path, snapshot_id: str) -> list[Path]:

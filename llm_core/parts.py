@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llm_core.corpus import source_of
 from llm_core.shard_file import ShardEntry, open_tokens, read_facts
 from llm_core.shards import DatasetManifest
 from llm_core.tokenizer import Ids
@@ -64,12 +65,6 @@ def kept_documents(
             ids[part] += chosen["document_id"].chunks
             counts[part].append(chosen["token_count"].to_numpy())
     return [(pa.chunked_array(chunks, pa.string()), np.concatenate(numbers)) for chunks, numbers in zip(ids, counts, strict=True)]
-
-
-def source_of(path: str) -> str:
-    """The source of a raw file: the top-level folder it lies in, "." for a file that lies in none."""
-    folder, slash, _ = path.partition("/")
-    return folder if slash else "."
 
 
 def parts_by_source(documents: pa.Table, names: list[str] | None = None) -> Parts:

@@ -17,16 +17,18 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llm_core.config import TokenizerConfig
-from llm_core.corpus import InputDir, Snapshot, iter_texts
+from llm_core.corpus import InputDir, Snapshot, iter_texts, load_snapshot, source_of
 from llm_core.errors import DataError, UserError
 from llm_core.files import ID_LENGTH, read_json, sha256_file, write_json
 from llm_core.tiktoken_ranks import ready_tokenizer
-from llm_core.tokenizer import CL100K_PATTERN, Tokenizer, byte_characters, byte_level_tokenizer
+from llm_core.tokenizer import CL100K_PATTERN, Ids, Tokenizer, byte_characters, byte_level_tokenizer
 
 UNKNOWN = "[UNK]"
 """WordPiece's token for a word with a character outside of its alphabet."""
 
 _MEASURED_BYTES = 16 << 20
+_DRIFT_BYTES = 2 << 20
+_LISTED_SOURCES = 50
 
 Texts = Callable[[], Iterator[str]]
 """Starts a new pass over the same texts."""
@@ -40,6 +42,7 @@ class TokenizerArtifact:
     report: dict[str, Any]
     sha256: str
     reused: bool
+    drift: float | None = None  # see `fertility_drift`; None where the text is that of the report
 
     @property
     def tokenizer_id(self) -> str:
@@ -55,7 +58,8 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Pa
     """The tokenizer for a snapshot, made only if there is none yet.
 
     The current tokenizer is frozen: it stays while its configuration does, whatever text arrives, because a new one makes
-    every token and every trained model incomparable. A changed configuration or `retrain_tokenizer` makes a new one.
+    every token and every trained model incomparable. A changed configuration, `retrain_tokenizer` or a drift beyond
+    `retrain_on_drift` makes a new one.
 
     Raises:
         UserError: the configuration does not fit the text.
@@ -78,7 +82,10 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Pa
         if report["config"] == identity and (frozen or report["snapshot_id"] == snapshot.snapshot_id):
             copies = (store / f"{report['tokenizer_id']}.json", current)
             if kept := _load_and_mend(copies, report["sha256"]):
-                return TokenizerArtifact(kept, report, report["sha256"], reused=True)
+                drift = fertility_drift(kept, report, snapshot, input_dir, processed_dir)
+                if drift is not None and config.retrain_on_drift is not None and drift > config.retrain_on_drift:
+                    continue
+                return TokenizerArtifact(kept, report, report["sha256"], reused=True, drift=drift)
 
     documents = snapshot.kept_documents()
     train = documents.filter(pa.compute.equal(documents["split"], "train"))
@@ -95,7 +102,7 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Pa
         "config": identity,
         "snapshot_id": snapshot.snapshot_id,
         "train_bytes": 0 if config.tokenizer_type == "tiktoken" else pa.compute.sum(sample["bytes"]).as_py(),
-        **_measure(tokenizer, iter_texts(input_dir, measured, snapshot.config)),
+        **_measure(tokenizer, measured, iter_texts(input_dir, measured, snapshot.config)),
     }
     write_json(store / f"{tokenizer.tokenizer_id}.report.json", report)
     tokenizer.save(current)
@@ -111,6 +118,29 @@ def current_tokenizer(processed_dir: Path) -> TokenizerArtifact:
     tokenizer = Tokenizer.load(processed_dir / "tokenizer.json")
     report = read_json(processed_dir / "tokenizers" / f"{tokenizer.tokenizer_id}.report.json")
     return TokenizerArtifact(tokenizer, report, report["sha256"], reused=True)
+
+
+def fertility_drift(
+    tokenizer: Tokenizer, report: dict[str, Any], snapshot: Snapshot, input_dir: InputDir, processed_dir: Path
+) -> float | None:
+    """By which share the bytes per token on new text lie below those of the text that the tokenizer was made for.
+
+    New are the documents that the tokenizer's own snapshot does not have; a sample of them is encoded. None where there are none,
+    or where that snapshot is gone.
+    """
+    if report["snapshot_id"] == snapshot.snapshot_id:
+        return None
+    try:
+        known = load_snapshot(processed_dir, report["snapshot_id"]).kept_documents()["document_id"].combine_chunks()
+    except DataError:
+        return None
+    documents = snapshot.kept_documents()
+    new = documents.filter(pa.compute.invert(pa.compute.is_in(documents["document_id"], value_set=known)))
+    if not new.num_rows:
+        return None
+    sample = _sample(new, _DRIFT_BYTES, seed=0)
+    tokens = sum(len(tokenizer.encode(text)) for text in iter_texts(input_dir, sample, snapshot.config))
+    return float(1 - (pa.compute.sum(sample["bytes"]).as_py() / tokens) / report["bytes_per_token"])
 
 
 def _load_and_mend(copies: tuple[Path, Path], sha256: str) -> Tokenizer | None:
@@ -236,19 +266,35 @@ def _sample(documents: pa.Table, max_bytes: int, seed: int) -> pa.Table:
     return documents.take(np.sort(drawn[:count]))
 
 
-def _measure(tokenizer: Tokenizer, texts: Iterator[str]) -> dict[str, Any]:
-    """How the tokenizer does on real text; more bytes per token and fewer tokens per word are better."""
-    used = np.zeros(tokenizer.vocab_size, dtype=bool)
-    size = words = tokens = 0
-    for text in texts:
+class _Measure:
+    """Counts of a tokenizer at work on some texts."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.used = np.zeros(vocab_size, dtype=bool)
+        self.bytes = self.words = self.tokens = 0
+
+    def add(self, text: str, ids: Ids) -> None:
+        self.used[ids] = True
+        self.bytes += len(text.encode())
+        self.words += len(text.split())
+        self.tokens += len(ids)
+
+    def report(self) -> dict[str, Any]:
+        """More bytes per token and fewer tokens per word are better."""
+        return {
+            "measured_bytes": self.bytes,
+            "bytes_per_token": self.bytes / self.tokens,
+            "tokens_per_word": self.tokens / max(1, self.words),
+            "vocab_used": float(self.used.mean()),
+        }
+
+
+def _measure(tokenizer: Tokenizer, documents: pa.Table, texts: Iterator[str]) -> dict[str, Any]:
+    """How the tokenizer does on real text, in all and for each of the largest sources."""
+    total, by_source = _Measure(tokenizer.vocab_size), dict[str, _Measure]()
+    for path, text in zip(documents["path"].to_pylist(), texts, strict=True):
         ids = tokenizer.encode(text)
-        used[ids] = True
-        size += len(text.encode())
-        words += len(text.split())
-        tokens += len(ids)
-    return {
-        "measured_bytes": size,
-        "bytes_per_token": size / tokens,
-        "tokens_per_word": tokens / words,
-        "vocab_used": float(used.mean()),
-    }
+        total.add(text, ids)
+        by_source.setdefault(source_of(path), _Measure(tokenizer.vocab_size)).add(text, ids)
+    largest = sorted(by_source.items(), key=lambda item: (-item[1].bytes, item[0]))[:_LISTED_SOURCES]
+    return total.report() | {"sources": [{"source": name} | measure.report() for name, measure in largest]}

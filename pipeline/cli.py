@@ -44,9 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="all training runs", parents=[home])
     runs.set_defaults(run=_runs)
 
-    gc = commands.add_parser(
-        "gc", help="remove prepared data that no kept dataset needs", parents=[home]
-    )
+    gc = commands.add_parser("gc", help="remove prepared data that no kept dataset needs", parents=[home])
     gc.add_argument("--keep", type=int, default=1, help="newest datasets to keep beside the current one and those of runs")
     gc.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
     gc.set_defaults(run=_gc)

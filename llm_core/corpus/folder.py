@@ -26,6 +26,12 @@ def format_of(path: str) -> Format | None:
     return _FORMATS.get(PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSIONS else name.suffix)
 
 
+def source_of(path: str) -> str:
+    """The source of a raw file: the top-level folder it lies in, "." for a file that lies in none."""
+    folder, slash, _ = path.partition("/")
+    return folder if slash else "."
+
+
 @dataclass(frozen=True)
 class Stamp:
     """What changes when a file's content does; equal stamps spare us opening the file."""

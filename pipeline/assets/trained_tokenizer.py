@@ -5,7 +5,7 @@ import dagster as dg
 from llm_core.config import TokenizerConfig
 from llm_core.corpus import load_snapshot
 from llm_core.tokenizer_training import prepare_tokenizer
-from pipeline.assets.common import DATA, OWNERS, rounded
+from pipeline.assets.common import DATA, OWNERS, rounded, table
 from pipeline.assets.raw_text import raw_text
 from pipeline.current import get_current
 from pipeline.resources import CatalogResource, Storage
@@ -34,6 +34,15 @@ def trained_tokenizer(config: TrainedTokenizerConfig, storage: Storage, catalog:
             "bytes_per_token": rounded(report["bytes_per_token"], 3),
             "tokens_per_word": rounded(report["tokens_per_word"], 3),
             "share_of_vocabulary_used": rounded(report["vocab_used"]),
+            "fertility_drift": rounded(artifact.drift) if artifact.drift is not None else "no new text since it was made",
+            "sources": table(
+                report["sources"],
+                source="string",
+                measured_bytes="int",
+                bytes_per_token="float",
+                tokens_per_word="float",
+                vocab_used="float",
+            ),
             "file": dg.MetadataValue.path(storage.processed / artifact.file),
         },
     )

@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import json
+import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from llm_core.config import END_OF_TEXT, CorpusConfig, TokenizerConfig
 from llm_core.corpus import Snapshot, take_snapshot
 from llm_core.errors import DataError, UserError
 from llm_core.files import read_json
+from llm_core.sample_corpus import write_sample_corpus
 from llm_core.tiktoken_ranks import PATTERNS, merges_of
 from llm_core.tokenizer import CL100K_PATTERN, GPT2_PATTERN, Tokenizer, byte_characters, id_dtype
 from llm_core.tokenizer_training import TokenizerArtifact, prepare_tokenizer, tokenizer_identity, train_tokenizer
@@ -470,3 +473,63 @@ def test_only_options_that_matter_to_the_type_enter_its_identity(bpe: Tokenizer,
     ]
     assert identities[0] == identities[1]
     assert tokenizer_identity(TokenizerConfig(tiktoken_encoding="o200k_base")) == tokenizer_identity(TokenizerConfig())
+
+
+def test_rule_31_both_engines_agree_on_ten_thousand_random_strings_and_on_the_whole_sample_corpus(
+    pairs: list[tuple[Tokenizer, tokenizers.Tokenizer]], tmp_path: Path
+) -> None:
+    random_characters = random.Random(0)
+    alphabets = [
+        "".join(map(chr, range(32, 127))),
+        " \t\n\r\u00a0\u2003",
+        "'sSdDmMtTlL\u20190123456789",
+        *("".join(chr(point) for point in range(first, first + 200)) for first in (0xA0, 0x370, 0x600, 0x900, 0x3040, 0x4E00)),
+        "".join(chr(random_characters.randrange(0x10000, 0x110000)) for _ in range(500)),
+    ]
+    texts = [
+        "".join(random_characters.choice(random_characters.choice(alphabets)) for _ in range(random_characters.randrange(60)))
+        for _ in range(10_000)
+    ]
+    write_sample_corpus(tmp_path / "sample", 6_000_000)
+    texts += [path.read_text() for path in sorted((tmp_path / "sample").rglob("*.txt"))]
+    ours, theirs = pairs[0]
+    encoded = theirs.encode_batch(texts, add_special_tokens=False)
+    for text, mine, other in zip(texts, ours.encode_batch(texts, 2), encoded, strict=True):
+        assert mine.tolist() == other.ids, text[:200]
+        assert ours.decode(mine) == text
+
+
+# The report, and drift
+
+
+def test_the_report_tells_each_source_apart(make: Callable[..., TokenizerArtifact], snapshot: Snapshot) -> None:
+    report = make(snapshot).report
+    sources = {source["source"]: source for source in report["sources"]}
+    assert set(sources) == {".", "more"}
+    assert sum(source["measured_bytes"] for source in sources.values()) == report["measured_bytes"]
+    tokens = sum(source["measured_bytes"] / source["bytes_per_token"] for source in sources.values())
+    assert report["measured_bytes"] / report["bytes_per_token"] == pytest.approx(tokens)
+
+
+def test_text_of_another_kind_is_a_drift_and_a_new_tokenizer_where_that_is_asked_for(corpus_dir: Path, tmp_path: Path) -> None:
+    raw, processed = tmp_path / "raw", tmp_path / "processed"
+    shutil.copytree(corpus_dir, raw)
+
+    def make(**options: Any) -> TokenizerArtifact:
+        snapshot = take_snapshot(raw, processed, CorpusConfig(max_document_bytes=2048))
+        return prepare_tokenizer(snapshot, raw, processed, TokenizerConfig(vocab_size=600, **options))
+
+    first = make()
+    assert first.drift is None
+    assert make().drift is None, "nothing is new"
+    (raw / "same.txt").write_text("The value of the expression is the name of the object. " * 40)
+    assert make().drift < 0.2  # type: ignore[operator]
+    (raw / "japanese.txt").write_text("".join(f"これは別の言葉の文で、番号は {n} です。" for n in range(200)))
+    kept = make()
+    assert kept.reused and kept.tokenizer_id == first.tokenizer_id, "frozen unless asked"
+    assert kept.drift is not None and kept.drift > 0.3
+    assert make(retrain_on_drift=0.9).reused
+    retrained = make(retrain_on_drift=0.3)
+    assert not retrained.reused and retrained.tokenizer_id != first.tokenizer_id
+    again = make(retrain_on_drift=0.3)
+    assert again.reused and again.tokenizer_id == retrained.tokenizer_id
