@@ -10,6 +10,7 @@ from llm_core.identity import run_id
 from llm_core.parent import find_parent
 from llm_core.runlog import read_metrics
 from llm_core.shards import load_manifest
+from pipeline import checks
 from pipeline.assets.common import MODEL, OWNERS, rounded, table
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.current import set_current
@@ -32,7 +33,7 @@ class CheckpointConfig(TrainConfig, dg.Config):
     nproc_per_node: int = Field(1, ge=1, le=64, description="Training processes on this machine: one per GPU, 1 or 2 on a CPU.")
 
 
-@dg.asset(deps=[tokenized_shards], kinds={"pytorch", "torchrun"}, group_name=MODEL, owners=OWNERS)
+@dg.asset(deps=[tokenized_shards], kinds={"pytorch", "torchrun"}, group_name=MODEL, owners=OWNERS, check_specs=checks.CHECKPOINT)
 def checkpoint(
     context: dg.AssetExecutionContext, config: CheckpointConfig, storage: Storage, catalog: CatalogResource, torchrun: Torchrun
 ) -> dg.MaterializeResult:
@@ -75,6 +76,7 @@ def _result(storage: Storage, record: CheckpointRecord, reused: bool) -> dg.Mate
     last = {line["kind"]: line for line in metrics}
     return dg.MaterializeResult(
         data_version=dg.DataVersion(record.checkpoint_id),
+        check_results=checks.checkpoint(state, metrics, load_manifest(storage.processed).tokenizer.vocab_size),
         metadata={
             "run_id": record.run_id,
             "loss_curve": loss_curve(metrics),

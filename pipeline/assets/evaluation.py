@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import dagster as dg
+from pydantic import Field
 
 from llm_core.checkpoint_files import CheckpointRecord, manifest_path
 from llm_core.config import EvaluateConfig
 from llm_core.evaluation_file import Evaluation, evaluation_path, metric, read_evaluation
 from llm_core.shards import DatasetManifest, load_manifest
+from pipeline import checks
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.assets.common import MODEL, OWNERS, literal, rounded
 from pipeline.current import get_current, set_current
@@ -20,8 +22,14 @@ from pipeline.resources import CatalogResource, Storage
 class EvaluationConfig(EvaluateConfig, dg.Config):
     """How a checkpoint is judged on the held-out text."""
 
+    max_regression: float = Field(
+        0.1,
+        ge=0,
+        description="Bits per byte by which a model may be worse than the released one before a check warns.",
+    )
 
-@dg.asset(deps=[checkpoint], kinds={"pytorch"}, group_name=MODEL, owners=OWNERS)
+
+@dg.asset(deps=[checkpoint], kinds={"pytorch"}, group_name=MODEL, owners=OWNERS, check_specs=checks.EVALUATION)
 def evaluation(
     context: dg.AssetExecutionContext, config: EvaluationConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
@@ -43,6 +51,7 @@ def evaluation(
     samples = "\n\n".join(f"sample {number}:\n\n{literal(text)}" for number, text in enumerate(texts, start=1))
     return dg.MaterializeResult(
         data_version=dg.DataVersion(result["evaluation_id"]),
+        check_results=checks.evaluation(result, compared.get("released model"), config.max_regression),
         metadata={
             "evaluation_id": result["evaluation_id"],
             "comparison": bits_per_byte_bars(compared),

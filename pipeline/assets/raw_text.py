@@ -6,6 +6,7 @@ import dagster as dg
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus import take_snapshot
+from pipeline import checks
 from pipeline.assets.common import DATA, OWNERS, table
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.current import set_current
@@ -16,7 +17,7 @@ class RawTextConfig(CorpusConfig, dg.Config):
     """How files become documents."""
 
 
-@dg.asset(deps=[sample_corpus], kinds={"file", "parquet"}, group_name=DATA, owners=OWNERS)
+@dg.asset(deps=[sample_corpus], kinds={"file", "parquet"}, group_name=DATA, owners=OWNERS, check_specs=checks.RAW_TEXT)
 def raw_text(
     context: dg.AssetExecutionContext, config: RawTextConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
@@ -35,6 +36,7 @@ def raw_text(
         context.log.warning(f"set aside {file['path']}: {file['reason']} ({file['detail']})")
     return dg.MaterializeResult(
         data_version=dg.DataVersion(snapshot.snapshot_id),
+        check_results=checks.raw_text(snapshot),
         metadata={
             "snapshot_id": snapshot.snapshot_id,
             "files": summary["files"],

@@ -6,6 +6,7 @@ from llm_core.config import ShardConfig
 from llm_core.corpus import load_snapshot
 from llm_core.shards import build_dataset
 from llm_core.tokenizer_training import current_tokenizer
+from pipeline import checks
 from pipeline.assets.common import DATA, OWNERS, rounded
 from pipeline.assets.trained_tokenizer import trained_tokenizer
 from pipeline.current import get_current
@@ -16,7 +17,7 @@ class TokenizedShardsConfig(ShardConfig, dg.Config):
     """How token ids are stored and cut into windows."""
 
 
-@dg.asset(deps=[trained_tokenizer], kinds={"arrow"}, group_name=DATA, owners=OWNERS)
+@dg.asset(deps=[trained_tokenizer], kinds={"arrow"}, group_name=DATA, owners=OWNERS, check_specs=checks.TOKENIZED_SHARDS)
 def tokenized_shards(config: TokenizedShardsConfig, storage: Storage, catalog: CatalogResource) -> dg.MaterializeResult:
     """Immutable Arrow shards of token ids and the manifest that makes them one dataset version.
 
@@ -29,6 +30,7 @@ def tokenized_shards(config: TokenizedShardsConfig, storage: Storage, catalog: C
     train, val = manifest.splits["train"], manifest.splits["val"]
     return dg.MaterializeResult(
         data_version=dg.DataVersion(manifest.dataset_id),
+        check_results=checks.tokenized_shards(manifest, snapshot),
         metadata={
             "dataset_id": manifest.dataset_id,
             "train_tokens": train.tokens,

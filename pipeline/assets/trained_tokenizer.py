@@ -5,6 +5,7 @@ import dagster as dg
 from llm_core.config import TokenizerConfig
 from llm_core.corpus import load_snapshot
 from llm_core.tokenizer_training import prepare_tokenizer
+from pipeline import checks
 from pipeline.assets.common import DATA, OWNERS, rounded, table
 from pipeline.assets.raw_text import raw_text
 from pipeline.current import get_current
@@ -15,7 +16,7 @@ class TrainedTokenizerConfig(TokenizerConfig, dg.Config):
     """How text becomes token ids."""
 
 
-@dg.asset(deps=[raw_text], kinds={"huggingface"}, group_name=DATA, owners=OWNERS)
+@dg.asset(deps=[raw_text], kinds={"huggingface"}, group_name=DATA, owners=OWNERS, check_specs=checks.TRAINED_TOKENIZER)
 def trained_tokenizer(config: TrainedTokenizerConfig, storage: Storage, catalog: CatalogResource) -> dg.MaterializeResult:
     """A byte-level BPE or WordPiece vocabulary trained on the text, or a ready tiktoken encoding, as one tokenizer.json.
 
@@ -27,6 +28,7 @@ def trained_tokenizer(config: TrainedTokenizerConfig, storage: Storage, catalog:
     report = artifact.report
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.tokenizer_id),
+        check_results=checks.trained_tokenizer(artifact, snapshot, storage.raw_text),
         metadata={
             "tokenizer_id": artifact.tokenizer_id,
             "tokenizer_type": report["tokenizer_type"],
