@@ -58,7 +58,16 @@ def checkpoint(
     reused = record is not None
     if record is None:
         try:
-            record = run_training(context, torchrun, train_config, config.nproc_per_node, storage.processed, run_dir)
+            record = run_training(
+                context,
+                torchrun,
+                train_config,
+                config.nproc_per_node,
+                storage.processed,
+                run_dir,
+                # Not for long, if others hold the catalog: the progress is to be told as well.
+                record=lambda: catalog.open(wait_seconds=5).record_run(run_dir),
+            )
         finally:
             catalog.open().record_run(run_dir)  # a failed run is remembered too
     else:
@@ -84,6 +93,7 @@ def _result(storage: Storage, record: CheckpointRecord, reused: bool) -> dg.Mate
             "steps": record.step,
             "tokens_seen": record.tokens_seen,
             "tokens_per_second": rounded(last["train"]["tokens_per_second"], 0),
+            "mfu": rounded(last["train"].get("mfu")),  # runs of older versions have none
             "parameters": state["parameters"],
             "reused": reused,
             "skipped_steps": state["skipped_steps"],
