@@ -165,7 +165,7 @@ def test_the_catalog_holds_the_metrics_so_far_while_it_trains(trained_home: tupl
         assert not survivors(family, within=30)
 
 
-def test_a_catalog_that_fails_never_ends_a_training(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_catalog_that_fails_never_ends_a_training(capfd: pytest.CaptureFixture[str]) -> None:
     calls = []
 
     def record() -> None:
@@ -177,7 +177,7 @@ def test_a_catalog_that_fails_never_ends_a_training(caplog: pytest.LogCaptureFix
         records.keep_up()
         time.sleep(0.01)
     assert 2 <= len(calls) <= 5, "now and then, not at every report"
-    assert "the training goes on: catalog.duckdb: busy for 5 seconds" in caplog.text
+    assert "the training goes on: catalog.duckdb: busy for 5 seconds" in capfd.readouterr().err
 
 
 def test_a_record_that_takes_long_is_made_less_often() -> None:
