@@ -32,7 +32,7 @@ class CheckpointConfig(TrainConfig, dg.Config):
     nproc_per_node: int = Field(1, ge=1, le=64, description="Training processes on this machine: one per GPU, 1 or 2 on a CPU.")
 
 
-@dg.asset(deps=[tokenized_shards], kinds={"pytorch", "torchrun"}, group_name=MODEL, owners=OWNERS)
+@dg.asset(deps=[tokenized_shards], kinds={"pytorch", "torchrun"}, group_name=MODEL, owners=OWNERS, pool="device")
 def checkpoint(
     context: dg.AssetExecutionContext, config: CheckpointConfig, storage: Storage, catalog: CatalogResource, torchrun: Torchrun
 ) -> dg.MaterializeResult:
