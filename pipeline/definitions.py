@@ -4,13 +4,22 @@ import dagster as dg
 
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.automation import EXECUTOR, LINEAGE, prepare_data, pretrain, quickstart
+from pipeline.new_text import Retraining
 from pipeline.resources import CatalogResource, Storage, Torchrun
+from pipeline.sensors import new_raw_text, nightly_retraining
 
 storage = Storage()
 
 defs = dg.Definitions(
     assets=[sample_corpus, *LINEAGE],
     jobs=[quickstart, pretrain, prepare_data],
+    sensors=[new_raw_text],
+    schedules=[nightly_retraining],
     executor=EXECUTOR,
-    resources={"storage": storage, "catalog": CatalogResource(storage=storage), "torchrun": Torchrun()},
+    resources={
+        "storage": storage,
+        "catalog": CatalogResource(storage=storage),
+        "torchrun": Torchrun(),
+        "retraining": Retraining(),
+    },
 )

@@ -69,8 +69,9 @@ class CatalogResource(dg.ConfigurableResource):
 
     storage: dg.ResourceDependency[Storage]
 
-    def open(self) -> Catalog:
-        return Catalog(self.storage.root / "catalog.duckdb")
+    def open(self, wait_seconds: float = 60.0) -> Catalog:
+        """The catalog; its calls wait so long for other processes at most."""
+        return Catalog(self.storage.root / "catalog.duckdb", wait_seconds)
 
 
 class Torchrun(dg.ConfigurableResource):
@@ -78,3 +79,8 @@ class Torchrun(dg.ConfigurableResource):
 
     stop_seconds: float = Field(default=110.0, gt=0, description="Seconds a cancelled training has to save before it is killed.")
     report_seconds: float = Field(default=5.0, gt=0, description="Seconds between two progress reports while it trains.")
+    catalog_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="Seconds between two records in the catalog while it trains; more where a record takes long.",
+    )

@@ -1,6 +1,8 @@
 """Runs one training under Dagster: launches torchrun, passes its progress on, and judges how it ended."""
 
 import shlex
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from dagster import AssetExecutionContext, PipesTempFileContextInjector, PipesTe
 
 from llm_core.checkpoint_files import CheckpointRecord, newest_valid
 from llm_core.config import TrainConfig
+from llm_core.errors import TextmillError
 from llm_core.files import read_json
 from pipeline.launcher import TorchrunProcess, option_list, torchrun_arguments, training_environment
 from pipeline.resources import Torchrun
@@ -27,10 +30,42 @@ def finished_checkpoint(run_dir: Path) -> CheckpointRecord | None:
     return newest if done else None
 
 
+class LiveRecords:
+    """Records a run now and then while it trains; what goes wrong there is told and never ends the training."""
+
+    MAX_SHARE = 0.05
+    """Share of the time that recording may take: a long run has many metrics, and each record writes them all."""
+
+    def __init__(self, context: AssetExecutionContext, record: Callable[[], None], seconds: float) -> None:
+        self._context = context
+        self._record = record
+        self._seconds = seconds
+        self._due = time.monotonic() + seconds
+
+    def keep_up(self) -> None:
+        started = time.monotonic()
+        if started < self._due:
+            return
+        try:
+            self._record()
+        except TextmillError as error:
+            self._context.log.warning(f"the metrics so far are not in the catalog, the training goes on: {error}")
+        now = time.monotonic()
+        self._due = now + max(self._seconds, (now - started) / self.MAX_SHARE)
+
+
 def run_training(
-    context: AssetExecutionContext, torchrun: Torchrun, config: TrainConfig, nproc_per_node: int, data_dir: Path, run_dir: Path
+    context: AssetExecutionContext,
+    torchrun: Torchrun,
+    config: TrainConfig,
+    nproc_per_node: int,
+    data_dir: Path,
+    run_dir: Path,
+    record: Callable[[], None],
 ) -> CheckpointRecord:
     """Trains to the end in `run_dir`, resuming what an earlier attempt left there, and returns the last checkpoint.
+
+    record: puts the run as it stands into the catalog; called every `torchrun.catalog_seconds`.
 
     Raises:
         dagster.Failure: the training ended early; the description says why and what to do.
@@ -48,15 +83,16 @@ def run_training(
         )
         with process:
             context.log.info(f"training: {shlex.join(process.command)}\noutput: {process.log_path}")
-            reported = 0
+            reported, records = 0, LiveRecords(context, record, torchrun.catalog_seconds)
             for _ in process.wait(torchrun.report_seconds):
                 messages = session.get_custom_messages()
                 _report(context, messages[reported:], config.max_steps)
                 reported = len(messages)
-    record = finished_checkpoint(run_dir) if process.exit_code == 0 else None
-    if record is None:
+                records.keep_up()
+    last = finished_checkpoint(run_dir) if process.exit_code == 0 else None
+    if last is None:
         raise _failure(run_dir, process)
-    return record
+    return last
 
 
 def _report(context: AssetExecutionContext, records: Any, max_steps: int) -> None:
@@ -86,5 +122,6 @@ def _failure(run_dir: Path, process: TorchrunProcess) -> dg.Failure:
             "last_output": dg.MetadataValue.md("```\n" + "\n".join(output[-40:]) + "\n```"),
             "log": dg.MetadataValue.path(process.log_path),
         },
-        allow_retries=not said,  # what the training can explain does not go away by itself
+        # What the training can explain does not go away by itself, unless it was asked to stop.
+        allow_retries=not said or state["status"] == "preempted",
     )

@@ -33,7 +33,14 @@ class CheckpointConfig(TrainConfig, dg.Config):
     nproc_per_node: int = Field(1, ge=1, le=64, description="Training processes on this machine: one per GPU, 1 or 2 on a CPU.")
 
 
-@dg.asset(deps=[tokenized_shards], kinds={"pytorch", "torchrun"}, group_name=MODEL, owners=OWNERS, check_specs=checks.CHECKPOINT)
+@dg.asset(
+    deps=[tokenized_shards],
+    kinds={"pytorch", "torchrun"},
+    group_name=MODEL,
+    owners=OWNERS,
+    pool="device",
+    check_specs=checks.CHECKPOINT,
+)
 def checkpoint(
     context: dg.AssetExecutionContext, config: CheckpointConfig, storage: Storage, catalog: CatalogResource, torchrun: Torchrun
 ) -> dg.MaterializeResult:
@@ -59,7 +66,16 @@ def checkpoint(
     reused = record is not None
     if record is None:
         try:
-            record = run_training(context, torchrun, train_config, config.nproc_per_node, storage.processed, run_dir)
+            record = run_training(
+                context,
+                torchrun,
+                train_config,
+                config.nproc_per_node,
+                storage.processed,
+                run_dir,
+                # Not for long, if others hold the catalog: the progress is to be told as well.
+                record=lambda: catalog.open(wait_seconds=5).record_run(run_dir),
+            )
         finally:
             catalog.open().record_run(run_dir)  # a failed run is remembered too
     else:
@@ -86,6 +102,7 @@ def _result(storage: Storage, record: CheckpointRecord, reused: bool) -> dg.Mate
             "steps": record.step,
             "tokens_seen": record.tokens_seen,
             "tokens_per_second": rounded(last["train"]["tokens_per_second"], 0),
+            "mfu": rounded(last["train"].get("mfu")),  # runs of older versions have none
             "parameters": state["parameters"],
             "reused": reused,
             "time_by_phase": table(

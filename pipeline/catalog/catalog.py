@@ -218,6 +218,7 @@ _METRICS = pa.schema(
         ("skipped", pa.bool_()),
         ("val_loss", pa.float64()),
         ("val_bits_per_byte", pa.float64()),
+        ("mfu", pa.float64()),
     ]
 )
 

@@ -198,3 +198,7 @@ SELECT seen.document_id, c.checkpoint_id, c.run_id, c.step, seen.run_id AS seen_
 FROM run_documents seen
 JOIN checkpoint_ancestry a ON a.run_id = seen.run_id AND seen.first_step < a.step
 JOIN checkpoints c USING (checkpoint_id);
+
+-- version 2
+
+ALTER TABLE train_metrics ADD COLUMN mfu DOUBLE; -- model FLOPs utilisation: share of the device's peak; NULL in older runs

@@ -52,7 +52,7 @@ class Home:
             resources={
                 "storage": self.storage,
                 "catalog": CatalogResource(storage=self.storage),
-                "torchrun": Torchrun(report_seconds=0.5, stop_seconds=30),
+                "torchrun": Torchrun(report_seconds=0.5, stop_seconds=30, catalog_seconds=0.5),
             },
             run_config={"ops": config},
             raise_on_error=False,

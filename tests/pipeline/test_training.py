@@ -8,13 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import psutil
 import pytest
 
 from llm_core.checkpoint_files import newest_valid
 from llm_core.files import read_json, write_json
 from pipeline.assets.checkpoint import checkpoint
+from pipeline.catalog.database import CatalogBusyError
 from pipeline.launcher import training_environment
+from pipeline.training import LiveRecords
 from tests.pipeline.conftest import Home
 
 # Materializes the checkpoint asset in a process of its own, with a training that would go on for hours.
@@ -133,3 +136,59 @@ def test_progress_is_reported_while_it_trains(trained_home: tuple[Home, Any], cl
     assert steps
     assert steps == sorted(steps)
     assert any("val_loss" in observation.metadata for observation in observed)
+
+
+@pytest.mark.slow
+def test_the_catalog_holds_the_metrics_so_far_while_it_trains(trained_home: tuple[Home, Any], clone: Any) -> None:
+    home, _ = clone(trained_home)
+    process, family, run_dir = start_step(home)
+
+    def recorded(at_least: int) -> int:
+        """The last step in the catalog, once it is that many."""
+        question = (
+            "SELECT max(step) AS step, count(mfu) AS mfu FROM train_metrics JOIN training_runs USING (run_id) WHERE run_id = ?"
+        )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            (row,) = home.catalog.query(question + " AND status = 'running'", [run_dir.name])
+            if row["step"] is not None and row["step"] >= at_least:
+                assert row["mfu"] == row["step"], "each step says how much of the device it used"
+                return int(row["step"])
+            time.sleep(0.2)
+        raise AssertionError(f"step {at_least} did not come into the catalog while it trained")
+
+    try:
+        recorded(recorded(1) + 1)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+        assert not survivors(family, within=30)
+
+
+def test_a_catalog_that_fails_never_ends_a_training(capfd: pytest.CaptureFixture[str]) -> None:
+    calls = []
+
+    def record() -> None:
+        calls.append(time.monotonic())
+        raise CatalogBusyError("catalog.duckdb: busy for 5 seconds")
+
+    records = LiveRecords(dg.build_asset_context(), record, seconds=0.05)
+    for _ in range(20):
+        records.keep_up()
+        time.sleep(0.01)
+    assert 2 <= len(calls) <= 5, "now and then, not at every report"
+    assert "the training goes on: catalog.duckdb: busy for 5 seconds" in capfd.readouterr().err
+
+
+def test_a_record_that_takes_long_is_made_less_often() -> None:
+    calls = []
+
+    def record() -> None:
+        calls.append(time.monotonic())
+        time.sleep(0.02)
+
+    records = LiveRecords(dg.build_asset_context(), record, seconds=0.001)
+    began = time.monotonic()
+    while time.monotonic() - began < 1.0:
+        records.keep_up()
+    assert len(calls) <= 3, "0.02 seconds of each 0.42"

@@ -1,0 +1,36 @@
+"""The pipeline left alone: `dagster dev` runs, a file is dropped into the folder, a new model is released with no hand on it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from pipeline.catalog.catalog import Catalog
+from pipeline.sensors import SECONDS_BETWEEN_LOOKS
+from tests.pipeline.conftest import TINY
+from tests.pipeline.dagster_dev import dagster_dev
+
+# Two looks at the file, a look that was just over when it came, and the run itself.
+PATIENCE = 3 * SECONDS_BETWEEN_LOOKS + 180
+
+
+@pytest.mark.slow
+def test_a_dropped_file_becomes_a_released_model(corpus_dir: Path, tmp_path: Path) -> None:
+    home, dagster_home = tmp_path / "home", tmp_path / "dagster_home"
+    dagster_home.mkdir()
+    raw = home / "raw_text_data"
+    raw.mkdir(parents=True)
+    (home / "configs").mkdir()
+    ops = {name: {"config": options} for name, options in TINY.items()}
+    (home / "configs" / "retrain.yaml").write_text(json.dumps({"ops": ops}))  # JSON is YAML
+    with dagster_dev(home, dagster_home) as server:
+        server.switch_on("new_raw_text")
+        shutil.copytree(corpus_dir, raw, dirs_exist_ok=True)
+        run = server.wait_for_run(0, PATIENCE)
+        assert run.status == dg.DagsterRunStatus.SUCCESS, server.log()
+        assert run.tags["dagster/sensor_name"] == "new_raw_text"
+    (model,) = Catalog(home / "catalog.duckdb").query("SELECT * FROM models")
+    assert (home / "models" / model["model_id"] / "model.safetensors").is_file()
+    assert len(server.runs()) == 1, "one run for the change"

@@ -1,0 +1,113 @@
+"""Kills under a real `dagster dev` with our dagster.yaml: the run that Dagster launches next finishes the training."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import psutil
+import pytest
+from dagster._core.storage.tags import PARENT_RUN_ID_TAG
+
+from llm_core.files import read_json
+from pipeline.catalog.catalog import Catalog
+from tests.pipeline.conftest import TINY
+from tests.pipeline.dagster_dev import DagsterDev, dagster_dev
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev]:
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(corpus_dir, home / "raw_text_data")
+    monitoring = {"poll_interval_seconds": 3}
+    with dagster_dev(home, tmp_path_factory.mktemp("dagster_home"), run_monitoring=monitoring) as server:
+        yield server
+
+
+def config(**checkpoint: Any) -> dict[str, Any]:
+    """The tiny lineage with a training of some seconds that saves often."""
+    ops = {name: {"config": dict(options)} for name, options in TINY.items()}
+    ops["checkpoint"]["config"] |= {"max_steps": 3000, "eval_interval": 1000, "save_interval": 100} | checkpoint
+    return {"ops": ops}
+
+
+def begin(server: DagsterDev, seed: int) -> tuple[int, str, Path]:
+    """Launches a training; its number among the runs, its id and its folder, once it has saved a checkpoint."""
+    checkpoints = server.home / "checkpoints"
+    known = set(checkpoints.glob("*/"))
+    number = len(server.runs())
+    dagster_id = server.launch(config(seed=seed))
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        for run_dir in set(checkpoints.glob("*/")) - known:
+            if list(run_dir.glob("checkpoint_step_*.pt.json")):
+                return number, dagster_id, run_dir
+        time.sleep(0.05)
+    pytest.fail(f"no checkpoint was saved\n{server.log()}")
+
+
+def check_finished_by_a_retry(server: DagsterDev, number: int, dagster_id: str, run_dir: Path) -> None:
+    failed = server.wait_for_run(number, 120)
+    assert (failed.run_id, failed.status) == (dagster_id, dg.DagsterRunStatus.FAILURE)
+    retried = server.wait_for_run(number + 1, 240)
+    assert retried.status == dg.DagsterRunStatus.SUCCESS, server.log()
+    assert retried.tags[PARENT_RUN_ID_TAG] == dagster_id
+    state = read_json(run_dir / "run.json")
+    assert (state["status"], state["steps_done"]) == ("finished", 3000)
+    assert state["resumed_from_step"] >= 100
+    runs = Catalog(server.home / "catalog.duckdb").query("SELECT * FROM training_runs WHERE status = 'finished'")
+    assert run_dir.name in {run["run_id"] for run in runs}
+
+
+def test_a_killed_rank_is_resumed_by_a_retry(server: DagsterDev) -> None:
+    number, dagster_id, run_dir = begin(server, seed=1)
+    family = server.worker(dagster_id).children(recursive=True)
+    (rank,) = [p for p in family if "pipeline.training_rank" in p.cmdline() and "pipeline.torchrun" not in p.cmdline()]
+    rank.kill()
+    check_finished_by_a_retry(server, number, dagster_id, run_dir)
+
+
+def test_a_killed_run_worker_is_resumed_by_a_retry(server: DagsterDev) -> None:
+    number, dagster_id, run_dir = begin(server, seed=2)
+    worker = server.worker(dagster_id)
+    family = worker.children(recursive=True)
+    worker.kill()
+    check_finished_by_a_retry(server, number, dagster_id, run_dir)
+    assert not psutil.wait_procs(family, timeout=30)[1], "no orphan trains on"
+
+
+def test_what_a_person_must_mend_is_not_tried_again(server: DagsterDev) -> None:
+    number = len(server.runs())
+    wrongs: list[dict[str, Any]] = [{"batch_size": 3, "micro_batch_size": 2}, {"num_heads": 3}]
+    for wrong in wrongs:
+        server.launch(config(**wrong))
+    for offset in range(len(wrongs)):
+        assert server.wait_for_run(number + offset, 120).status == dg.DagsterRunStatus.FAILURE
+    time.sleep(15)  # Dagster decides on retries every few seconds
+    assert len(server.runs()) == number + len(wrongs)
+
+
+def test_two_trainings_take_turns_on_one_device(server: DagsterDev) -> None:
+    number, *_ = begin(server, seed=3)
+    server.launch(config(seed=4, max_steps=6))
+    began = time.monotonic()
+    while server.runs()[number].status == dg.DagsterRunStatus.STARTED and time.monotonic() - began < 8:
+        assert server.runs()[number + 1].status in (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED)
+        time.sleep(0.5)
+    for run in (number, number + 1):
+        assert server.wait_for_run(run, 120).status == dg.DagsterRunStatus.SUCCESS
+    with dg.DagsterInstance.from_config(str(server.dagster_home)) as instance:
+        times = [instance.get_run_record_by_id(run.run_id) for run in server.runs()[number : number + 2]]
+    assert times[1].start_time >= times[0].end_time
+
+
+def test_after_a_power_cut_the_training_goes_on_by_itself(server: DagsterDev) -> None:
+    number, dagster_id, run_dir = begin(server, seed=5)
+    server.cut_the_power()
+    assert server.runs()[number].status == dg.DagsterRunStatus.STARTED, "nobody was left to say that it ended"
+    server.start()
+    check_finished_by_a_retry(server, number, dagster_id, run_dir)

@@ -1,0 +1,222 @@
+"""What starts trainings by itself: the sensor and the schedule, evaluated on a real instance over real folders."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from pipeline.assets.raw_text import raw_text
+from pipeline.assets.tokenized_shards import tokenized_shards
+from pipeline.assets.trained_tokenizer import trained_tokenizer
+from pipeline.new_text import Retraining
+from pipeline.resources import Storage
+from pipeline.sensors import new_raw_text, nightly_retraining
+from tests.pipeline.conftest import Home
+
+HOUR = 3600.0
+
+
+class Watcher:
+    """The daemon's side of the sensor: keeps the cursor from look to look, on one instance."""
+
+    def __init__(self, storage: Storage, **options: Any) -> None:
+        self.storage = storage
+        self.retraining = Retraining(**options)
+        (storage.root / "dagster").mkdir(exist_ok=True)
+        self.instance = dg.DagsterInstance.local_temp(str(storage.root / "dagster"))
+        self.cursor: str | None = None
+
+    def look(self) -> dg.RunRequest | str:
+        """The run that a look launches, or the reason why it launches none."""
+        resources = {"storage": self.storage, "retraining": self.retraining}
+        with dg.build_sensor_context(instance=self.instance, cursor=self.cursor, resources=resources) as context:
+            (result,) = new_raw_text(context)
+            self.cursor = context.cursor
+        return result if isinstance(result, dg.RunRequest) else result.skip_message
+
+    def launched(self) -> dg.RunRequest:
+        """The run that two looks launch."""
+        self.look()
+        request = self.look()
+        assert isinstance(request, dg.RunRequest), request
+        return request
+
+    def hours_pass(self, hours: float) -> None:
+        cursor = json.loads(self.cursor or "{}")
+        self.cursor = json.dumps(cursor | {"launched_at": cursor["launched_at"] - hours * HOUR})
+
+    def tonight(self) -> dg.RunRequest | str:
+        resources = {"storage": self.storage, "retraining": self.retraining}
+        with dg.build_schedule_context(instance=self.instance, resources=resources) as context:
+            result = nightly_retraining(context)
+        return result if isinstance(result, dg.RunRequest) else result.skip_message
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A textmill home with one raw file, and an empty working directory."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "raw_text_data").mkdir()
+    (tmp_path / "raw_text_data" / "first.txt").write_text("one")
+    return tmp_path
+
+
+@pytest.fixture
+def watcher(home: Path) -> Watcher:
+    return Watcher(Storage(home=str(home)))
+
+
+def drop(home: Path, name: str, text: str = "more") -> None:
+    (home / "raw_text_data" / name).write_text(text)
+
+
+def test_text_that_is_at_rest_for_two_looks_starts_one_run(watcher: Watcher) -> None:
+    assert watcher.look() == "1 new or changed files (3 bytes), 0 removed: waiting until they are at rest"
+    assert isinstance(watcher.look(), dg.RunRequest)
+    watcher.hours_pass(2)
+    assert str(watcher.look()).startswith("a run was launched for this text already")
+
+
+def test_a_file_that_still_grows_is_waited_for(watcher: Watcher, home: Path) -> None:
+    for size in range(1, 4):
+        drop(home, "growing.txt", "x" * size)
+        assert str(watcher.look()).endswith("waiting until they are at rest")
+    assert isinstance(watcher.look(), dg.RunRequest)
+
+
+@pytest.mark.parametrize("change", ["added", "changed", "removed", "as it once was"])
+def test_each_change_is_a_run_of_its_own(change: str, watcher: Watcher, home: Path) -> None:
+    drop(home, "second.txt")
+    second = home / "raw_text_data" / "second.txt"
+    keys = {watcher.launched().run_key}
+    watcher.hours_pass(2)
+    if change == "added":
+        drop(home, "third.txt")
+    elif change == "changed":
+        second.write_text("other")
+    else:
+        second.rename(home / "aside.txt")
+    keys.add(watcher.launched().run_key)
+    if change == "as it once was":
+        watcher.hours_pass(2)
+        (home / "aside.txt").rename(second)
+        keys.add(watcher.launched().run_key)
+    assert len(keys) == (3 if change == "as it once was" else 2), "Dagster drops a run whose key it knows"
+
+
+def test_the_cursor_alone_survives_a_restart(watcher: Watcher, home: Path) -> None:
+    watcher.launched()
+    restarted = Watcher(watcher.storage)
+    restarted.cursor = watcher.cursor
+    assert "the next run may start in 60 minutes" in str(restarted.look())
+    restarted.hours_pass(1.01)
+    assert str(restarted.look()).startswith("a run was launched for this text already")
+
+
+def test_a_cursor_that_a_person_broke_is_begun_anew(watcher: Watcher) -> None:
+    watcher.cursor = "not json"
+    assert isinstance(watcher.launched(), dg.RunRequest)
+
+
+def test_between_two_runs_lies_the_minimum_interval(home: Path) -> None:
+    watcher = Watcher(Storage(home=str(home)), min_hours_between_runs=3)
+    watcher.launched()
+    drop(home, "second.txt")
+    watcher.hours_pass(2.5)
+    assert watcher.look() == "the next run may start in 30 minutes (min_hours_between_runs 3)"
+    watcher.hours_pass(0.6)
+    assert isinstance(watcher.launched(), dg.RunRequest)
+
+
+def test_more_new_bytes_than_the_cap_start_nothing_and_say_what_to_do(home: Path) -> None:
+    watcher = Watcher(Storage(home=str(home)), max_new_bytes=1000)
+    drop(home, "huge.txt", "x" * 998)
+    for reason in (str((watcher.look(), watcher.look())[1]), str(watcher.tonight())):
+        assert reason.startswith("2 new or changed files (1,001 bytes), 0 removed, more than max_new_bytes 1,000")
+        assert "launch the job pretrain by hand" in reason
+    drop(home, "huge.txt", "x" * 997)
+    assert isinstance(watcher.launched(), dg.RunRequest)
+
+
+def test_a_training_in_progress_is_waited_for(watcher: Watcher) -> None:
+    job = dg.GraphDefinition(name="pretrain").to_job()
+    run = watcher.instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    for reason in (watcher.look(), watcher.look(), watcher.tonight()):
+        assert reason == f"waiting for run {run.run_id} of pretrain to end"
+    watcher.instance.report_run_canceled(run)
+    assert isinstance(watcher.launched(), dg.RunRequest)
+
+
+def test_a_missing_and_an_empty_folder_say_where_to_put_text(tmp_path: Path) -> None:
+    watcher = Watcher(Storage(home=str(tmp_path)))
+    folder = tmp_path / "raw_text_data"
+    assert f"{folder}: no such folder; create it" in str(watcher.look())
+    folder.mkdir()
+    assert watcher.look() == watcher.tonight() == f"{folder}: no text in it yet; put text files there"
+
+
+@pytest.mark.parametrize("place", ["home", "working directory"])
+def test_runs_take_their_configuration_from_a_file(place: str, watcher: Watcher, home: Path) -> None:
+    folder = (home if place == "home" else Path.cwd()) / "configs"
+    folder.mkdir()
+    (folder / "retrain.yaml").write_text("ops: {checkpoint: {config: {init_from: released, replay_share: 0.05}}}\n")
+    expected = {"ops": {"checkpoint": {"config": {"init_from": "released", "replay_share": 0.05}}}}
+    request = watcher.tonight()
+    assert isinstance(request, dg.RunRequest)
+    assert request.run_config == watcher.launched().run_config == expected
+
+
+def test_the_sensor_looks_where_the_run_will_read(watcher: Watcher, home: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (home / "configs").mkdir()
+    (home / "configs" / "retrain.yaml").write_text(
+        f"resources: {{storage: {{config: {{raw_text_dir: {elsewhere.as_uri()}}}}}}}\n"
+    )
+    assert "no text in it yet" in str(watcher.look())
+    (elsewhere / "text.txt").write_text("found")
+    assert "1 new or changed files (5 bytes)" in str(watcher.look())
+
+
+def test_a_configuration_that_is_not_yaml_is_named(watcher: Watcher, home: Path) -> None:
+    (home / "configs").mkdir()
+    (home / "configs" / "retrain.yaml").write_text("ops: [")
+    with pytest.raises(Exception, match=r"retrain\.yaml: not a run configuration in YAML"):
+        watcher.look()
+
+
+def test_nothing_is_new_once_a_run_has_trained_on_it(trained_home: tuple[Home, Any], clone: Any) -> None:
+    home, _ = clone(trained_home)
+    home.materialize()  # the copied files have new inodes: they are looked at once
+    watcher = Watcher(home.storage)
+    assert watcher.look() == watcher.look() == "nothing new: all 40 files are as they were read last"
+    assert watcher.tonight() == "nothing new: all 40 files are in the dataset that was trained on last"
+    text = "\n".join(f"A line about the number {number}, which nobody has written before." for number in range(400))
+    (home.storage.raw_text / "added.txt").write_text(text)
+    assert isinstance(watcher.launched(), dg.RunRequest)
+    assert isinstance(watcher.tonight(), dg.RunRequest)
+
+    # Text that was prepared and not trained on is the night's business, not the sensor's.
+    home.materialize(raw_text, trained_tokenizer, tokenized_shards)
+    watcher.hours_pass(2)
+    assert str(watcher.look()).startswith("nothing new")
+    assert isinstance(watcher.tonight(), dg.RunRequest)
+    home.materialize()
+    assert str(watcher.tonight()).startswith("nothing new")
+
+
+def test_both_are_off_until_someone_switches_them_on() -> None:
+    assert new_raw_text.default_status == dg.DefaultSensorStatus.STOPPED
+    assert nightly_retraining.default_status == dg.DefaultScheduleStatus.STOPPED
+
+
+def test_a_look_at_ten_thousand_files_takes_less_than_a_second(watcher: Watcher, home: Path) -> None:
+    for number in range(10_000):
+        (home / "raw_text_data" / f"{number}.txt").touch()
+    began = time.monotonic()
+    assert "10,001 new or changed files" in str(watcher.look())
+    assert time.monotonic() - began < 1.0
