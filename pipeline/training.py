@@ -48,7 +48,7 @@ class LiveRecords:
             return
         try:
             self._record()
-        except TextmillError as error:
+        except (TextmillError, OSError) as error:
             self._context.log.warning(f"the metrics so far are not in the catalog, the training goes on: {error}")
         now = time.monotonic()
         self._due = now + max(self._seconds, (now - started) / self.MAX_SHARE)

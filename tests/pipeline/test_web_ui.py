@@ -1,27 +1,19 @@
 """The web UI as a person uses it: a real `dagster dev`, a real browser, a run that is launched by a click and watched."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import psutil
 import pytest
 
 from pipeline.catalog.catalog import Catalog
 from tests.pipeline.conftest import TINY
+from tests.pipeline.dagster_dev import dagster_dev
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -55,21 +47,8 @@ def home(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where `dagster dev` serves that home, with a Dagster instance that has never seen a run."""
-    dagster_home = tmp_path_factory.mktemp("dagster_home")
-    (dagster_home / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "dagster", "dev", "-m", "pipeline.definitions", "-h", "127.0.0.1", "-p", str(port)]
-    environment = os.environ | {"DAGSTER_HOME": str(dagster_home), "TEXTMILL_HOME": str(home)}
-    log = dagster_home / "dagster_dev.log"
-    with open(log, "wb") as output:
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        _wait_until_served(f"http://127.0.0.1:{port}/server_info", server, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        _stop(server)
+    with dagster_dev(home, tmp_path_factory.mktemp("dagster_home")) as server:
+        yield server.address
 
 
 @pytest.fixture(scope="module")
@@ -189,26 +168,3 @@ def _picture(page: Any, key: str) -> tuple[int, int]:
     page.get_by_role("button", name="Close").click()
     image.wait_for(state="detached")
     return width, height
-
-
-def _wait_until_served(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    pytest.fail(f"dagster dev does not answer:\n{log.read_text()[-4000:]}")
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    """Ctrl-C as at a terminal; whatever is left of the family after that is killed."""
-    if server.poll() is not None:
-        return
-    family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-    server.send_signal(signal.SIGINT)
-    _, alive = psutil.wait_procs(family, timeout=20)
-    for process in alive:
-        process.kill()
-    server.wait()

@@ -1,0 +1,67 @@
+"""The deployment files say the same as what is tested, and let nobody in from outside."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llm_core.files import read_json
+from pipeline.assets.checkpoint import checkpoint
+from pipeline.launcher import option_list
+from tests.pipeline.conftest import TINY, Home
+from tests.pipeline.dagster_dev import ROOT
+
+DEPLOY = ROOT / "deploy"
+INSTANCE = yaml.safe_load((ROOT / "dagster.yaml").read_text())
+
+
+def kubernetes() -> list[dict[str, Any]]:
+    return [part for path in (DEPLOY / "kubernetes").glob("*.yaml") for part in yaml.safe_load_all(path.read_text())]
+
+
+def test_the_containers_have_the_tested_settings_and_their_own_storage() -> None:
+    containers = yaml.safe_load((DEPLOY / "dagster.yaml").read_text())
+    assert {name: value for name, value in containers.items() if name not in ("storage", "compute_logs")} == INSTANCE
+
+
+def test_kubernetes_has_the_tested_limits_and_retries() -> None:
+    (cluster,) = [part["data"]["dagster.yaml"] for part in kubernetes() if "dagster.yaml" in part.get("data", {})]
+    for section in ("telemetry", "concurrency", "run_retries"):
+        assert yaml.safe_load(cluster)[section] == INSTANCE[section]
+
+
+def test_the_web_ui_is_reached_from_this_machine_alone() -> None:
+    services = yaml.safe_load((DEPLOY / "docker-compose.yaml").read_text())["services"]
+    assert {name: service["ports"] for name, service in services.items() if "ports" in service} == {
+        "webserver": ["127.0.0.1:3000:3000"]
+    }
+    (webserver,) = [part for part in kubernetes() if part["kind"] == "Deployment" and part["metadata"]["name"] == "webserver"]
+    arguments = webserver["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert arguments[arguments.index("-h") + 1] == "127.0.0.1"
+    for document in (ROOT / "README.md", DEPLOY / "README.md"):
+        for command in re.findall(r"dagster(?:-webserver| dev)[^\n`]* -h (\S+)", document.read_text()):
+            assert command == "127.0.0.1", document
+
+
+def test_no_password_stands_in_a_file() -> None:
+    for path in DEPLOY.rglob("*"):
+        if path.is_file():
+            for value in re.findall(r"PASSWORD(?:: |=)([^\s'\"]+)", path.read_text()):
+                assert value.startswith(("${POSTGRES_PASSWORD:?", "...", "%s")), path
+
+
+@pytest.mark.slow
+def test_a_training_made_elsewhere_is_taken_over_under_its_run_id(trained_home: tuple[Home, Any], clone: Any) -> None:
+    home, _ = clone(trained_home)
+    folder = home.storage.checkpoints / "multi-node"
+    options = option_list({"data_dir": home.storage.processed, "save_dir": folder} | TINY["checkpoint"] | {"seed": 11})
+    subprocess.run([sys.executable, "-m", "llm_core.train", *options], check=True, capture_output=True)
+    run_id = read_json(folder / "run.json")["run_id"]
+    folder.rename(folder.with_name(run_id))
+    taken = home.metadata(home.materialize(checkpoint, checkpoint={"seed": 11}), "checkpoint")
+    assert (taken["run_id"], taken["reused"]) == (run_id, True)
+    assert Path(taken["file"]) == home.storage.checkpoints / run_id / "checkpoint_step_6.pt"
