@@ -346,7 +346,7 @@ def test_an_interrupted_build_leaves_the_old_dataset_valid_and_the_next_one_fini
         try:
             prepare(raw, out, **config)
             break
-        except OSError:
+        except (OSError, DataError):
             seen = load_manifest(out)
             assert seen == before or seen.parent_dataset_id == before.dataset_id
             assert kept_runs(out, seen, "train") != [[]]
