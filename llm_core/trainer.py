@@ -150,6 +150,7 @@ class Trainer:
             flops_per_token=self.model.flops_per_token(),
             peak_flops=measure_peak_flops(self.ranks.device, DTYPES[self.precision]) * self.ranks.world_size,
         )
+        self.phases = PhaseClock()  # what came before was preparation
         # Validation goes through the same model: its parts are counted as its own.
         self.model.on_phase = lambda phase: self.phases.lap(phase if self.model.training else "validation")
         with step_profiler(config.profile, self.run_dir, self.ranks.rank) as profiled_step:
