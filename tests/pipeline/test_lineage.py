@@ -227,6 +227,16 @@ def test_definitions_load_and_every_asset_can_be_read_by_a_person() -> None:
         assert spec.kinds
 
 
+def test_nothing_starts_by_itself_before_someone_switches_it_on() -> None:
+    from pipeline.definitions import defs
+
+    repository = defs.get_repository_def()
+    automatic = [*repository.sensor_defs, *repository.schedule_defs]
+    assert {part.name for part in automatic} == {"new_raw_text", "nightly_retraining"}
+    assert {part.default_status.value for part in automatic} == {"STOPPED"}
+    assert all(part.description for part in automatic)
+
+
 def test_every_launchpad_option_explains_itself_and_has_a_default() -> None:
     for asset in (checkpoint, tokenized_shards, evaluation, released_model):
         schema = asset.op.config_schema.config_type

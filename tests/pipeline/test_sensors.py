@@ -209,11 +209,6 @@ def test_nothing_is_new_once_a_run_has_trained_on_it(trained_home: tuple[Home, A
     assert str(watcher.tonight()).startswith("nothing new")
 
 
-def test_both_are_off_until_someone_switches_them_on() -> None:
-    assert new_raw_text.default_status == dg.DefaultSensorStatus.STOPPED
-    assert nightly_retraining.default_status == dg.DefaultScheduleStatus.STOPPED
-
-
 def test_a_look_at_ten_thousand_files_takes_less_than_a_second(watcher: Watcher, home: Path) -> None:
     for number in range(10_000):
         (home / "raw_text_data" / f"{number}.txt").touch()

@@ -136,6 +136,7 @@ def test_progress_is_reported_while_it_trains(trained_home: tuple[Home, Any], cl
     assert steps
     assert steps == sorted(steps)
     assert any("val_loss" in observation.metadata for observation in observed)
+    assert 0 < home.metadata(result, "checkpoint")["mfu"] < 1
 
 
 @pytest.mark.slow
