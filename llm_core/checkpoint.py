@@ -53,7 +53,10 @@ def save_checkpoint(run_dir: Path, state: TrainingState, val_loss: float | None)
     manifest = manifest_path(path)
     manifest.unlink(missing_ok=True)  # a rewritten checkpoint never stands under the old digest
     with atomic_writer(path) as file:
-        torch.save(_canonical(state), cast(IO[bytes], file))
+        try:
+            torch.save(_canonical(state), cast(IO[bytes], file))
+        except RuntimeError as error:  # PyTorch's, about a file that it could not end
+            raise file.error or error from None
     sha256 = file.sha256()
     record = CheckpointRecord(
         checkpoint_id=content_id(state["run_id"], state["step"], sha256),

@@ -33,12 +33,18 @@ class HashingWriter:
         self._path = path
         self._hash = hashlib.sha256()
         self.bytes_written = 0
+        self.error: Exception | None = None
+        """Why a write failed, for those whose library goes on to fail in another way."""
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
         self.bytes_written += memoryview(data).nbytes
-        with says_when_the_disk_is_full(self._path, self.bytes_written):
-            return self._raw.write(data)
+        try:
+            with says_when_the_disk_is_full(self._path, self.bytes_written):
+                return self._raw.write(data)
+        except Exception as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         with says_when_the_disk_is_full(self._path, self.bytes_written):
@@ -65,7 +71,7 @@ def says_when_the_disk_is_full(path: Path, needed: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(path.parent).free
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
         raise DataError(
             f"{path}: disk full, it needs at least {needed:,} bytes and {free:,} are free; what was there before is untouched. "
             "Free some space and run again"
@@ -80,20 +86,19 @@ def atomic_writer(path: Path) -> Iterator[HashingWriter]:
         DataError: the disk is full; the previous file at `path`, if any, is untouched.
         OSError: the disk refused a write for another reason; likewise.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as raw:
-            writer = HashingWriter(raw, path)
-            yield writer
-            writer.flush()
-            with says_when_the_disk_is_full(path, writer.bytes_written):
+    with says_when_the_disk_is_full(path, 1):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as raw:
+                yield HashingWriter(raw, path)
+                raw.flush()
                 os.fsync(raw.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any], sealed: bool = True) -> str:

@@ -43,7 +43,7 @@ def main() -> None:
             "kill_the_training_process": lambda at: kills.kill_the_training_process(data_dir, at, many(200), options.seed),
             "kill_two_ranks": lambda at: kills.kill_two_ranks(data_dir, at, many(20), options.seed),
             "damage_files": lambda at: damage.damage_files(home, at, many(6), options.seed),
-            "fail_the_nth_call": lambda at: disk.fail_the_nth_call(folder / "corpus", at),
+            "fail_the_nth_call": lambda at: disk.fail_the_nth_call(folder / "corpus", at, every=max(1, round(1 / options.share))),
             "fill_the_disk": lambda at: disk.fill_the_disk(folder / "corpus", at),
         }
         if not disk.can_mount(folder / "probe"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_core.config import TrainConfig
 from llm_core.export import export_checkpoint
-from llm_core.files import HashingWriter
+from llm_core.files import HashingWriter, read_json
 from llm_core.train import train
 from tests.faults.damage import judge, prepare
 from tests.faults.forks import OPTIONS, outcome, run_forked
@@ -28,7 +28,8 @@ def _stages(home: Path) -> dict[str, tuple[Callable[[], object], Callable[[], ob
     return {
         "prepare": (lambda: prepare(home), lambda: (processed / "metadata.json").read_bytes()),
         "train": (lambda: train(_CONFIG, processed, run_dir, resume="auto"), lambda: outcome(run_dir, _STEPS)),
-        "judge": (lambda: judge(home, final), lambda: judge(home, final)),
+        # Looked at in its file: a parent that has used PyTorch's threads must not fork any more.
+        "judge": (lambda: judge(home, final), lambda: [read_json(path)["metrics"] for path in run_dir.glob("evaluation_*.json")]),
         "export": (
             lambda: export_checkpoint(final, processed, model, None, "test"),
             lambda: [(path.name, path.read_bytes()) for path in sorted(model.iterdir()) if path.name != "textmill.json"],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llm_core import trainer
-from tests.faults import damage, forks, kills
+from tests.faults import damage, disk, forks, kills
 from tests.faults.report import Tally
 
 pytestmark = pytest.mark.slow
@@ -36,6 +36,16 @@ def test_ranks_and_torchrun_killed_at_random_leave_no_orphan_and_lose_nothing(pr
 def test_a_damaged_file_gives_the_right_result_or_a_refusal_that_names_it(corpus_dir: Path, tmp_path: Path) -> None:
     damage.prepare_home(corpus_dir, tmp_path / "home")
     assert_nothing_lost(damage.damage_files(tmp_path / "home", tmp_path / "trials", 1, SEED))
+
+
+def test_a_disk_that_refuses_leaves_the_state_before_and_the_next_run_succeeds(corpus_dir: Path, tmp_path: Path) -> None:
+    assert_nothing_lost(disk.fail_the_nth_call(corpus_dir, tmp_path, every=40))
+
+
+def test_a_full_disk_is_said_and_the_next_run_succeeds(corpus_dir: Path, tmp_path: Path) -> None:
+    if not disk.can_mount(tmp_path / "probe"):
+        pytest.skip("needs root, to mount a small file system")
+    assert_nothing_lost(disk.fill_the_disk(corpus_dir, tmp_path))
 
 
 def test_the_suite_notices_what_is_lost(processed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,10 @@ def run(page: Any, home: Path) -> WatchedRun:
     page.get_by_role("button", name="Launch Run").click()
     page.wait_for_url("**/runs/*")
     # A run can be terminated while it goes on, and only then.
-    terminate, progress = page.get_by_role("button", name="Terminate"), page.get_by_text(re.compile(rf"^step \d+/{STEPS}: "))
+    terminate, progress = (
+        page.get_by_role("button", name="Terminate"),
+        page.get_by_text(re.compile(rf"^step \d+/{STEPS}: .*tokens_per_second")),
+    )
     progress.filter(visible=True).last.wait_for()
     seen = progress.last.inner_text() if terminate.is_visible() else "the run had ended"
     status = page.get_by_text(re.compile("^(Success|Failure|Canceled)$")).first
