@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_core.errors import UserError
+from llm_core.errors import DataError, UserError
 from llm_core.export import _write_directory, export_checkpoint
 from llm_core.files import sha256_file
 from llm_core.model import Transformer
@@ -66,7 +66,7 @@ def test_an_export_that_fails_leaves_nothing_that_looks_like_a_model(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("llm_core.export.save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match="disk full"):
         export(build(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
