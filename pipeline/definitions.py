@@ -6,6 +6,7 @@ from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.automation import EXECUTOR, LINEAGE, prepare_data, pretrain, quickstart
 from pipeline.new_text import Retraining
 from pipeline.resources import CatalogResource, Storage, Torchrun
+from pipeline.retries import lost_retries
 from pipeline.sensors import new_raw_text, nightly_retraining
 
 storage = Storage()
@@ -13,7 +14,7 @@ storage = Storage()
 defs = dg.Definitions(
     assets=[sample_corpus, *LINEAGE],
     jobs=[quickstart, pretrain, prepare_data],
-    sensors=[new_raw_text],
+    sensors=[new_raw_text, lost_retries],
     schedules=[nightly_retraining],
     executor=EXECUTOR,
     resources={

@@ -1,11 +1,18 @@
-"""Which failures are worth another run."""
+"""Which failures are worth another run, and that none of those runs is forgotten."""
+
+from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 from dagster._core.errors import DagsterAssetCheckFailedError
-from dagster._core.storage.tags import MAX_RETRIES_TAG
+from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, MAX_RETRIES_TAG, WILL_RETRY_TAG
 from pydantic import ValidationError
 
 from llm_core.errors import UserError
+
+ASKED_AGAIN_TAG = "textmill/retry_asked_again"
+# Dagster's daemon decides on a retry within a few seconds of the failure, and takes about as long to launch it.
+_PATIENCE = timedelta(seconds=30)
+_TOO_LATE = timedelta(days=1)
 
 
 @dg.failure_hook
@@ -17,3 +24,31 @@ def retry_only_what_may_go_away(context: dg.HookContext) -> None:
     )
     if final:
         context.instance.add_run_tags(context.run_id, {MAX_RETRIES_TAG: "0"})
+
+
+@dg.sensor(
+    name="lost_retries",
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Reports the failure of a run once more to Dagster where the retry that it was to have was never launched.",
+)
+def lost_retries(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+    """Dagster writes the event of a failure before the status of its run; a daemon that looks in between skips the run for ever.
+
+    The look is rarely that unlucky (dagster-io/dagster#33741), but a nightly training would stand still until somebody noticed.
+    """
+    now = datetime.now(UTC)
+    failed = context.instance.get_run_records(
+        dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={WILL_RETRY_TAG: "true"}, updated_after=now - _TOO_LATE)
+    )
+    lost = [
+        record.dagster_run
+        for record in failed
+        if record.update_timestamp < now - _PATIENCE
+        and AUTO_RETRY_RUN_ID_TAG not in record.dagster_run.tags
+        and ASKED_AGAIN_TAG not in record.dagster_run.tags
+    ]
+    for run in lost:
+        context.instance.add_run_tags(run.run_id, {ASKED_AGAIN_TAG: "true"})
+        context.instance.report_run_failed(run, "It was to be launched again and was not: reported once more.")
+    return dg.SkipReason(f"retries asked for again: {len(lost)}")

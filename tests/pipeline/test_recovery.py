@@ -10,6 +10,7 @@ import dagster as dg
 import psutil
 import pytest
 from dagster._core.storage.tags import PARENT_RUN_ID_TAG
+from dagster._daemon.auto_run_reexecution.event_log_consumer import EventLogConsumerDaemon
 
 from llm_core.files import read_json
 from pipeline.catalog.catalog import Catalog
@@ -109,5 +110,18 @@ def test_after_a_power_cut_the_training_goes_on_by_itself(server: DagsterDev) ->
     number, dagster_id, run_dir = begin(server, seed=5)
     server.cut_the_power()
     assert server.runs()[number].status == dg.DagsterRunStatus.STARTED, "nobody was left to say that it ended"
+    server.start()
+    check_finished_by_a_retry(server, number, dagster_id, run_dir)
+
+
+def test_a_retry_that_dagster_forgot_is_launched_after_all(server: DagsterDev) -> None:
+    number, dagster_id, run_dir = begin(server, seed=6)
+    server.cut_the_power()
+    with dg.DagsterInstance.from_config(str(server.dagster_home)) as instance:
+        instance.report_run_failed(server.runs()[number])
+        last_event = instance.event_log_storage.get_maximum_record_id()
+        cursor = f"{EventLogConsumerDaemon.daemon_type()}_CURSOR-{dg.DagsterEventType.RUN_FAILURE.value}"
+        assert cursor in instance.daemon_cursor_storage.get_cursor_values({cursor})
+        instance.daemon_cursor_storage.set_cursor_values({cursor: str(last_event)})
     server.start()
     check_finished_by_a_retry(server, number, dagster_id, run_dir)

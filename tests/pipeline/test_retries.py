@@ -1,0 +1,57 @@
+"""Run retries that Dagster's daemon passed over are asked for again, once."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
+
+from pipeline import retries
+from pipeline.retries import ASKED_AGAIN_TAG, lost_retries
+
+
+@pytest.fixture
+def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dg.DagsterInstance:
+    monkeypatch.setattr(retries, "_PATIENCE", timedelta(0))
+    return dg.DagsterInstance.local_temp(str(tmp_path))
+
+
+def failed_run(instance: dg.DagsterInstance, **tags: str) -> str:
+    run = instance.create_run_for_job(dg.GraphDefinition(name="pretrain").to_job(), tags={WILL_RETRY_TAG: "true"} | tags)
+    instance.report_run_failed(run)
+    return run.run_id
+
+
+def look(instance: dg.DagsterInstance) -> str | None:
+    with dg.build_sensor_context(instance=instance) as context:
+        result = lost_retries(context)
+    assert isinstance(result, dg.SkipReason)
+    return result.skip_message
+
+
+def failures(instance: dg.DagsterInstance, run_id: str) -> int:
+    return len(instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.RUN_FAILURE).records)
+
+
+def test_a_failure_without_its_retry_is_reported_once_more_and_not_again(instance: dg.DagsterInstance) -> None:
+    run_id = failed_run(instance)
+    assert look(instance) == "retries asked for again: 1"
+    assert failures(instance, run_id) == 2
+    run = instance.get_run_by_id(run_id)
+    assert run is not None and run.status == dg.DagsterRunStatus.FAILURE and run.tags[ASKED_AGAIN_TAG] == "true"
+    assert look(instance) == "retries asked for again: 0"
+
+
+@pytest.mark.parametrize("tags", [{AUTO_RETRY_RUN_ID_TAG: "some run"}, {WILL_RETRY_TAG: "false"}])
+def test_a_failure_that_was_retried_or_is_not_to_be_is_left_alone(instance: dg.DagsterInstance, tags: dict[str, str]) -> None:
+    run_id = failed_run(instance, **tags)
+    assert look(instance) == "retries asked for again: 0"
+    assert failures(instance, run_id) == 1
+
+
+def test_dagster_is_given_time_for_its_own_retry(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "_PATIENCE", timedelta(minutes=1))
+    run_id = failed_run(instance)
+    assert look(instance) == "retries asked for again: 0"
+    assert failures(instance, run_id) == 1
