@@ -37,6 +37,9 @@ O200K_PATTERN = (
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# How each of the patterns ends: white space gives its last character to the word that follows.
+_WHITESPACE_END = r"|\s+(?!\S)|\s+"
+
 # tiktoken's engine gives up on a run of about a million whitespace characters; `tokenizers` does not.
 _ENDLESS = 200_000
 _ENDLESS_WHITESPACE = re.compile(rf"\s{{{_ENDLESS}}}")
@@ -189,5 +192,10 @@ class Tokenizer:
             raise ValueError("its merges are not in the order of their ids")
         if len(ranks) != 256 + len(merged) or any(bytes([byte]) not in ranks for byte in range(256)):
             raise ValueError("its vocabulary is not 256 bytes and one token per merge")
+        # What comes before the look-ahead is one group: that is a single automaton to tiktoken's engine, which would try one
+        # alternative after another otherwise (1.4 times as slow). The matches are the same.
+        words = pattern.removesuffix(_WHITESPACE_END)
+        if words != pattern:
+            pattern = f"(?:{words}){_WHITESPACE_END}"
         # It never finds a special token, none being allowed in `encode`; without any, its search for them is slow.
         return tiktoken.Encoding("textmill", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._special_ids)

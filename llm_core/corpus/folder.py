@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
 from llm_core.errors import UserError
@@ -22,8 +22,8 @@ READABLE = ".txt, .md, .jsonl or .parquet"
 
 def format_of(path: str) -> Format | None:
     """Format of a file by its name, compressed or not; None for a name we do not read."""
-    name = PurePosixPath(path.lower())
-    return _FORMATS.get(PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSIONS else name.suffix)
+    stem, suffix = os.path.splitext(path.lower())
+    return _FORMATS.get(os.path.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix)
 
 
 def source_of(path: str) -> str:
@@ -32,8 +32,7 @@ def source_of(path: str) -> str:
     return folder if slash else "."
 
 
-@dataclass(frozen=True)
-class Stamp:
+class Stamp(NamedTuple):
     """What changes when a file's content does; equal stamps spare us opening the file."""
 
     size: int
@@ -77,17 +76,12 @@ class LocalFolder:
 
     @contextmanager
     def open(self, path: str) -> Iterator[OpenFile]:
-        with _open_regular(self._root / path) as raw:
-            yield OpenFile(raw, lambda: Stamp.of(os.fstat(raw.fileno())))
-
-
-@contextmanager
-def _open_regular(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a regular file; O_NONBLOCK, so that a FIFO put in its place cannot hold us."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as raw:
-        if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
-            raise OSError(0, "not a regular file")
-        yield raw
+        # O_NONBLOCK: a FIFO put in the file's place cannot hold us.
+        descriptor = os.open(os.path.join(self._root, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as raw:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(0, "not a regular file")
+            yield OpenFile(raw, lambda: Stamp.of(os.fstat(descriptor)))
 
 
 def walk(input_dir: Path) -> Folder:

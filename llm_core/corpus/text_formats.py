@@ -18,12 +18,13 @@ def text_documents(content: Content, path: str, config: CorpusConfig) -> list[Do
 
 
 def _pieces(content: Content, path: str, config: CorpusConfig) -> Iterator[Document]:
-    start, pending, block = content.position, b"", b"more"
-    while block:
+    start, pending, at_end = content.position, b"", False
+    while not at_end:
         block = content.read(BLOCK)
+        at_end = len(block) < BLOCK
         pending += block
         used = 0
-        while len(pending) - used > config.max_document_bytes or (not block and used < len(pending)):
+        while len(pending) - used > config.max_document_bytes or (at_end and used < len(pending)):
             end = piece_end(pending, used, config.max_document_bytes)
             yield document(pending[used:end], path, start + used, start + end, 0, config)
             used = end
