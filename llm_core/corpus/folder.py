@@ -13,8 +13,8 @@ from llm_core.errors import UserError
 
 Format = Literal["text", "jsonl", "parquet"]
 
-_FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-_COMPRESSIONS = (".gz", ".zst")
+_FORMATS: dict[str, Format] = {"txt": "text", "md": "text", "jsonl": "jsonl", "parquet": "parquet"}
+_COMPRESSIONS = ("gz", "zst")
 
 READABLE = ".txt, .md, .jsonl or .parquet"
 """For messages; each of these may also end in .gz or .zst."""
@@ -22,8 +22,10 @@ READABLE = ".txt, .md, .jsonl or .parquet"
 
 def format_of(path: str) -> Format | None:
     """Format of a file by its name, compressed or not; None for a name we do not read."""
-    stem, suffix = os.path.splitext(path.lower())
-    return _FORMATS.get(os.path.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix)
+    stem, _, suffix = path.lower().rpartition(".")
+    if suffix in _COMPRESSIONS:
+        stem, _, suffix = stem.rpartition(".")
+    return _FORMATS.get(suffix) if stem else None
 
 
 def source_of(path: str) -> str:
@@ -76,12 +78,17 @@ class LocalFolder:
 
     @contextmanager
     def open(self, path: str) -> Iterator[OpenFile]:
-        # O_NONBLOCK: a FIFO put in the file's place cannot hold us.
-        descriptor = os.open(os.path.join(self._root, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as raw:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(0, "not a regular file")
-            yield OpenFile(raw, lambda: Stamp.of(os.fstat(descriptor)))
+        with _open_regular(f"{self._root}/{path}") as raw:
+            yield OpenFile(raw, lambda: Stamp.of(os.fstat(raw.fileno())))
+
+
+def _open_regular(path: str) -> IO[bytes]:
+    """Opens a regular file; O_NONBLOCK, so that a FIFO put in its place cannot hold us."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(0, "not a regular file")
+    return open(descriptor, "rb")
 
 
 def walk(input_dir: Path) -> Folder:

@@ -190,8 +190,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = folder._open_regular
 
-    def recording(path: Path) -> Any:
-        names.append(path.name)
+    def recording(path: str) -> Any:
+        names.append(Path(path).name)
         return original(path)
 
     monkeypatch.setattr(folder, "_open_regular", recording)
