@@ -7,13 +7,14 @@ chunk's probabilities are still in cache, so nothing is computed twice.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 """Target of positions that carry no loss: the padding of the last window."""
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits of one chunk: about a CPU's last-level cache, a GPU's full occupancy
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}  # logits of one chunk: enough for a matrix product at full speed
+_SLICE_ELEMENTS = {"cpu": 1 << 21}  # of these, what is turned into probabilities at once, while it is in a CPU's cache
 
 _FP16_ROWS = 2048
 
@@ -24,8 +25,9 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         rows, labels = _compute_dtype(hidden.reshape(-1, hidden.shape[-1])), targets.reshape(-1)
         matrix = _compute_dtype(weight)
         chunk = chunk_rows(rows.device.type, weight.shape[0])
+        logits = rows.new_empty(min(chunk, len(rows)), weight.shape[0])
         pieces = [
-            F.cross_entropy((r @ matrix.t()).float(), t, reduction="none", ignore_index=IGNORE_INDEX)
+            _to_probabilities(torch.mm(r, matrix.t(), out=logits[: len(r)]).float(), t)
             for r, t in zip(rows.split(chunk), labels.split(chunk), strict=True)
         ]
         return torch.cat(pieces).view_as(targets)
@@ -53,15 +55,15 @@ class _ChunkedNLL(torch.autograd.Function):
         if matrix.dtype == torch.float16:
             # A sum over many rows of one token would overflow, and the loss scale, which comes later, could not help.
             chunk = min(chunk, _FP16_ROWS)
+        logits = rows.new_empty(min(chunk, len(rows)), weight.shape[0])  # one piece of memory for all chunks
         for start in range(0, rows.shape[0], chunk):
-            part = slice(start, start + chunk)
+            part = slice(start, min(start + chunk, len(rows)))
             valid = (targets[part] != IGNORE_INDEX).unsqueeze(1)
             labels = targets[part].unsqueeze(1).clamp(min=0)
-            log_probs = F.log_softmax((rows[part] @ matrix.t()).float(), dim=1)  # (rows, V)
-            total -= (log_probs.gather(1, labels) * valid).sum()
+            probabilities = torch.mm(rows[part], matrix.t(), out=logits[: len(labels)]).float()  # (rows, V), not yet
+            total += _to_probabilities(probabilities, targets[part]).sum()
             # d nll / d logits = softmax - one_hot, 0 where there is no target.
-            grad_logits = log_probs.exp_()
-            grad_logits.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=grad_logits.dtype))
+            grad_logits = probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1))
             if not valid.all():
                 grad_logits *= valid
             grad_logits = grad_logits.to(matrix.dtype)
@@ -70,13 +72,28 @@ class _ChunkedNLL(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.t(), rows[part])
             else:
                 grad_weight += (grad_logits.t() @ rows[part]).float()
-        ctx.save_for_backward(grad_rows.to(hidden.dtype), grad_weight)
+        ctx.gradients = (grad_rows.to(hidden.dtype), grad_weight)
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_output.to(grad_hidden.dtype), grad_weight * grad_output, None
+        grad_hidden, grad_weight = ctx.gradients
+        del ctx.gradients  # scaled where they lie, which can be done only once
+        return grad_hidden.mul_(grad_output), grad_weight.mul_(grad_output), None
+
+
+def _to_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    """Overwrites logits (rows, V), fp32, with their softmax and returns the NLL (rows,), 0 where the target is IGNORE_INDEX."""
+    target_logits = logits.gather(1, targets.unsqueeze(1).clamp(min=0))
+    tops, sums = torch.empty_like(target_logits), torch.empty_like(target_logits)
+    rows = max(1, _SLICE_ELEMENTS.get(logits.device.type, logits.numel()) // logits.shape[1])
+    for piece, top, total in zip(logits.split(rows), tops.split(rows), sums.split(rows), strict=True):
+        torch.amax(piece, dim=1, keepdim=True, out=top)
+        piece.sub_(top).exp_()
+        torch.sum(piece, dim=1, keepdim=True, out=total)
+        piece.div_(total)
+    return (sums.log() + tops - target_logits).squeeze(1).masked_fill_(targets == IGNORE_INDEX, 0.0)
 
 
 def _compute_dtype(tensor: Tensor) -> Tensor:

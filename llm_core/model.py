@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm_core.attention import Backend, Documents, causal_attention
 from llm_core.config import ModelConfig
+from llm_core.fused import rms_norm, rotate, swiglu
 from llm_core.loss import nll_sum, token_nll
 
 
@@ -29,22 +30,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, each (max_length, D) in fp32, the half-split layout of Llama."""
+    """cos and sin of position x frequency, each (max_length, D/2) in fp32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     angles = torch.outer(torch.arange(config.max_length, dtype=torch.float32, device=device), config.rope_theta**-exponents)
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair (x[i], x[i + D/2]) by its position's angle, in fp32. x: (B, T, H, D); cos, sin: (..., T, 1, D)."""
-    x32 = x.float()
-    first, second = x32.chunk(2, dim=-1)
-    return torch.addcmul(x32 * cos, torch.cat((-second, first), dim=-1), sin).type_as(x)
 
 
 @dataclass
@@ -83,8 +76,7 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], backend: Backend, documents: Documents | None, cache: KVCache | None
     ) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H+2K, D)
-        q, k, v = qkv.split(self.heads, dim=2)
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        q, k, v = rotate(qkv, *rotary, heads=self.heads[0] + self.heads[1]).split(self.heads, dim=2)
         if cache is None:
             y = causal_attention(q, k, v, backend, documents)  # (B, T, H, D)
         else:
@@ -112,8 +104,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class Block(nn.Module):
@@ -192,10 +183,10 @@ class Transformer(nn.Module):
         documents = None
         if self.config.document_masking and cache is None:
             documents = Documents.from_inputs(inputs, self.eot_id)
-            rotary = (self.cos[documents.positions].unsqueeze(2), self.sin[documents.positions].unsqueeze(2))  # (B, T, 1, D)
+            rotary = (self.cos[documents.positions].unsqueeze(2), self.sin[documents.positions].unsqueeze(2))  # (B, T, 1, D/2)
         else:
             span = slice(start, start + inputs.shape[1])
-            rotary = (self.cos[span].unsqueeze(1), self.sin[span].unsqueeze(1))  # (T, 1, D)
+            rotary = (self.cos[span].unsqueeze(1), self.sin[span].unsqueeze(1))  # (T, 1, D/2)
         x = self.embedding(inputs)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:

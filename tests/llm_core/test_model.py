@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_core.config import ModelConfig, TrainConfig, swiglu_width
+from llm_core.fused import rotate
 from llm_core.loss import IGNORE_INDEX, nll_sum, token_nll
-from llm_core.model import KVCache, RMSNorm, Transformer, apply_rotary, rotary_tables
+from llm_core.model import KVCache, RMSNorm, Transformer, rotary_tables
 
 
 def build(vocab_size: int = 300, length: int = 32, **options: object) -> Transformer:
@@ -38,7 +39,7 @@ def test_rule_7_rotary_positions_turn_pairs_half_a_head_apart_in_fp32() -> None:
     cos, sin = rotary_tables(config)
     assert cos.dtype == sin.dtype == torch.float32
     x = torch.randn(1, 5, 1, config.head_dim, dtype=torch.float64)
-    turned = apply_rotary(x, cos[:5, None], sin[:5, None])
+    turned = rotate(x.clone(), cos[:5, None], sin[:5, None], heads=1)
     half = config.head_dim // 2
     for position in range(5):
         for pair in range(half):
@@ -46,7 +47,7 @@ def test_rule_7_rotary_positions_turn_pairs_half_a_head_apart_in_fp32() -> None:
             number = complex(*x[0, position, 0, [pair, pair + half]].tolist()) * complex(math.cos(angle), math.sin(angle))
             found = complex(*turned[0, position, 0, [pair, pair + half]].tolist())
             assert abs(found - number) < 1e-5
-    assert apply_rotary(x.bfloat16(), cos[:5, None], sin[:5, None]).dtype == torch.bfloat16
+    assert rotate(x.bfloat16(), cos[:5, None], sin[:5, None], heads=1).dtype == torch.bfloat16
     assert not {"cos", "sin"} & set(build().state_dict())
 
 
