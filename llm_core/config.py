@@ -130,11 +130,18 @@ class TokenizerConfig(StageConfig):
 class ShardConfig(StageConfig):
     """How token ids are stored and cut into windows."""
 
-    execution_fields = frozenset({"max_length", "stride", "num_workers"})
+    execution_fields = frozenset({"max_length", "stride", "num_workers", "engine"})
 
     max_length: int = Field(2048, ge=8, le=1 << 20, description="Window length in tokens: what the model sees at once.")
     stride: int = Field(0, ge=0, description="Overlap between consecutive windows in tokens.")
-    num_workers: int = Field(0, ge=0, le=1024, description="Threads that encode; 0 means one per core.")
+    num_workers: int = Field(
+        0, ge=0, le=1024, description="Workers that encode; 0 means one per core, of this machine or of the Ray cluster."
+    )
+    engine: Literal["local", "ray"] = Field(
+        "local",
+        description="Where they work: threads of this process, or Ray, here or on the cluster that RAY_ADDRESS names "
+        "(needs the extra ray). The bytes written are the same.",
+    )
     shard_bytes: int = Field(
         128 << 20, ge=1 << 16, description="Text bytes that go into one shard; a document is never divided between shards."
     )

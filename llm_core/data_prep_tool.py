@@ -17,6 +17,7 @@ from tqdm import tqdm
 from llm_core.cli import parse_options, run_tool
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.corpus import READABLE, Snapshot, take_snapshot
+from llm_core.encoding import check_engine
 from llm_core.errors import DataError
 from llm_core.shards import DatasetManifest, build_dataset
 from llm_core.tokenizer_training import TokenizerArtifact, prepare_tokenizer
@@ -40,6 +41,7 @@ def prepare(options: DataPrepOptions) -> None:
         UserError: an option does not fit the text.
         DataError: a file is damaged, or cannot be written.
     """
+    check_engine(options.engine)
     input_dir, output_dir = options.input_dir, Path(options.output_dir)
     try:
         with _progress("Reading", "files") as show:

@@ -7,7 +7,6 @@ New text makes new shards; text that has gone is listed in a shard's `removed_ro
 build leaves the previous version valid. Windows are cut when shards are read: max_length and stride change no file of tokens.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llm_core.config import ShardConfig
 from llm_core.corpus import InputDir, Snapshot, iter_texts
+from llm_core.encoding import check_engine, encode_all
 from llm_core.errors import DataError, UserError
 from llm_core.files import content_id, read_json, write_json
 from llm_core.shard_file import ShardEntry, ShardWriter, mend_facts, open_tokens, read_facts
@@ -37,8 +37,8 @@ __all__ = [
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 
-_BATCH_BYTES = 4 << 20
-"""Text handed to the encoding threads at once."""
+_PROGRESS_BYTES = 4 << 20
+"""Of text, from one report of progress to the next."""
 
 
 class TokenizerEntry(BaseModel):
@@ -123,7 +123,9 @@ def build_dataset(
 
     Raises:
         DataError: the text changed since the snapshot, or metadata.json is damaged.
+        UserError: the engine is not there.
     """
+    check_engine(config.engine)
     tokenizer = artifact.tokenizer
     current = load_manifest(processed_dir) if (processed_dir / "metadata.json").is_file() else None
     parent = current if current and current.tokenizer.tokenizer_id == tokenizer.tokenizer_id else None
@@ -214,37 +216,25 @@ def _encode(
 
     What goes into which shard follows from the sizes of the texts alone: no number of workers changes a byte.
     """
-    threads = config.num_workers or len(os.sched_getaffinity(0))
     all_bytes = pc.sum(documents["bytes"]).as_py() or 0
-    done_bytes = 0
+    done_bytes = reported_bytes = 0
     shards: list[ShardEntry] = []
     open_shards: dict[str, ShardWriter] = {}
-    for batch in _batches(documents.select(["document_id", "split", "bytes"])):
-        encoded = tokenizer.encode_batch([next(texts) for _ in batch], threads)
-        for (document_id, split, size), tokens in zip(batch, encoded, strict=True):
-            if split in open_shards and open_shards[split].bytes + size > config.shard_bytes:
-                shards.append(open_shards.pop(split).publish(processed_dir))
-            writer = open_shards.setdefault(split, ShardWriter(split, tokenizer))
-            writer.add(document_id, size, tokens)
-            done_bytes += size
-        if on_progress:
+    encoded = encode_all(tokenizer, texts, config.num_workers, config.engine)
+    for (document_id, split, size), tokens in zip(_rows(documents), encoded, strict=True):
+        if split in open_shards and open_shards[split].bytes + size > config.shard_bytes:
+            shards.append(open_shards.pop(split).publish(processed_dir))
+        open_shards.setdefault(split, ShardWriter(split, tokenizer)).add(document_id, size, tokens)
+        done_bytes += size
+        if on_progress and (done_bytes - reported_bytes >= _PROGRESS_BYTES or done_bytes == all_bytes):
             on_progress(done_bytes, all_bytes)
+            reported_bytes = done_bytes
     return shards + [open_shards[split].publish(processed_dir) for split in SPLITS if split in open_shards]
 
 
-def _batches(documents: pa.Table) -> Iterator[list[tuple[str, str, int]]]:
-    """Rows in runs of about `_BATCH_BYTES` of text."""
-    batch: list[tuple[str, str, int]] = []
-    pending = 0
-    for columns in documents.to_batches(max_chunksize=4096):
-        for row in zip(*(column.to_pylist() for column in columns.columns), strict=True):
-            batch.append(row)
-            pending += row[2]
-            if pending >= _BATCH_BYTES:
-                yield batch
-                batch, pending = [], 0
-    if batch:
-        yield batch
+def _rows(documents: pa.Table) -> Iterator[tuple[str, str, int]]:
+    for batch in documents.select(["document_id", "split", "bytes"]).to_batches(max_chunksize=4096):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 def _totals(processed_dir: Path, shards: list[ShardEntry], split: str) -> SplitTotals:

@@ -11,7 +11,6 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def byte_level_tokenizer(model: models.BPE, pattern: str) -> tokenizers.Tokenize
 class Tokenizer:
     """Encodes and decodes with one tokenizer.json.
 
-    Threads may share it, and do in `encode_batch`.
+    Threads may share it, and do in `encoding.encode_all`.
     """
 
     def __init__(self, serialized: bytes, source: str = "tokenizer.json") -> None:
@@ -86,7 +85,7 @@ class Tokenizer:
         Raises:
             DataError: it is not a tokenizer that this program makes; the message names `source`.
         """
-        self._serialized = serialized
+        self.serialized = serialized
         try:
             description = json.loads(serialized)
             self._reference = tokenizers.Tokenizer.from_buffer(serialized)
@@ -124,7 +123,7 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Writes the tokenizer.json atomically, byte for byte as it was loaded or trained."""
         with atomic_writer(path) as file:
-            file.write(self._serialized)
+            file.write(self.serialized)
 
     def encode(self, text: str) -> Ids:
         """Token ids [tokens] of a text, all of it taken as ordinary text; no special token is added."""
@@ -132,15 +131,12 @@ class Tokenizer:
             return np.array(self._reference.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
         return self._engine.encode_to_numpy(text, disallowed_special=()).astype(self.dtype, copy=False)
 
-    def encode_batch(self, texts: Sequence[str], threads: int) -> list[Ids]:
-        """`encode` of each text, on `threads` threads."""
-        if threads == 1 or len(texts) == 1:
-            return [self.encode(text) for text in texts]
-        # A few runs of texts per thread: the cost of handing one over is that of encoding a kilobyte.
-        step = max(1, len(texts) // (8 * threads))
-        runs = [texts[start : start + step] for start in range(0, len(texts), step)]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(itertools.chain.from_iterable(pool.map(self._encode_run, runs)))
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """`encode` of each text; meanwhile other threads can run."""
+        if self._engine is None:  # only its batch call releases the interpreter lock
+            encodings = self._reference.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """Text of token ids [tokens]; exact for byte-level types, where a part of a character becomes U+FFFD."""
@@ -157,12 +153,6 @@ class Tokenizer:
         lengths = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
         lengths[list(self._special_ids.values())] = 0
         return lengths
-
-    def _encode_run(self, texts: Sequence[str]) -> list[Ids]:
-        if self._engine is None:  # only its batch call releases the interpreter lock
-            encodings = self._reference.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
-        return [self.encode(text) for text in texts]
 
     def _piece_bytes(self, vocab: dict[str, int], model_type: str) -> list[bytes]:
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}

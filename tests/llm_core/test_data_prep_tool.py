@@ -7,12 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm_core import data_prep_tool
+from llm_core import data_prep_tool, encoding
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.data_prep_tool import DataPrepOptions
 from llm_core.shards import load_manifest, open_tokens
@@ -121,17 +122,25 @@ def test_max_length_and_stride_make_no_shard_again(corpus_dir: Path, tmp_path: P
 
 
 def test_num_workers_changes_nothing_but_time(corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    used: set[int] = set()
+    monkeypatch.setattr(encoding, "_RUN_CHARACTERS", 512)
+    used: dict[str, set[int]] = {"1": set(), "3": set(), "0": set()}
     original = Tokenizer.encode_batch
+    everyone_has_one = threading.Barrier(3)
 
-    def recording(tokenizer: Tokenizer, texts: list[str], threads: int) -> Any:
-        used.add(threads)
-        return original(tokenizer, texts, threads)
+    def recording(tokenizer: Tokenizer, texts: list[str]) -> Any:
+        if workers == "3" and threading.get_ident() not in used[workers]:
+            everyone_has_one.wait(60)
+        used[workers].add(threading.get_ident())
+        return original(tokenizer, texts)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", recording)
-    made = [run(corpus_dir, tmp_path / workers, "--num_workers", workers) for workers in ("1", "3", "0")]
+    made = []
+    for workers in used:
+        made.append(run(corpus_dir, tmp_path / workers, "--num_workers", workers))
     assert made[0] == made[1] == made[2]
-    assert used == {1, 3, len(os.sched_getaffinity(0))}
+    assert used["1"] == {threading.get_ident()}
+    assert len(used["3"]) == 3
+    assert 1 <= len(used["0"]) <= len(os.sched_getaffinity(0))
 
 
 def test_shard_bytes_bounds_a_shard(corpus_dir: Path, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_rule_33_the_same_bytes_at_any_worker_count_and_batch_size(raw: Path, ou
     prepare(raw, out, num_workers=1)
     expected = {name: digest for name, (_, digest) in contents(out).items() if "file_index" not in name}
     for workers, batch_bytes in ((3, 1 << 22), (0, 5000)):
-        monkeypatch.setattr(shards, "_BATCH_BYTES", batch_bytes)
+        monkeypatch.setattr(encoding, "_RUN_CHARACTERS", batch_bytes)
         other = out.with_name(f"workers{workers}")
         prepare(raw, other, num_workers=workers)
         assert {name: digest for name, (_, digest) in contents(other).items() if "file_index" not in name} == expected
@@ -204,9 +204,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
     original = Tokenizer.encode_batch
 
-    def recording(tokenizer: Tokenizer, batch: list[str], threads: int) -> Any:
+    def recording(tokenizer: Tokenizer, batch: list[str]) -> Any:
         texts.extend(batch)
-        return original(tokenizer, batch, threads)
+        return original(tokenizer, batch)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", recording)
     return texts
@@ -303,7 +303,7 @@ def test_rule_30_an_old_manifest_stays_readable(raw: Path, out: Path) -> None:
 
 
 def test_progress_counts_bytes_of_text(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_BATCH_BYTES", 50_000)
+    monkeypatch.setattr(shards, "_PROGRESS_BYTES", 50_000)
     snapshot = take_snapshot(raw, out, CORPUS)
     seen: list[tuple[int, int]] = []
     artifact = prepare_tokenizer(snapshot, raw, out, TOKENIZER)

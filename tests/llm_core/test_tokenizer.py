@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from llm_core import tokenizer as tokenizer_module
 from llm_core.config import END_OF_TEXT, CorpusConfig, TokenizerConfig
 from llm_core.corpus import Snapshot, take_snapshot
+from llm_core.encoding import encode_all
 from llm_core.errors import DataError, UserError
 from llm_core.files import read_json
 from llm_core.sample_corpus import write_sample_corpus
@@ -161,7 +162,7 @@ def test_text_never_becomes_a_special_token(kind: str, request: pytest.FixtureRe
     special = {tokenizer.special_tokens.index(token): token for token in tokenizer.special_tokens}
     assert tokenizer.special_tokens[0] == END_OF_TEXT
     assert special
-    for ids in (tokenizer.encode(HOSTILE), *tokenizer.encode_batch([HOSTILE] * 40, 2)):
+    for ids in (tokenizer.encode(HOSTILE), *encode_all(tokenizer, [HOSTILE] * 40, 2)):
         assert tokenizer.eot_id not in ids
         if kind != "wordpiece":
             assert tokenizer.decode(ids) == HOSTILE
@@ -200,7 +201,7 @@ def test_batches_give_what_single_calls_give_at_any_thread_count(kind: str, requ
     tokenizer: Tokenizer = request.getfixturevalue(kind)
     single = [tokenizer.encode(text) for text in TEXTS]
     for threads in (1, 2, 5):
-        batch = tokenizer.encode_batch(TEXTS, threads)
+        batch = list(encode_all(tokenizer, TEXTS, threads))
         assert all(ids.dtype == np.uint16 for ids in batch)
         assert all(np.array_equal(one, other) for one, other in zip(single, batch, strict=True))
 
@@ -494,7 +495,7 @@ def test_rule_31_both_engines_agree_on_ten_thousand_random_strings_and_on_the_wh
     texts += [path.read_text() for path in sorted((tmp_path / "sample").rglob("*.txt"))]
     ours, theirs = pairs[0]
     encoded = theirs.encode_batch(texts, add_special_tokens=False)
-    for text, mine, other in zip(texts, ours.encode_batch(texts, 2), encoded, strict=True):
+    for text, mine, other in zip(texts, encode_all(ours, texts, 2), encoded, strict=True):
         assert mine.tolist() == other.ids, text[:200]
         assert ours.decode(mine) == text
 
