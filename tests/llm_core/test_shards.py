@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from llm_core import shard_file, shards
+from llm_core import encoding, shard_file, shards
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.corpus import folder, iter_texts, take_snapshot
 from llm_core.dataset import TokenStream, Windows
