@@ -1,6 +1,8 @@
 """Windows over the token shards of one split: index arithmetic on memory-mapped tokens, no copy and no index file."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +21,20 @@ class TokenStream:
 
     def __init__(self, runs: Iterable[np.ndarray]) -> None:
         self._runs = list(runs)
-        self._bounds = np.cumsum([0, *(run.size for run in self._runs)])
+        self._bounds = list(accumulate((run.size for run in self._runs), initial=0))
 
     def __len__(self) -> int:
-        return int(self._bounds[-1])
+        return self._bounds[-1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1, fewer at the end of the stream; a view where they lie in one run."""
         stop = min(stop, len(self))
-        first = int(np.searchsorted(self._bounds, start, side="right")) - 1
+        first = bisect_right(self._bounds, start) - 1
         pieces = []
         while start < stop:
             begin, end = self._bounds[first], self._bounds[first + 1]
             pieces.append(self._runs[first][start - begin : min(stop, end) - begin])
-            start, first = min(stop, int(end)), first + 1
+            start, first = min(stop, end), first + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
@@ -84,15 +86,17 @@ class Windows:
 
     def batch(self, windows: Indices) -> tuple[Tensor, Tensor]:
         """Inputs and targets of these windows, each (len(windows), max_length), int64."""
-        tokens = np.full((len(windows), self.max_length + 1), self.eot_id, dtype=np.int64)
-        lengths = np.empty(len(windows), dtype=np.int64)
+        inputs = np.empty((len(windows), self.max_length), dtype=np.int64)
+        targets = np.empty_like(inputs)
         for row, (part, start) in enumerate(zip(*(places.tolist() for places in self._locate(windows)), strict=True)):
             piece = self.streams[part].read(start, start + self.max_length + 1)
-            tokens[row, : piece.size] = piece
-            lengths[row] = piece.size
-        inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
-        targets[np.arange(1, self.max_length + 1) >= lengths[:, None]] = IGNORE_INDEX
-        return torch.from_numpy(np.ascontiguousarray(inputs)), torch.from_numpy(targets)
+            known = piece.size - 1
+            inputs[row, : known + 1] = piece[: self.max_length]
+            targets[row, :known] = piece[1:]
+            if known < self.max_length:
+                inputs[row, known + 1 :] = self.eot_id
+                targets[row, known:] = IGNORE_INDEX
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def _locate(self, windows: Indices) -> tuple[Indices, Indices]:
         """The stream of each window and its first token there."""

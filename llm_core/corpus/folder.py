@@ -1,5 +1,6 @@
 """What lies in a folder: the files that can be read, in one fixed order, and nothing outside of it."""
 
+import io
 import os
 import stat
 from collections import Counter
@@ -15,6 +16,8 @@ Format = Literal["text", "jsonl", "parquet"]
 
 _FORMATS: dict[str, Format] = {"txt": "text", "md": "text", "jsonl": "jsonl", "parquet": "parquet"}
 _COMPRESSIONS = ("gz", "zst")
+
+_SMALL = 1 << 20
 
 READABLE = ".txt, .md, .jsonl or .parquet"
 """For messages; each of these may also end in .gz or .zst."""
@@ -78,17 +81,25 @@ class LocalFolder:
 
     @contextmanager
     def open(self, path: str) -> Iterator[OpenFile]:
-        with _open_regular(f"{self._root}/{path}") as raw:
-            yield OpenFile(raw, lambda: Stamp.of(os.fstat(raw.fileno())))
+        descriptor = _open(f"{self._root}/{path}")
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(0, "not a regular file")
+            raw: IO[bytes]
+            if status.st_size <= _SMALL:
+                # Read at once: of many small files, the layers of an open file would take as long as all the rest.
+                raw = io.BufferedReader(io.BytesIO(os.read(descriptor, status.st_size + 1)))
+            else:
+                raw = open(descriptor, "rb", closefd=False)
+            yield OpenFile(raw, lambda: Stamp.of(os.fstat(descriptor)))
+        finally:
+            os.close(descriptor)
 
 
-def _open_regular(path: str) -> IO[bytes]:
-    """Opens a regular file; O_NONBLOCK, so that a FIFO put in its place cannot hold us."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(0, "not a regular file")
-    return open(descriptor, "rb")
+def _open(path: str) -> int:
+    """A descriptor; O_NONBLOCK, so that a FIFO put in the file's place cannot hold us."""
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def walk(input_dir: Path) -> Folder:

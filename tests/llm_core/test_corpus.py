@@ -31,13 +31,13 @@ def out(tmp_path: Path) -> Path:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the corpus files opened from here on."""
     names: list[str] = []
-    original = folder._open_regular
+    original = folder._open
 
     def recording(path: str) -> Any:
         names.append(Path(path).name)
         return original(path)
 
-    monkeypatch.setattr(folder, "_open_regular", recording)
+    monkeypatch.setattr(folder, "_open", recording)
     return names
 
 

@@ -108,8 +108,8 @@ def test_only_new_documents_are_read_to_be_compared(raw: Path, tmp_path: Path, s
     take_snapshot(raw, tmp_path / "out", CONFIG)
     write(raw, "new.txt", prose(100))
     opened: list[str] = []
-    original = folder._open_regular
-    monkeypatch.setattr(folder, "_open_regular", lambda path: opened.append(Path(path).name) or original(path))
+    original = folder._open
+    monkeypatch.setattr(folder, "_open", lambda path: opened.append(Path(path).name) or original(path))
     take_snapshot(raw, tmp_path / "out", CONFIG)
     assert signed == [12, 1]
     assert set(opened) == {"new.txt"}

@@ -188,13 +188,13 @@ def test_rule_33_the_same_bytes_at_any_worker_count_and_batch_size(raw: Path, ou
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the corpus files opened from here on."""
     names: list[str] = []
-    original = folder._open_regular
+    original = folder._open
 
     def recording(path: str) -> Any:
         names.append(Path(path).name)
         return original(path)
 
-    monkeypatch.setattr(folder, "_open_regular", recording)
+    monkeypatch.setattr(folder, "_open", recording)
     return names
 
 

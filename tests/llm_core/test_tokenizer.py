@@ -56,7 +56,7 @@ def hugging_face(tokenizer: Tokenizer, path: Path) -> tokenizers.Tokenizer:
 def ranks_file(path: Path, tokenizer: Tokenizer, encoding_order: Callable[[int], int] = lambda rank: rank) -> dict[bytes, int]:
     """Writes a bpe tokenizer's vocabulary as a .tiktoken file and returns its ranks."""
     special = len(tokenizer.special_tokens)
-    pieces = tokenizer._pieces[special:]
+    pieces = tokenizer.pieces[special:]
     ranks = {piece: encoding_order(rank) for rank, piece in enumerate(pieces)}
     path.write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for piece, rank in ranks.items()))
     return ranks

@@ -1,0 +1,79 @@
+"""Figures, their spread, and how they are shown and kept."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Repeated measurements of one thing."""
+
+    name: str
+    unit: str
+    values: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def __str__(self) -> str:
+        return f"{_short(self.median)} ({_short(min(self.values))} to {_short(max(self.values))})"
+
+
+def in_turns(rounds: int, work: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """Seconds that each piece of work takes, all of them once per round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name, call in work.items():
+            began = time.perf_counter()
+            call()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+            print(".", end="", flush=True)
+    print()
+    return seconds
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table with aligned columns."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def keep(benchmark: str, figures: Iterable[Figure], **facts: object) -> Path:
+    """Appends the figures to results/<benchmark>.jsonl, one line each, with what they depend on."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{benchmark}.jsonl"
+    common = {"at": datetime.now(UTC).isoformat(timespec="seconds")} | machine() | facts
+    with path.open("a") as file:
+        for figure in figures:
+            file.write(json.dumps(common | asdict(figure) | {"median": figure.median}) + "\n")
+    return path
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    packages = {name: version(name) for name in ("torch", "tiktoken", "tokenizers", "transformers", "pyarrow")}
+    return {"cores": len(os.sched_getaffinity(0)), "processor": _processor(), "python": platform.python_version()} | packages
+
+
+def _processor() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.machine()
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
