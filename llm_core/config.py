@@ -354,7 +354,7 @@ class EvaluateConfig(StageConfig):
     execution_fields = frozenset({"eval_batch_size"})
 
     max_eval_tokens: int = Field(
-        4 << 20, ge=0, description="Validation tokens to read, from the start of the held-out stream; 0: all of them."
+        4 << 20, ge=0, description="The budget: validation tokens to read, from the start of the held-out stream; 0: all of them."
     )
     eval_batch_size: PositiveInt = Field(8, description="Windows per forward pass.")
     sample_prompts: list[str] = Field(

@@ -1,5 +1,6 @@
 """Held-out loss, perplexity and bits per byte."""
 
+import lzma
 import math
 from dataclasses import dataclass
 
@@ -11,9 +12,13 @@ from llm_core.dataset import TokenStream, Windows
 from llm_core.distributed import Ranks
 from llm_core.loss import IGNORE_INDEX
 from llm_core.model import Transformer
+from llm_core.parts import Numbers
 from llm_core.precision import Precision, autocast
 from llm_core.shards import DatasetManifest
-from llm_core.tokenizer import Tokenizer
+from llm_core.tokenizer import Ids, Tokenizer
+
+XZ_BYTES = 16 << 20
+"""It compresses about a megabyte per second."""
 
 FIRST_WINDOW = np.zeros(1, dtype=np.int64)
 
@@ -69,11 +74,34 @@ def evaluate(
     token_bytes: (V,) fp64, UTF-8 bytes that each token stands for, 0 for special tokens.
     Leaves the model's mode and the random state as they were.
     """
+    return evaluate_parts(
+        model, windows, token_bytes, max_tokens=max_tokens, batch_size=batch_size, ranks=ranks, precision=precision
+    )[0]
+
+
+def evaluate_parts(
+    model: Transformer,
+    windows: Windows,
+    token_bytes: Tensor,
+    part_of_token: Numbers | None = None,
+    parts: int = 0,
+    *,
+    max_tokens: int,
+    batch_size: int,
+    ranks: Ranks,
+    precision: Precision = "fp32",
+) -> list[HeldOut]:
+    """`evaluate`, and in the same pass the sums over each of `parts` parts of the text: the whole first, then the parts.
+
+    part_of_token: [tokens] the part that each token of the stream belongs to, end-of-text to the document that it begins.
+    The windows are those of one stream, without overlap.
+    """
     count = len(windows) if max_tokens == 0 else min(len(windows), -(-max_tokens // windows.max_length))
     mine = np.arange(count, dtype=np.int64)[ranks.rank :: ranks.world_size]
     longest_share = -(-count // ranks.world_size)
     token_bytes = token_bytes.to(ranks.device)
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    part_sums = torch.zeros(parts, 4, dtype=torch.float64, device=ranks.device)
     was_training = model.training
     model.eval()
     try:
@@ -89,10 +117,30 @@ def evaluate(
                 valid = targets != IGNORE_INDEX
                 size = token_bytes[targets.clamp(min=0)] * valid
                 sums += torch.stack((nll.sum(), valid.sum().double(), nll[size > 0].sum(), size.sum()))
+                if part_of_token is not None and len(rows):
+                    place = (rows[:, None] * windows.max_length + np.arange(1, windows.max_length + 1)).clip(
+                        max=len(part_of_token) - 1
+                    )
+                    part = torch.from_numpy(part_of_token[place]).to(ranks.device)
+                    each = torch.stack((nll, valid.double(), nll * (size > 0), size), dim=-1)
+                    part_sums.index_add_(0, part.flatten(), each.flatten(0, 1))
     finally:
         model.train(was_training)
-    nll_total, targets_total, text_nll, text_bytes = ranks.sum(sums).tolist()
-    return HeldOut(nll_total, int(targets_total), text_nll, text_bytes)
+    rows_of_sums = [ranks.sum(sums), *(ranks.sum(part_sums) if parts else ())]
+    return [HeldOut(nll, int(count), text_nll, size) for nll, count, text_nll, size in (row.tolist() for row in rows_of_sums)]
+
+
+def targets_read(windows: Windows, max_tokens: int) -> Ids:
+    """The targets [targets] that `evaluate` reads, in the order of the text."""
+    (stream,) = windows.streams
+    stop = len(stream) if max_tokens == 0 else -(-max_tokens // windows.max_length) * windows.max_length + 1
+    return stream.read(1, stop)
+
+
+def xz_bits_per_byte(text: bytes) -> float:
+    """What a strong compressor makes of the same text: xz at its highest setting, of the first `XZ_BYTES` bytes as one stream."""
+    text = text[:XZ_BYTES]
+    return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 
 
 def unigram_baseline(
@@ -101,8 +149,6 @@ def unigram_baseline(
     """The same text predicted by token frequencies alone: add-one smoothed, of the first `count_tokens` training tokens."""
     counts = np.bincount(train.read(0, count_tokens), minlength=len(token_bytes)).astype(np.float64) + 1
     cost = -np.log(counts / counts.sum())
-    (stream,) = windows.streams
-    stop = len(stream) if max_tokens == 0 else -(-max_tokens // windows.max_length) * windows.max_length + 1
-    targets = stream.read(1, stop)
+    targets = targets_read(windows, max_tokens)
     nll, size = cost[targets], token_bytes.numpy()[targets]
     return HeldOut(float(nll.sum()), len(targets), float(nll[size > 0].sum()), float(size.sum()))

@@ -53,3 +53,12 @@ def read_evaluation(path: Path) -> Evaluation:
 def metric(evaluation: Evaluation, name: str) -> float:
     """One figure over the whole held-out text."""
     return next(entry["value"] for entry in evaluation["metrics"] if entry["metric"] == name and entry["source"] == "all")
+
+
+def by_source(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """A row for each source of the held-out text, its figures by name; none where all text is of one source."""
+    rows: dict[str, dict[str, Any]] = {}
+    for entry in evaluation["metrics"]:
+        if entry["source"] != "all":
+            rows.setdefault(entry["source"], {"source": entry["source"]})[entry["metric"]] = entry["value"]
+    return list(rows.values())

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -9,16 +10,17 @@ from llm_core.checkpoint import load_model
 from llm_core.checkpoint_files import CheckpointRecord, manifest_path
 from llm_core.cli import parse_options, run_tool
 from llm_core.config import EvaluateConfig
+from llm_core.corpus import load_snapshot
 from llm_core.dataset import TokenStream, Windows
 from llm_core.distributed import Ranks
 from llm_core.errors import UserError
-from llm_core.evaluate import evaluate, token_bytes, unigram_baseline
-from llm_core.evaluation_file import Evaluation, Sample, evaluation_path
+from llm_core.evaluate import HeldOut, evaluate_parts, targets_read, token_bytes, unigram_baseline, xz_bits_per_byte
+from llm_core.evaluation_file import Evaluation, Sample, by_source, evaluation_path
 from llm_core.files import write_json
 from llm_core.generate import generate
 from llm_core.identity import evaluation_id
 from llm_core.model import Transformer
-from llm_core.parts import kept_runs
+from llm_core.parts import kept_documents, kept_runs, parts_by_source
 from llm_core.runlog import now
 from llm_core.shards import load_manifest
 from llm_core.tokenizer import Tokenizer
@@ -54,17 +56,30 @@ def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig) -> E
     tokenizer = Tokenizer.load(data_dir / manifest.tokenizer.file)
     windows = Windows.open(data_dir, manifest, "val", model.config.max_length, 0)
     sizes = token_bytes(tokenizer, manifest)
-    held_out = evaluate(model, windows, sizes, max_tokens=config.max_eval_tokens, batch_size=config.eval_batch_size, ranks=ranks)
+    sources = parts_by_source(load_snapshot(data_dir, manifest.snapshot_id).kept_documents())
+    ((documents, tokens),) = kept_documents(data_dir, manifest, "val")
+    held_out, *parts = evaluate_parts(
+        model,
+        windows,
+        sizes,
+        np.repeat(sources.part_of(documents), tokens),
+        len(sources.names),
+        max_tokens=config.max_eval_tokens,
+        batch_size=config.eval_batch_size,
+        ranks=ranks,
+    )
     (train,) = kept_runs(data_dir, manifest, "train")
     unigram = unigram_baseline(TokenStream(train), windows, sizes, config.max_eval_tokens)
-    values = {
-        "loss": held_out.loss,
-        "perplexity": held_out.perplexity,
-        "bits_per_byte": held_out.bits_per_byte,
+    targets = targets_read(windows, config.max_eval_tokens)
+    text = tokenizer.decode(targets[sizes.numpy()[targets] > 0]).encode()
+    baselines = {
         "unigram_bits_per_byte": unigram.bits_per_byte,
-        "tokens": held_out.targets,
-        "bytes": held_out.text_bytes,
+        "xz_bits_per_byte": xz_bits_per_byte(text),
+        "share_of_text": held_out.targets / (manifest.splits["val"].tokens - 1),
     }
+    found = [("all", _figures(held_out) | baselines)]
+    if len(sources.names) > 1:
+        found += [(name, _figures(part)) for name, part in zip(sources.names, parts, strict=True) if part.text_bytes]
     result: Evaluation = {
         "format_version": 1,
         "evaluation_id": evaluation_id(record.checkpoint_id, manifest.dataset_id, config),
@@ -74,18 +89,37 @@ def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig) -> E
         "dataset_id": manifest.dataset_id,
         "config": config.model_dump(mode="json"),
         "created_at": now(),
-        "metrics": [{"metric": name, "split": "val", "source": "all", "value": value} for name, value in values.items()],
+        "metrics": [
+            {"metric": name, "split": "val", "source": source, "value": value}
+            for source, figures in found
+            for name, value in figures.items()
+        ],
         "samples": _samples(model, tokenizer, config),
     }
     write_json(evaluation_path(record, manifest.dataset_id, config), result)
     return result
 
 
+def _figures(held_out: HeldOut) -> dict[str, float]:
+    return {
+        "loss": held_out.loss,
+        "perplexity": held_out.perplexity,
+        "bits_per_byte": held_out.bits_per_byte,
+        "tokens": held_out.targets,
+        "bytes": held_out.text_bytes,
+    }
+
+
 def main() -> None:
     options = parse_options(JudgeOptions, PROG)
     result = evaluate_checkpoint(Path(options.checkpoint), Path(options.data_dir), options.part(EvaluateConfig))
     for entry in result["metrics"]:
-        print(f"{entry['metric']:<22} {entry['value']:,.4f}")
+        if entry["source"] == "all":
+            print(f"{entry['metric']:<22} {entry['value']:,.4f}")
+    if table := by_source(result):
+        print(f"\n{'source':<22} {'bits per byte':>13} {'loss':>8} {'bytes':>14}")
+        for row in table:
+            print(f"{row['source']:<22} {row['bits_per_byte']:13.4f} {row['loss']:8.4f} {row['bytes']:14,.0f}")
     for sample in result["samples"]:
         print(f"\n{sample['prompt']}{sample['continuation']}")
 

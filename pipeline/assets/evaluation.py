@@ -7,11 +7,11 @@ from pydantic import Field
 
 from llm_core.checkpoint_files import CheckpointRecord, manifest_path
 from llm_core.config import EvaluateConfig
-from llm_core.evaluation_file import Evaluation, evaluation_path, metric, read_evaluation
+from llm_core.evaluation_file import Evaluation, by_source, evaluation_path, metric, read_evaluation
 from llm_core.shards import DatasetManifest, load_manifest
 from pipeline import checks
 from pipeline.assets.checkpoint import checkpoint
-from pipeline.assets.common import MODEL, OWNERS, literal, rounded
+from pipeline.assets.common import MODEL, OWNERS, literal, rounded, table
 from pipeline.current import get_current, set_current
 from pipeline.launcher import run_tool
 from pipeline.plots import bits_per_byte_bars
@@ -33,7 +33,9 @@ class EvaluationConfig(EvaluateConfig, dg.Config):
 def evaluation(
     context: dg.AssetExecutionContext, config: EvaluationConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
-    """Loss, perplexity and bits per byte of held-out text, beside a unigram baseline and the released model, and samples.
+    """Loss, perplexity and bits per byte of held-out text, in all and by source, beside baselines and the released model.
+
+    The baselines are token frequencies (unigram) and a strong compressor (xz -9e) on the same text; samples show what it writes.
 
     Bits per byte can be compared between tokenizers, loss and perplexity cannot.
     """
@@ -42,7 +44,11 @@ def evaluation(
     path, result = _judge(context, record, manifest, storage, config.part(EvaluateConfig), catalog)
     set_current(storage.current_evaluation, path)
 
-    compared = {"this model": metric(result, "bits_per_byte"), "unigram baseline": metric(result, "unigram_bits_per_byte")}
+    compared = {
+        "this model": metric(result, "bits_per_byte"),
+        "unigram baseline": metric(result, "unigram_bits_per_byte"),
+        "xz -9e": metric(result, "xz_bits_per_byte"),
+    }
     released = released_checkpoint(storage, manifest.tokenizer.tokenizer_id)
     if released is not None and released.checkpoint_id != record.checkpoint_id:
         _, released_result = _judge(context, released, manifest, storage, config.part(EvaluateConfig), catalog)
@@ -57,6 +63,16 @@ def evaluation(
             "comparison": bits_per_byte_bars(compared),
             "bits_per_byte": rounded(metric(result, "bits_per_byte")),
             "unigram_bits_per_byte": rounded(metric(result, "unigram_bits_per_byte")),
+            "xz_bits_per_byte": rounded(metric(result, "xz_bits_per_byte")),
+            "share_of_text": rounded(metric(result, "share_of_text")),
+            "by_source": table(
+                [{name: value for name, value in row.items() if name != "perplexity"} for row in by_source(result)],
+                source="string",
+                loss="float",
+                bits_per_byte="float",
+                tokens="float",
+                bytes="float",
+            ),
             "loss": rounded(metric(result, "loss")),
             "perplexity": rounded(metric(result, "perplexity"), 2),
             "tokens": int(metric(result, "tokens")),

@@ -50,6 +50,9 @@ FILES = {
         "checkpoints/run/checkpoint_step_10.pt.json",
         "processed_data/tokenizers/*[0-9a-f].json",
         "processed_data/dataset/*.arrow",
+        "processed_data/dataset/*.parquet",
+        "processed_data/snapshots/*[0-9a-f].json",
+        "processed_data/snapshots/*.documents.parquet",
     ],
     "catalog": ["catalog.duckdb"],
     "rebuild": [

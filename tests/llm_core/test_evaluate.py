@@ -1,19 +1,26 @@
 """Held-out figures against values worked out by hand."""
 
+import lzma
 import math
+from itertools import islice
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from llm_core import data_prep_tool, judge
+from llm_core.corpus import load_snapshot, source_of
 from llm_core.dataset import TokenStream, Windows
 from llm_core.distributed import Ranks
-from llm_core.evaluate import evaluate, token_bytes, unigram_baseline
+from llm_core.evaluate import evaluate, evaluate_parts, token_bytes, unigram_baseline, xz_bits_per_byte
+from llm_core.evaluation_file import by_source, metric, read_evaluation
 from llm_core.shards import load_manifest
 from llm_core.tokenizer import Tokenizer
 from tests.llm_core.test_model import build
+from tests.llm_core.training import run_train
 
 EOT = 0
 ALONE = Ranks.alone("cpu", 1)
@@ -55,6 +62,72 @@ def test_the_text_of_a_split_is_all_of_its_bytes(processed_dir: Path) -> None:
     found = evaluate(build(vocab_size=512), windows, token_bytes(tokenizer, manifest), max_tokens=0, batch_size=64, ranks=ALONE)
     assert found.text_bytes == manifest.splits["val"].bytes
     assert found.targets == manifest.splits["val"].tokens - 1
+
+
+def test_sources_are_summed_token_by_token_in_the_same_pass() -> None:
+    tokens = stream_of(100)
+    part_of_token = np.repeat([0, 1, 2, 0, 1], 20)  # documents of three sources that end inside windows
+    sizes = torch.arange(300).double() % 5 + 1
+    sizes[EOT] = 0
+    model, windows = build(length=16).eval(), Windows([TokenStream([tokens])], 16, 0, EOT)
+    options = {"max_tokens": 0, "batch_size": 3, "ranks": ALONE}
+    whole, *parts = evaluate_parts(model, windows, sizes, part_of_token, 3, **options)
+    assert whole == evaluate(model, windows, sizes, **options)
+    expected = [[0.0, 0, 0.0, 0.0] for _ in parts]
+    for start in range(0, 99, 16):
+        piece = torch.from_numpy(tokens[start : start + 17].astype(np.int64))
+        with torch.no_grad():
+            losses = F.cross_entropy(model.logits(piece[None, :-1])[0], piece[1:], reduction="none").tolist()
+        for offset, (loss, token) in enumerate(zip(losses, piece[1:].tolist(), strict=True), start=1):
+            sums = expected[part_of_token[start + offset]]
+            sums[0] += loss
+            sums[1] += 1
+            sums[2] += loss if token != EOT else 0.0
+            sums[3] += float(sizes[token])
+    for part, (nll, targets, text_nll, text_bytes) in zip(parts, expected, strict=True):
+        assert (part.targets, part.text_bytes) == (targets, text_bytes)
+        assert part.nll == pytest.approx(nll, rel=1e-5)
+        assert part.text_nll == pytest.approx(text_nll, rel=1e-5)
+    assert sum(part.targets for part in parts) == whole.targets
+    assert sum(part.nll for part in parts) == pytest.approx(whole.nll)
+
+
+def test_xz_is_measured_in_bits_per_byte_of_the_text() -> None:
+    text = b"abcd" * 10_000
+    assert xz_bits_per_byte(text) == 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / 40_000
+
+
+def test_a_checkpoint_is_judged_by_source_and_beside_xz(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, processed_dir = tmp_path / "raw", tmp_path / "processed"
+    for number, text in enumerate(islice(topics.values(), 40)):
+        path = raw / ("even" if number % 2 == 0 else "odd") / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text[:2000])
+    prepare = ["--input_dir", str(raw), "--output_dir", str(processed_dir), "--vocab_size", "300", "--max_length", "32"]
+    data_prep_tool.main([*prepare, "--val_fraction", "0.4"])
+    run_train(processed_dir, tmp_path / "run", max_steps=4, save_interval=4)
+    checkpoint = tmp_path / "run" / "checkpoint_step_4.pt"
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["judge", f"--checkpoint={checkpoint}", f"--data_dir={processed_dir}", "--sample_tokens=2"])
+    judge.main()
+    (path,) = checkpoint.parent.glob("evaluation_*.json")
+    result = read_evaluation(path)
+    rows = {row["source"]: row for row in by_source(result)}
+    documents = load_snapshot(processed_dir, load_manifest(processed_dir).snapshot_id).kept_documents().to_pylist()
+    held_out = [row for row in documents if row["split"] == "val"]
+    assert rows.keys() == {source_of(row["path"]) for row in held_out} == {"even", "odd"}
+    for source, row in rows.items():
+        assert row["bytes"] == sum(document["bytes"] for document in held_out if source_of(document["path"]) == source)
+    assert sum(row["tokens"] for row in rows.values()) == metric(result, "tokens")
+    bits = sum(row["bits_per_byte"] * row["bytes"] for row in rows.values())
+    assert bits / metric(result, "bytes") == pytest.approx(metric(result, "bits_per_byte"))
+    assert metric(result, "share_of_text") == 1.0
+    assert 0 < metric(result, "xz_bits_per_byte") < 8
+    printed = capsys.readouterr().out
+    assert "xz_bits_per_byte" in printed
+    assert all(f"{source} " in printed for source in rows)
 
 
 def test_a_budget_reads_the_first_windows() -> None:
