@@ -5,30 +5,28 @@ contenders encode with the same vocabulary, trained on it.
 """
 
 import argparse
-import os
+import json
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from benchmarks.measure import Figure, in_turns, keep, table
+from benchmarks.measure import CORES, Figure, in_turns, keep, table
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.corpus import take_snapshot
 from llm_core.dataset import TokenStream, Windows
 from llm_core.encoding import encode_all
 from llm_core.parts import kept_runs
-from llm_core.shards import build_dataset
+from llm_core.shards import build_dataset, load_manifest
 from llm_core.tokenizer import Tokenizer
 from llm_core.tokenizer_training import prepare_tokenizer
 
-WORKERS = len(os.sched_getaffinity(0))
 WINDOW = 1024
 MEMORY_BUDGET = ["--shard_bytes", str(8 << 20), "--tokenizer_train_bytes", str(8 << 20)]
 
@@ -69,8 +67,8 @@ def encoding(texts: list[str], tokenizer: Tokenizer, rounds: int) -> list[Figure
     )
     few = texts[::8]  # the slow ones have an eighth to do, taken evenly
     work = {
-        "textmill": (texts, lambda: sum(1 for _ in encode_all(tokenizer, texts, WORKERS))),
-        "tiktoken encode_ordinary_batch": (texts, lambda: same.encode_ordinary_batch(texts, num_threads=WORKERS)),
+        "textmill": (texts, lambda: sum(1 for _ in encode_all(tokenizer, texts, CORES))),
+        "tiktoken encode_ordinary_batch": (texts, lambda: same.encode_ordinary_batch(texts, num_threads=CORES)),
         "tokenizers encode_batch_fast": (few, lambda: tokenizer.reference.encode_batch_fast(few, add_special_tokens=False)),
         "tokenizers encode_batch": (few, lambda: tokenizer.reference.encode_batch(few, add_special_tokens=False)),
     }
@@ -120,8 +118,6 @@ def incremental(raw: Path, out: Path, rounds: int) -> list[Figure]:
 
 def random_windows(out: Path, rounds: int) -> list[Figure]:
     """Million tokens per second of random windows, ours beside a bare NumPy memory map of the same tokens."""
-    from llm_core.shards import load_manifest
-
     manifest = load_manifest(out)
     (runs,) = kept_runs(out, manifest, "train")
     windows = Windows([TokenStream(runs)], WINDOW, 0, 0)
@@ -144,20 +140,18 @@ def random_windows(out: Path, rounds: int) -> list[Figure]:
     return [Figure(f"random windows, {name}", "Mtok/s", [tokens / second for second in taken]) for name, taken in seconds.items()]
 
 
-def peak_memory(raw: Path, out: Path) -> float:
+def preparation_memory(raw: Path, out: Path) -> float:
     """MB that a data preparation takes at most, in a process of its own, the training of its tokenizer included."""
     program = (
-        "from llm_core.data_prep_tool import main; import re, sys; from pathlib import Path; main(sys.argv[1:]);"
-        "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
+        "import sys; from benchmarks.measure import peak_memory; from llm_core.data_prep_tool import main;"
+        "main(sys.argv[1:]); print(peak_memory())"
     )
     options = ["--input_dir", str(raw), "--output_dir", str(out), "--vocab_size", "4096", *MEMORY_BUDGET]
     done = subprocess.run([sys.executable, "-c", program, *options], check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1]) / 1e3
+    return float(done.stdout.split()[-1]) / 1e6
 
 
 def _pattern(tokenizer: Tokenizer) -> str:
-    import json
-
     pattern: str = json.loads(tokenizer.serialized)["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     return pattern
 
@@ -179,16 +173,16 @@ def main() -> None:
         snapshot = take_snapshot(raw, out, CorpusConfig())
         megabytes = snapshot.summary["bytes_read"] / 1e6
         tokenizer = prepare_tokenizer(snapshot, raw, out, TokenizerConfig()).tokenizer
-        print(f"{megabytes:.0f} MB in {len(texts):,} files, {tokenizer.vocab_size:,} tokens, {WORKERS} cores")
+        print(f"{megabytes:.0f} MB in {len(texts):,} files, {tokenizer.vocab_size:,} tokens, {CORES} cores")
         encoded = encoding(texts, tokenizer, options.rounds)
         whole = end_to_end(raw, megabytes, out, options.rounds)
         windows = random_windows(out, options.rounds)
         reruns = incremental(folder / "many", folder / "many_out", options.rounds)
-        half = folder / "half"
-        write_corpus(iter(islice(texts, len(texts) // 3)), half, megabytes)
+        third = folder / "third"
+        write_corpus(iter(texts[: len(texts) // 3]), third, megabytes)
         memory = [
-            Figure(f"peak memory, {size:.0f} MB of text", "MB", [peak_memory(source, folder / f"{source.name}_out")])
-            for source, size in ((half, _size(half)), (raw, _size(raw)))
+            Figure(f"peak memory, {size:.0f} MB of text", "MB", [preparation_memory(source, folder / f"{source.name}_out")])
+            for source, size in ((third, _size(third)), (raw, _size(raw)))
         ]
     ours = encoded[0].median
     print("\n" + table(["encode", "MB/s", "textmill is"], [(f.name, f, f"{ours / f.median:.2f}x") for f in encoded]))

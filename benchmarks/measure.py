@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+CORES = len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,13 @@ def keep(benchmark: str, figures: Iterable[Figure], **facts: object) -> Path:
 def machine() -> dict[str, object]:
     """What the figures were measured on."""
     packages = {name: version(name) for name in ("torch", "tiktoken", "tokenizers", "transformers", "pyarrow")}
-    return {"cores": len(os.sched_getaffinity(0)), "processor": _processor(), "python": platform.python_version()} | packages
+    return {"cores": CORES, "processor": _processor(), "python": platform.python_version()} | packages
+
+
+def peak_memory() -> float:
+    """Bytes of memory that this process has held at most."""
+    status = Path("/proc/self/status").read_text()
+    return 1024.0 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def _processor() -> str:

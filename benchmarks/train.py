@@ -1,4 +1,4 @@
-"""The training step beside its peer: `python -m benchmarks.train` prints the tables of benchmarks/README.md.
+"""The training step beside its peer: `python -m benchmarks.train` prints a table for each shape.
 
 textmill against LlamaForCausalLM of Hugging Face transformers: the same shape, random tokens, full optimizer steps (zero
 gradients, forward, backward, clip, fused AdamW) in fp32 on a CPU. Each contender is a process of its own, so that its memory
@@ -13,12 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Figure, keep, table
+from benchmarks.measure import CORES, Figure, keep, peak_memory, table
 
-CORES = len(os.sched_getaffinity(0))
 VOCABULARY = 32_000
 
 
@@ -105,10 +103,8 @@ def contend(contender: str, shape: Shape) -> None:
         began = time.perf_counter()
         step()
         seconds = time.perf_counter() - began
-        status = Path("/proc/self/status").read_text()
-        memory = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1e6
         peak = measure_peak_flops(torch.device("cpu"), torch.float32, 0.1)
-        print(json.dumps({"seconds": seconds, "memory": memory, "peak": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "memory": peak_memory() / 1e9, "peak": peak}), flush=True)
 
 
 def compare(name: str, shape: Shape, contenders: list[str], rounds: int) -> list[Figure]:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from llm_core.encoding import Run, in_order
@@ -25,11 +26,14 @@ def encode_on_ray(tokenizer: Tokenizer, runs: Iterator[Run], workers: int) -> It
     Raises:
         UserError: the cluster cannot be reached.
     """
+    first = next(runs, None)
+    if first is None:  # a rerun with nothing new need not wait for Ray
+        return
     with _connected(workers):
         serialized = ray.put(tokenizer.serialized)
         count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         encode: Any = ray.remote(_encode)
-        yield from in_order(lambda run: encode.remote(serialized, run), _collect, runs, 2 * count)
+        yield from in_order(lambda run: encode.remote(serialized, run), _collect, chain([first], runs), 2 * count)
 
 
 def _collect(reference: Any) -> list[Ids]:

@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llm_core.config import ShardConfig
 from llm_core.corpus import InputDir, Snapshot, iter_texts
-from llm_core.encoding import check_engine, encode_all
+from llm_core.encoding import encode_all
 from llm_core.errors import DataError, UserError
 from llm_core.files import content_id, read_json, write_json
 from llm_core.shard_file import ShardEntry, ShardWriter, mend_facts, open_tokens, read_facts
+from llm_core.tables import iter_rows
 from llm_core.tokenizer import Tokenizer
 from llm_core.tokenizer_training import TokenizerArtifact
 
@@ -125,7 +126,6 @@ def build_dataset(
         DataError: the text changed since the snapshot, or metadata.json is damaged.
         UserError: the engine is not there.
     """
-    check_engine(config.engine)
     tokenizer = artifact.tokenizer
     current = load_manifest(processed_dir) if (processed_dir / "metadata.json").is_file() else None
     parent = current if current and current.tokenizer.tokenizer_id == tokenizer.tokenizer_id else None
@@ -221,7 +221,7 @@ def _encode(
     shards: list[ShardEntry] = []
     open_shards: dict[str, ShardWriter] = {}
     encoded = encode_all(tokenizer, texts, config.num_workers, config.engine)
-    for (document_id, split, size), tokens in zip(_rows(documents), encoded, strict=True):
+    for (document_id, split, size), tokens in zip(iter_rows(documents, "document_id", "split", "bytes"), encoded, strict=True):
         if split in open_shards and open_shards[split].bytes + size > config.shard_bytes:
             shards.append(open_shards.pop(split).publish(processed_dir))
         open_shards.setdefault(split, ShardWriter(split, tokenizer)).add(document_id, size, tokens)
@@ -230,11 +230,6 @@ def _encode(
             on_progress(done_bytes, all_bytes)
             reported_bytes = done_bytes
     return shards + [open_shards[split].publish(processed_dir) for split in SPLITS if split in open_shards]
-
-
-def _rows(documents: pa.Table) -> Iterator[tuple[str, str, int]]:
-    for batch in documents.select(["document_id", "split", "bytes"]).to_batches(max_chunksize=4096):
-        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 def _totals(processed_dir: Path, shards: list[ShardEntry], split: str) -> SplitTotals:

@@ -18,6 +18,7 @@ _FORMATS: dict[str, Format] = {"txt": "text", "md": "text", "jsonl": "jsonl", "p
 _COMPRESSIONS = ("gz", "zst")
 
 _SMALL = 1 << 20
+"""Bytes up to which a file is read at once."""
 
 READABLE = ".txt, .md, .jsonl or .parquet"
 """For messages; each of these may also end in .gz or .zst."""

@@ -20,6 +20,7 @@ from llm_core.corpus.records import KEPT, UNREADABLE, Document, FileFacts, Quara
 from llm_core.corpus.source import InputDir, Source, open_source
 from llm_core.corpus.text_formats import jsonl_documents, jsonl_text, text_documents
 from llm_core.errors import DataError
+from llm_core.tables import iter_rows
 
 _ATTEMPTS = 3
 
@@ -78,7 +79,8 @@ def iter_texts(input_dir: InputDir, rows: pa.Table, config: CorpusConfig) -> Ite
         DataError: a file is gone or cannot be reached, or what it holds is no longer the text whose hash is the document's id.
     """
     source = open_source(input_dir)
-    for path, group in groupby(_iter_rows(rows), key=lambda row: row[1]):
+    columns = ("document_id", "path", "start", "end", "text_start", "bytes")
+    for path, group in groupby(iter_rows(rows, *columns), key=lambda row: row[1]):
         changed = DataError(f"{source.address(path)}: changed since the snapshot was taken; run again")
         try:
             with source.open(path) as file, _texts_of(file.raw, path, config) as text_at:
@@ -111,8 +113,3 @@ def _texts_of(raw: IO[bytes], path: str, config: CorpusConfig) -> Iterator[Calla
         return jsonl_text(data, config.text_field) if format_of(path) == "jsonl" else data
 
     yield read
-
-
-def _iter_rows(rows: pa.Table) -> Iterator[tuple[str, str, int, int, int, int]]:
-    for batch in rows.select(["document_id", "path", "start", "end", "text_start", "bytes"]).to_batches(max_chunksize=4096):
-        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)

@@ -117,6 +117,12 @@ def test_a_cluster_is_used_by_its_address_and_left_running(tokenizer: Tokenizer)
 
 
 @pytest.mark.usefixtures("_ray")
+def test_with_nothing_to_encode_no_ray_is_waited_for(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "not an address")
+    assert list(encode_all(tokenizer, [], 1, "ray")) == []
+
+
+@pytest.mark.usefixtures("_ray")
 def test_a_cluster_that_is_not_there_is_named(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "not an address")
     with pytest.raises(UserError, match="RAY_ADDRESS=not an address"):
