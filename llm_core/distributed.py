@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,13 +181,37 @@ def join_ranks(config: TrainConfig, run_dir: Path) -> Iterator[Ranks]:
             timeout=timedelta(seconds=config.collective_timeout),
         )
         # Whoever lets go of the group last ends its threads. DDP's reducer would do so holding Python's lock, for which one of
-        # them may be waiting: the process would hang at its end. This reference outlives it, and lets go without the lock.
+        # them may be waiting: the process would hang. This reference outlives it; `run_rank` ends the process with it in hand.
         _groups.append(dist.group.WORLD)
     try:
         yield Ranks(rank, world_size, local_rank, local_world_size, device, threads)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def run_rank(main: Callable[[], object]) -> None:
+    """Runs the main function of a process that may be one of several ranks, and ends the process if it was one.
+
+    Gloo's threads still hold tensors when the work is done. One that lets go of them while Python shuts down asks for a lock that
+    is no more, and the whole process aborts, long after everything is on disk. So there is no such shutdown: what was printed
+    is flushed, and the process ends.
+    """
+    try:
+        main()
+        code = 0
+    except BaseException as error:
+        if not _groups:
+            raise
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        else:
+            traceback.print_exc()
+            code = 1
+    if _groups:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
 
 
 def _cores_of_each() -> int:

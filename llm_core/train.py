@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from llm_core.checkpoint import TrainingState, load_checkpoint
 from llm_core.cli import parse_options
 from llm_core.config import TrainConfig
-from llm_core.distributed import Ranks, StopRequest, join_ranks
+from llm_core.distributed import Ranks, StopRequest, join_ranks, run_rank
 from llm_core.errors import Preempted, TextmillError
 from llm_core.explain import explain
 from llm_core.files import read_json, write_json
@@ -217,4 +217,4 @@ def main(listener: Listener | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(main)

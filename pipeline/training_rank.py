@@ -6,6 +6,7 @@ import time
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, open_dagster_pipes
 
 from llm_core import train
+from llm_core.distributed import run_rank
 from llm_core.runlog import Record
 
 _SECONDS_BETWEEN_MESSAGES = 2.0
@@ -31,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(main)

@@ -1,5 +1,6 @@
 """What test_ranks.py runs under torchrun: two real ranks, looked at from inside. Each writes what it saw into its own file."""
 
+import atexit
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from llm_core import trainer as trainer_module
 from llm_core.checkpoint_files import checkpoint_path, manifest_path
 from llm_core.config import TrainConfig
-from llm_core.distributed import Ranks, StopRequest, join_ranks
+from llm_core.distributed import Ranks, StopRequest, join_ranks, run_rank
 from llm_core.runlog import RunLog
 from llm_core.shards import load_manifest
 from llm_core.trainer import Trainer
@@ -87,6 +88,13 @@ def lose_a_share(trainer: Trainer) -> dict[str, Any]:
     return {"skipped": result.skipped, "lowered": trainer.scaler.get_scale() < before, "scale": trainer.scaler.get_scale()}
 
 
+def notice_a_shutdown(trainer: Trainer) -> dict[str, Any]:
+    """Whether Python shuts down at the end of a rank is told by a file that only its shutdown writes."""
+    trainer.train_step()
+    atexit.register((trainer.run_dir / f"shutdown{trainer.ranks.rank}").touch)
+    return {}
+
+
 @record
 def main() -> None:
     scenario, data_dir, run_dir, options = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
@@ -101,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(main)

@@ -50,6 +50,11 @@ def test_rule_27_an_error_on_another_rank_than_the_main_one_ends_the_job_with_it
     assert "something that only rank 1 knows of" in done.stderr
 
 
+def test_a_rank_ends_without_a_shutdown_that_its_groups_threads_could_abort(processed_dir: Path, tmp_path: Path) -> None:
+    assert seen_by_each("notice_a_shutdown", processed_dir, tmp_path) == [{}, {}]
+    assert not list(tmp_path.glob("shutdown*"))
+
+
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_rule_3_an_overflow_on_one_rank_skips_the_step_on_all(sharding: str, processed_dir: Path, tmp_path: Path) -> None:
     ranks = seen_by_each("lose_a_share", processed_dir, tmp_path, precision="fp16", sharding=sharding)
