@@ -48,7 +48,7 @@ class ShardWriter:
 
     def __init__(self, split: str, tokenizer: Tokenizer) -> None:
         self._split = split
-        self._end_of_text = np.array([tokenizer.eot_id], dtype=tokenizer.dtype)
+        self._eot_id = tokenizer.eot_id
         self._metadata = {
             "format_version": str(FORMAT_VERSION),
             "tokenizer_id": tokenizer.tokenizer_id,
@@ -57,20 +57,29 @@ class ShardWriter:
         }
         self._document_ids: list[str] = []
         self._sizes: list[int] = []
-        self._tokens: list[Ids] = []
+        self._ends: list[int] = []  # where each row's tokens end
+        # One piece of memory, twice as long whenever it is full: an array for each document would leave holes all over the heap.
+        self._tokens = np.empty(1 << 16, dtype=tokenizer.dtype)
+        self._count = 0
         self.bytes = 0
 
     def add(self, document_id: str, size: int, tokens: Ids) -> None:
         """Appends a document of `size` UTF-8 bytes."""
+        start, self._count = self._count, self._count + 1 + len(tokens)
+        if self._count > len(self._tokens):
+            grown = np.empty(max(self._count, 2 * len(self._tokens)), dtype=self._tokens.dtype)
+            grown[:start] = self._tokens[:start]
+            self._tokens = grown
+        self._tokens[start] = self._eot_id
+        self._tokens[start + 1 : self._count] = tokens
         self._document_ids.append(document_id)
         self._sizes.append(size)
-        self._tokens += [self._end_of_text, tokens]
+        self._ends.append(self._count)
         self.bytes += size
 
     def publish(self, processed_dir: Path) -> ShardEntry:
         """Writes both files and ends the writer; files that are there already, from an interrupted build, are left alone."""
-        counts = np.array([len(tokens) + 1 for tokens in self._tokens[1::2]], dtype=np.int64)
-        ends = np.cumsum(counts)
+        ends = np.array(self._ends, dtype=np.int64)
         document_ids, sizes = pa.array(self._document_ids, pa.string()), pa.array(self._sizes, pa.int64())
         content = self._arrow_file(document_ids, sizes, ends)
         facts = _facts(document_ids, ends, sizes)
@@ -84,8 +93,8 @@ class ShardWriter:
             facts_file=f"dataset/{shard_id}.parquet",
             facts_sha256=hashlib.sha256(facts).hexdigest(),
             split=self._split,
-            tokens=int(ends[-1]),
-            documents=len(counts),
+            tokens=self._count,
+            documents=len(ends),
             bytes=self.bytes,
         )
         _write_once(processed_dir / entry.facts_file, entry.facts_sha256, facts)
@@ -93,9 +102,7 @@ class ShardWriter:
         return entry
 
     def _arrow_file(self, document_ids: pa.Array, sizes: pa.Array, ends: npt.NDArray[np.int64]) -> pa.Buffer:
-        values = pa.array(np.concatenate(self._tokens))
-        self._tokens.clear()  # the largest part of the memory, and now there twice
-        tokens = pa.LargeListArray.from_arrays(np.concatenate([[0], ends]), values)
+        tokens = pa.LargeListArray.from_arrays(np.concatenate([[0], ends]), pa.array(self._tokens[: self._count]))
         batch = pa.record_batch({"document_id": document_ids, "bytes": sizes, "tokens": tokens})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, batch.schema.with_metadata(self._metadata)) as writer:

@@ -8,6 +8,7 @@ build leaves the previous version valid. Windows are cut when shards are read: m
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -218,18 +219,32 @@ def _encode(
     """
     all_bytes = pc.sum(documents["bytes"]).as_py() or 0
     done_bytes = reported_bytes = 0
-    shards: list[ShardEntry] = []
+    shards: list[Future[ShardEntry]] = []
     open_shards: dict[str, ShardWriter] = {}
-    encoded = encode_all(tokenizer, texts, config.num_workers, config.engine)
-    for (document_id, split, size), tokens in zip(iter_rows(documents, "document_id", "split", "bytes"), encoded, strict=True):
-        if split in open_shards and open_shards[split].bytes + size > config.shard_bytes:
-            shards.append(open_shards.pop(split).publish(processed_dir))
-        open_shards.setdefault(split, ShardWriter(split, tokenizer)).add(document_id, size, tokens)
-        done_bytes += size
-        if on_progress and (done_bytes - reported_bytes >= _PROGRESS_BYTES or done_bytes == all_bytes):
-            on_progress(done_bytes, all_bytes)
-            reported_bytes = done_bytes
-    return shards + [open_shards[split].publish(processed_dir) for split in SPLITS if split in open_shards]
+    # A full shard is hashed and written while the text of the next one is encoded.
+    with ThreadPoolExecutor(1) as publisher:
+
+        def publish(split: str) -> None:
+            if shards:
+                shards[-1].result()  # one at a time, for the sake of the memory
+            shards.append(publisher.submit(open_shards.pop(split).publish, processed_dir))
+
+        encoded = encode_all(tokenizer, texts, config.num_workers, config.engine)
+        rows = iter_rows(documents, "document_id", "split", "bytes")
+        for (document_id, split, size), tokens in zip(rows, encoded, strict=True):
+            if split in open_shards and open_shards[split].bytes + size > config.shard_bytes:
+                publish(split)
+            if split not in open_shards:
+                open_shards[split] = ShardWriter(split, tokenizer)
+            open_shards[split].add(document_id, size, tokens)
+            done_bytes += size
+            if on_progress and (done_bytes - reported_bytes >= _PROGRESS_BYTES or done_bytes == all_bytes):
+                on_progress(done_bytes, all_bytes)
+                reported_bytes = done_bytes
+        for split in SPLITS:
+            if split in open_shards:
+                publish(split)
+        return [shard.result() for shard in shards]
 
 
 def _totals(processed_dir: Path, shards: list[ShardEntry], split: str) -> SplitTotals:

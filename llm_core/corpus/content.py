@@ -48,21 +48,26 @@ class Meter:
     def __init__(self, size: int) -> None:
         self._max_bytes = max(MAX_COMPRESSION_FREE, size * MAX_COMPRESSION)
         self._hash = hashlib.sha256()
+        self._pending = b""  # one piece behind: of a file that is one piece nothing is hashed unless it is asked for
         self.position = 0
         self.replaced = 0
         """Sequences that were not UTF-8 and became U+FFFD."""
 
     def add(self, data: bytes) -> None:
-        self._hash.update(data)
+        self._hash.update(self._pending)
+        self._pending = data
         self.position += len(data)
         if self.position > self._max_bytes:
             raise Quarantine("too_compressed", f"more than {self._max_bytes} bytes come out of it")
 
     def mark(self, boundary: bytes) -> None:
         """Hashes what tells two contents of the same bytes apart, without counting it."""
-        self._hash.update(boundary)
+        self._hash.update(self._pending)
+        self._pending = boundary
 
     def sha256(self) -> str:
+        self._hash.update(self._pending)
+        self._pending = b""
         return self._hash.hexdigest()
 
 
@@ -90,8 +95,10 @@ class Content:
         return data
 
     def skip_byte_order_mark(self) -> int:
-        """Bytes of the mark that was there."""
-        return len(self.read(len(_BOM))) if self._stream.peek(len(_BOM))[: len(_BOM)] == _BOM else 0
+        """Bytes of the mark that was there; called before anything else is read."""
+        there = self._stream.read(len(_BOM)) == _BOM
+        self._stream.seek(0)
+        return len(self.read(len(_BOM))) if there else 0
 
     def drain(self) -> None:
         """Counts and hashes what is left, as far as it can be read."""

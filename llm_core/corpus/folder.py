@@ -90,7 +90,7 @@ class LocalFolder:
             raw: IO[bytes]
             if status.st_size <= _SMALL:
                 # Read at once: of many small files, the layers of an open file would take as long as all the rest.
-                raw = io.BufferedReader(io.BytesIO(os.read(descriptor, status.st_size + 1)))
+                raw = io.BytesIO(os.read(descriptor, status.st_size + 1))
             else:
                 raw = open(descriptor, "rb", closefd=False)
             yield OpenFile(raw, lambda: Stamp.of(os.fstat(descriptor)))

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
+from operator import itemgetter
 from typing import IO
 
 import pyarrow as pa
@@ -68,8 +69,10 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
             content.drain()
     replaced = meter.replaced if documents else 0
     counts = (len(documents), byte_order_mark, jsonl_envelope, replaced)
-    facts = FileFacts(path, meter.position, meter.sha256(), status, detail, *counts)
-    return facts, documents
+    # A text that is one document has its hash already.
+    whole = format == "text" and len(documents) == 1 and documents[0].bytes == meter.position
+    sha256 = documents[0].document_id if whole else meter.sha256()
+    return FileFacts(path, meter.position, sha256, status, detail, *counts), documents
 
 
 def iter_texts(input_dir: InputDir, rows: pa.Table, config: CorpusConfig) -> Iterator[str]:
@@ -80,8 +83,7 @@ def iter_texts(input_dir: InputDir, rows: pa.Table, config: CorpusConfig) -> Ite
     """
     source = open_source(input_dir)
     columns = ("document_id", "path", "start", "end", "text_start", "bytes")
-    for path, group in groupby(iter_rows(rows, *columns), key=lambda row: row[1]):
-        changed = DataError(f"{source.address(path)}: changed since the snapshot was taken; run again")
+    for path, group in groupby(iter_rows(rows, *columns), key=itemgetter(1)):
         try:
             with source.open(path) as file, _texts_of(file.raw, path, config) as text_at:
                 text_at_start, text = -1, b""
@@ -90,10 +92,14 @@ def iter_texts(input_dir: InputDir, rows: pa.Table, config: CorpusConfig) -> Ite
                         text, text_at_start = text_at(start, end), start
                     piece = text[text_start : text_start + size]
                     if hashlib.sha256(piece).hexdigest() != document_id:
-                        raise changed
+                        raise _changed(source, path)
                     yield piece.decode()
         except (OSError, Quarantine, UnicodeDecodeError):
-            raise changed from None
+            raise _changed(source, path) from None
+
+
+def _changed(source: Source, path: str) -> DataError:
+    return DataError(f"{source.address(path)}: changed since the snapshot was taken; run again")
 
 
 @contextmanager
