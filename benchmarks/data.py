@@ -25,7 +25,7 @@ from llm_core.encoding import encode_all
 from llm_core.parts import kept_runs
 from llm_core.shards import build_dataset, load_manifest
 from llm_core.tokenizer import Tokenizer
-from llm_core.tokenizer_training import prepare_tokenizer
+from llm_core.tokenizer_training import TokenizerArtifact, prepare_tokenizer
 
 WINDOW = 1024
 MEMORY_BUDGET = ["--shard_bytes", str(8 << 20), "--tokenizer_train_bytes", str(8 << 20)]
@@ -60,8 +60,9 @@ def write_corpus(texts: Iterator[str], folder: Path, megabytes: float) -> list[s
     return written
 
 
-def encoding(texts: list[str], tokenizer: Tokenizer, rounds: int) -> list[Figure]:
-    """MB/s of text to ids, with all cores."""
+def encoding(texts: list[str], artifact: TokenizerArtifact, raw: Path, out: Path, rounds: int) -> list[Figure]:
+    """MB/s of text to ids, with all cores; last, of files to shards: read, clean, hash, encode, write."""
+    tokenizer = artifact.tokenizer
     same = tiktoken.Encoding(
         "same", pat_str=_pattern(tokenizer), mergeable_ranks=_ranks(tokenizer), special_tokens={tokenizer.special_tokens[0]: 0}
     )
@@ -71,6 +72,7 @@ def encoding(texts: list[str], tokenizer: Tokenizer, rounds: int) -> list[Figure
         "tiktoken encode_ordinary_batch": (texts, lambda: same.encode_ordinary_batch(texts, num_threads=CORES)),
         "tokenizers encode_batch_fast": (few, lambda: tokenizer.reference.encode_batch_fast(few, add_special_tokens=False)),
         "tokenizers encode_batch": (few, lambda: tokenizer.reference.encode_batch(few, add_special_tokens=False)),
+        "files to shards": (texts, lambda: files_to_shards(artifact, raw, out)),
     }
     ours, theirs = next(iter(encode_all(tokenizer, texts[:1], 1))).tolist(), same.encode_ordinary(texts[0])
     assert ours == theirs == tokenizer.reference.encode(texts[0], add_special_tokens=False).ids
@@ -79,18 +81,12 @@ def encoding(texts: list[str], tokenizer: Tokenizer, rounds: int) -> list[Figure
     return [Figure(name, "MB/s", [sizes[name] / second for second in taken]) for name, taken in seconds.items()]
 
 
-def end_to_end(raw: Path, megabytes: float, out: Path, rounds: int) -> Figure:
-    """MB/s from files to shards: read, clean, encode, write, with a tokenizer that is there already."""
-    artifact = prepare_tokenizer(take_snapshot(raw, out, CorpusConfig()), raw, out, TokenizerConfig())
-
-    def prepare() -> None:
-        for name in ("dataset", "manifests", "snapshots"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        (out / "metadata.json").unlink(missing_ok=True)
-        build_dataset(take_snapshot(raw, out, CorpusConfig()), artifact, raw, out, ShardConfig())
-
-    seconds = in_turns(rounds, {"end to end": prepare})["end to end"]
-    return Figure("end to end: files to shards", "MB/s", [megabytes / second for second in seconds])
+def files_to_shards(artifact: TokenizerArtifact, raw: Path, out: Path) -> None:
+    """The preparation from nothing, with a tokenizer that is there already."""
+    for name in ("dataset", "manifests", "snapshots"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / "metadata.json").unlink(missing_ok=True)
+    build_dataset(take_snapshot(raw, out, CorpusConfig()), artifact, raw, out, ShardConfig())
 
 
 def incremental(raw: Path, out: Path, rounds: int) -> list[Figure]:
@@ -172,10 +168,9 @@ def main() -> None:
         texts = write_corpus(found_texts(options.corpus), raw, options.megabytes)
         snapshot = take_snapshot(raw, out, CorpusConfig())
         megabytes = snapshot.summary["bytes_read"] / 1e6
-        tokenizer = prepare_tokenizer(snapshot, raw, out, TokenizerConfig()).tokenizer
-        print(f"{megabytes:.0f} MB in {len(texts):,} files, {tokenizer.vocab_size:,} tokens, {CORES} cores")
-        encoded = encoding(texts, tokenizer, options.rounds)
-        whole = end_to_end(raw, megabytes, out, options.rounds)
+        artifact = prepare_tokenizer(snapshot, raw, out, TokenizerConfig())
+        print(f"{megabytes:.0f} MB in {len(texts):,} files, {artifact.tokenizer.vocab_size:,} tokens, {CORES} cores")
+        *encoded, whole = encoding(texts, artifact, raw, out, options.rounds)
         windows = random_windows(out, options.rounds)
         reruns = incremental(folder / "many", folder / "many_out", options.rounds)
         third = folder / "third"
@@ -187,7 +182,7 @@ def main() -> None:
     ours = encoded[0].median
     print("\n" + table(["encode", "MB/s", "textmill is"], [(f.name, f, f"{ours / f.median:.2f}x") for f in encoded]))
     share = f"{whole.median / ours:.0%} of encoding alone"
-    print("\n" + table(["", "", ""], [(whole.name, f"{whole} MB/s", share)]))
+    print(f"\n{whole.name} (read, clean, hash, encode, write): {whole} MB/s, {share}")
     print(
         "\n"
         + table(

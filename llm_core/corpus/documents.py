@@ -56,6 +56,8 @@ def divided(text: bytes, path: str, start: int, end: int, config: CorpusConfig) 
 
 def of_wanted_length(documents: list[Document], config: CorpusConfig) -> list[Document]:
     """The documents of one whole text, dropped together if it is too short or too long."""
+    if config.min_characters is None and config.max_characters is None:
+        return documents
     reason = length_reason(sum(document.characters for document in documents), config)
     if reason is None:
         return documents

@@ -62,9 +62,10 @@ class Folder:
 
 
 class OpenFile(NamedTuple):
-    """A buffered file that can seek, and a function to look at what its stamp is now."""
+    """A buffered file that can seek, and functions that tell its stamp: when it was opened, and now."""
 
     raw: IO[bytes]
+    opened: Callable[[], Stamp]
     look: Callable[[], Stamp]
 
 
@@ -93,7 +94,7 @@ class LocalFolder:
                 raw = io.BytesIO(os.read(descriptor, status.st_size + 1))
             else:
                 raw = open(descriptor, "rb", closefd=False)
-            yield OpenFile(raw, lambda: Stamp.of(os.fstat(descriptor)))
+            yield OpenFile(raw, lambda: Stamp.of(status), lambda: Stamp.of(os.fstat(descriptor)))
         finally:
             os.close(descriptor)
 

@@ -35,7 +35,7 @@ def read_file(source: Source, path: str, config: CorpusConfig) -> tuple[FileFact
     for _ in range(_ATTEMPTS):
         try:
             with source.open(path) as file:
-                before = file.look()
+                before = file.opened()
                 facts, documents = _read_open_file(file.raw, before.size, path, config)
                 if file.look() == before:
                     return facts, documents

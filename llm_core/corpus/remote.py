@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ class RemoteFolder:
             file = self._fs.open(address, "rb")
         with file:
             raw = io.BufferedReader(_RemoteFile(file, self.address(path)), BLOCK)
-            yield OpenFile(raw, lambda: self._look(address))
+            look = partial(self._look, address)
+            yield OpenFile(raw, look, look)
 
     def _listing(self) -> dict[str, dict[str, Any]]:
         try:
