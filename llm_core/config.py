@@ -173,6 +173,7 @@ class TrainConfig(StageConfig):
             "eval_interval",
             "eval_tokens",
             "save_interval",
+            "background_save",
             "keep_checkpoints",
             "max_skipped_steps",
         }
@@ -289,6 +290,11 @@ class TrainConfig(StageConfig):
         1 << 20, ge=1, description="Validation tokens of each validation during training, the same each time."
     )
     save_interval: int = Field(500, ge=0, description="Steps between two checkpoints; 0: only at the end.")
+    background_save: bool = Field(
+        True,
+        description="Write the checkpoints between while the training goes on, from a copy of the state in the CPU's memory; "
+        "--no-background_save spares that memory, 12 bytes a parameter with AdamW, and lets the training wait.",
+    )
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints to keep.")
 
     @model_validator(mode="after")

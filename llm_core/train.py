@@ -25,6 +25,7 @@ from llm_core.distributed import Ranks, StopRequest, join_ranks, run_rank
 from llm_core.errors import Preempted, TextmillError
 from llm_core.explain import explain
 from llm_core.files import read_json, write_json
+from llm_core.loop import TrainingLoop
 from llm_core.parent import Parent, find_parent, recorded_parent
 from llm_core.resume import find_resume_state, make_room
 from llm_core.runlog import Listener, RunLog, now
@@ -69,7 +70,7 @@ def train(
         ranks.require_same(config.model_dump(exclude={"threads_per_process"}) | {"dataset_id": manifest.dataset_id})
         found = ranks.from_main(lambda: find_resume_state(run_dir, checkpoint, resume))
         parent = ranks.from_main(lambda: _parent(config.init_from, found))
-        trainer = Trainer(config, TrainingData.open(data_dir, manifest, config, parent), run_dir, ranks, log, stop)
+        trainer = Trainer(config, TrainingData.open(data_dir, manifest, config, parent), ranks, stop)
         if found is not None:
             trainer.restore(*found)
         elif parent is not None and (path := parent.path) is not None:
@@ -77,8 +78,8 @@ def train(
         set_aside = ranks.from_main(lambda: make_room(run_dir, trainer.run_id, trainer.step))
         if log is not None:
             usage = trainer.data.write_usage(run_dir, data_dir, config)
-            _announce(log, trainer, usage, found[0] if found is not None else None, set_aside)
-        finished = trainer.run()
+            _announce(log, trainer, usage, found, set_aside)
+        finished = TrainingLoop(trainer, run_dir, log).run()
         if log is not None:
             seconds = trainer.phases.seconds
             log.update({"status": "finished" if finished else "preempted", "finished_at": now(), "seconds_by_phase": seconds})
@@ -114,7 +115,13 @@ def _run_log(run_dir: Path, ranks: Ranks, listener: Listener | None) -> Iterator
         log.close()
 
 
-def _announce(log: RunLog, trainer: Trainer, usage: dict[str, str | None], resumed: Path | None, set_aside: list[Path]) -> None:
+def _announce(
+    log: RunLog,
+    trainer: Trainer,
+    usage: dict[str, str | None],
+    resumed: tuple[Path, TrainingState] | None,
+    set_aside: list[Path],
+) -> None:
     """Writes what this run is, to its files and to the console."""
     config, model, ranks, data = trainer.config, trainer.model, trainer.ranks, trainer.data
     mixture = data.mixture(config)
@@ -170,7 +177,10 @@ def _announce(log: RunLog, trainer: Trainer, usage: dict[str, str | None], resum
         for part in mixture:
             log.say(f"{part['share']:7.1%} {part['part']}: {part['windows']:,} windows, {part['epochs']:.2f} epochs")
     if resumed is not None:
-        log.say(f"resumed from {resumed} at step {trainer.step}")
+        path, state = resumed
+        log.say(f"resumed from {path} at step {trainer.step}")
+        if state["precision"] != trainer.precision:
+            log.say(f"{path}: saved in {state['precision']}, goes on in {trainer.precision}: the losses will not be the same")
     for path in set_aside:
         log.say(f"set aside, being of a later step: {path}")
 

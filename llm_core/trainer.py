@@ -1,4 +1,4 @@
-"""The training loop: one optimizer step as a pure sequence, and around it validation, checkpoints, metrics and the way out."""
+"""The trainer: one optimizer step as a pure sequence, and everything that has to be kept between two steps."""
 
 import math
 from dataclasses import dataclass
@@ -11,21 +11,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llm_core.attention import choose_backend
-from llm_core.checkpoint import Facts, TrainingState, require_same, save_checkpoint
-from llm_core.checkpoint_files import prune_checkpoints
+from llm_core.checkpoint import Facts, TrainingState, require_same
 from llm_core.config import ModelConfig, TrainConfig
 from llm_core.distributed import Ranks, StopRequest
 from llm_core.errors import DataError, UserError
-from llm_core.evaluate import HeldOut, evaluate
 from llm_core.model import Transformer
 from llm_core.optimizer import build_optimizers
 from llm_core.order import Indices, rank_micro_batches
 from llm_core.precision import DTYPES, autocast, resolve_precision
-from llm_core.profiling import step_profiler
-from llm_core.runlog import RunLog
-from llm_core.schedule import decay_start, learning_rate
+from llm_core.schedule import learning_rate
 from llm_core.sharding import gradient_sync, load_model_state, load_optimizer_state, spread, whole
-from llm_core.throughput import PhaseClock, Throughput, duration, measure_peak_flops
+from llm_core.throughput import PhaseClock
 from llm_core.training_data import TrainingData
 
 
@@ -38,20 +34,18 @@ class StepResult:
     learning_rate: float
     skipped: bool  # gradients were not finite, nothing was updated
     stop: bool  # some rank was asked to stop
+    failed: bool  # the main rank could not write the last checkpoint
 
 
 class Trainer:
-    """Trains one model on one dataset and leaves a run directory that can always be resumed.
+    """One model with its optimizer on one dataset, as one of the ranks. It writes nothing; `loop.TrainingLoop` does.
 
-    Every rank makes the same decisions from the same numbers; only the main rank has a `log` and writes.
-    `config` is resolved (`TrainConfig.resolved`).
+    Every rank makes the same decisions from the same numbers. `config` is resolved (`TrainConfig.resolved`).
     """
 
-    def __init__(
-        self, config: TrainConfig, data: TrainingData, run_dir: Path, ranks: Ranks, log: RunLog | None, stop: StopRequest
-    ) -> None:
-        self.config, self.data, self.ranks, self.log, self.stop = config, data, ranks, log, stop
-        self.run_dir = run_dir
+    def __init__(self, config: TrainConfig, data: TrainingData, ranks: Ranks, stop: StopRequest) -> None:
+        self.config, self.data, self.ranks, self.stop = config, data, ranks, stop
+        self.failed = False  # what this rank does beside the steps has gone wrong: every rank is to know
         self.run_id = data.run_id(config)
         self.micro_batch_size = micro_batch_size(config, ranks.world_size)
         self.precision = resolve_precision(config, ranks.device)
@@ -70,7 +64,6 @@ class Trainer:
         self.tokens_seen = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
-        self.last_validation: tuple[int, HeldOut] | None = None
 
     # One step.
 
@@ -93,8 +86,9 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf, foreach=True)
 
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        totals = ranks.sum(torch.stack((nll, torch.tensor(float(self.stop.requested), device=ranks.device))))
-        loss, stops, grad_norm = totals[0].item() / targets, totals[1].item(), norm.item()
+        flags = torch.tensor([self.stop.requested, self.failed], dtype=nll.dtype, device=ranks.device)
+        nll_sum, stops, failures = ranks.sum(torch.cat((nll[None], flags))).tolist()
+        loss, grad_norm = nll_sum / targets, norm.item()
         skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
         self.phases.lap("clip")
         if not skipped:
@@ -115,7 +109,7 @@ class Trainer:
                 f"{self.skipped_in_a_row} steps in a row were not finite. The last one read the windows {windows.tolist()}; "
                 "look at their text, or start a new run with a lower --learning_rate"
             )
-        return StepResult(loss, grad_norm, rate, skipped, stop=stops > 0)
+        return StepResult(loss, grad_norm, rate, skipped, stop=stops > 0, failed=failures > 0)
 
     def _accumulate_gradients(self, windows: Indices, targets: int) -> Tensor:
         """Adds up the gradients of this rank's micro-batches and returns their summed NLL, fp32."""
@@ -140,106 +134,7 @@ class Trainer:
         inputs, targets = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
         return inputs, targets
 
-    # The loop.
-
-    def run(self) -> bool:
-        """Trains to max_steps. Returns False when it was asked to stop before that; the state is then saved."""
-        config = self.config
-        clock = Throughput(
-            warmup_steps=2 if config.compile_model else 1,
-            flops_per_token=self.model.flops_per_token(),
-            peak_flops=measure_peak_flops(self.ranks.device, DTYPES[self.precision]) * self.ranks.world_size,
-        )
-        self.phases = PhaseClock()  # what came before was preparation
-        # Validation goes through the same model: its parts are counted as its own.
-        self.model.on_phase = lambda phase: self.phases.lap(phase if self.model.training else "validation")
-        with step_profiler(config.profile, self.run_dir, self.ranks.rank) as profiled_step:
-            while self.step < config.max_steps:
-                tokens_before = self.tokens_seen
-                result = self.train_step()
-                clock.step_done(self.tokens_seen - tokens_before)
-                profiled_step()
-                self._report(result, clock)
-                self.phases.lap("log")
-                finished = self.step == config.max_steps
-                if finished or _is_due(self.step, config.eval_interval):
-                    self.validate()
-                    self.phases.lap("validation")
-                    clock.resume()
-                decays = config.lr_schedule == "wsd" and self.step == decay_start(config)
-                if finished or result.stop or decays or _is_due(self.step, config.save_interval):
-                    self.save()
-                    self.phases.lap("save")
-                    clock.resume()
-                if result.stop:
-                    return finished
-        return True
-
-    def validate(self) -> HeldOut:
-        """Held-out loss on the first eval_tokens of the validation split; the same tokens each time."""
-        held_out = evaluate(
-            self.model,
-            self.data.val,
-            self.data.token_bytes,
-            max_tokens=self.config.eval_tokens,
-            batch_size=self.micro_batch_size,
-            ranks=self.ranks,
-            precision=self.precision,
-        )
-        self.last_validation = (self.step, held_out)
-        if self.log is not None:
-            numbers = {"val_loss": held_out.loss, "val_bits_per_byte": held_out.bits_per_byte}
-            self.log.record({"kind": "eval", "step": self.step, "tokens": self.tokens_seen} | numbers)
-            self.log.say(
-                f"step {self.step}/{self.config.max_steps} | validation loss {held_out.loss:.4f} | "
-                f"{held_out.bits_per_byte:.4f} bits per byte"
-            )
-        return held_out
-
-    def _report(self, result: StepResult, clock: Throughput) -> None:
-        if self.log is None:
-            return
-        record = {
-            "kind": "train",
-            "step": self.step,
-            "tokens": self.tokens_seen,
-            "loss": result.loss,
-            "learning_rate": result.learning_rate,
-            "grad_norm": result.grad_norm,
-            "tokens_per_second": clock.tokens_per_second,
-            "mfu": clock.mfu,
-            "skipped": result.skipped,
-        }
-        self.log.record(record)
-        text = f"loss {result.loss:.4f} | lr {result.learning_rate:.2e} | grad norm {result.grad_norm:.2f}"
-        if clock.tokens_per_second:
-            left = duration((self.config.max_steps - self.step) * clock.seconds_per_step)
-            text += f" | {clock.tokens_per_second:,.0f} tokens/s | MFU {clock.mfu:.0%} | {left} left"
-        if result.skipped:
-            text += " | SKIPPED: not finite"
-        due = result.skipped or self.step in (1, self.config.max_steps) or _is_due(self.step, self.config.log_interval)
-        self.log.progress(self.step, self.config.max_steps, text, due)
-
     # State.
-
-    def save(self) -> None:
-        """Writes a checkpoint on the main rank; every rank returns after it is on disk, or fails with it."""
-        error: Exception | None = None
-        state = self.state()
-        if self.log is not None:
-            try:
-                validated = self.last_validation
-                val_loss = validated[1].loss if validated is not None and validated[0] == self.step else None
-                record = save_checkpoint(self.run_dir, state, val_loss)
-                self.log.record_checkpoint(record)
-                before_decay = decay_start(self.config) if self.config.lr_schedule == "wsd" else None
-                prune_checkpoints(self.run_dir, self.config.keep_checkpoints, before_decay)
-                counts = {"steps_done": self.step, "tokens_seen": self.tokens_seen, "skipped_steps": self.skipped_steps}
-                self.log.update(counts | {"seconds_by_phase": self.phases.seconds})
-                self.log.say(f"step {self.step}/{self.config.max_steps} | saved {record.path} ({record.bytes / 1e6:.1f} MB)")
-            except Exception as failure:
-                error = failure
-        self.ranks.main_first_error(error)
 
     def state(self) -> TrainingState:
         """Everything that `restore` needs, the same however the ranks share the model; all ranks call this together.
@@ -289,16 +184,10 @@ class Trainer:
         load_model_state(self.model, state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             load_optimizer_state(optimizer, saved)
-        if state["precision"] != self.precision and self.log is not None:
-            self.log.say(f"{path}: saved in {state['precision']}, goes on in {self.precision}: the losses will not be the same")
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
-
-
-def _is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
 
 
 def _compared(state: Facts) -> dict[str, Any]:

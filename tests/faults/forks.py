@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llm_core import trainer
+from llm_core import loop
 from llm_core.config import TrainConfig
 from llm_core.errors import TextmillError
 from llm_core.runlog import read_metrics
@@ -36,7 +36,7 @@ OPTIONS: dict[str, Any] = SMALL | {
 def prepare() -> None:
     """What a parent does once: no threads that a fork would lose, and no measuring of the machine in each child."""
     torch.set_num_threads(1)
-    trainer.measure_peak_flops = lambda *_: 1e9
+    loop.measure_peak_flops = lambda *_: 1e9
 
 
 @dataclass(frozen=True)

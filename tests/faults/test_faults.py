@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_core import trainer
+from llm_core import loop, trainer
 from tests.faults import damage, disk, forks, kills
 from tests.faults.report import Tally
 
@@ -16,7 +16,7 @@ SEED = int(os.environ.get("TEXTMILL_FAULT_SEED", "20260101"))
 
 @pytest.fixture(autouse=True)
 def forking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "measure_peak_flops", trainer.measure_peak_flops)  # `prepare` replaces it
+    monkeypatch.setattr(loop, "measure_peak_flops", loop.measure_peak_flops)  # `prepare` replaces it
     forks.prepare()
 
 

@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from llm_core import background
 from llm_core import trainer as trainer_module
 from llm_core.checkpoint_files import checkpoint_path, manifest_path
 from llm_core.config import TrainConfig
 from llm_core.distributed import Ranks, StopRequest, join_ranks, run_rank
+from llm_core.loop import TrainingLoop
 from llm_core.runlog import RunLog
 from llm_core.shards import load_manifest
 from llm_core.trainer import Trainer
@@ -24,7 +26,7 @@ from llm_core.training_data import TrainingData
 from tests.llm_core.training import SMALL
 
 
-def look_at_steps(trainer: Trainer) -> dict[str, Any]:
+def look_at_steps(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
     """Two steps of four micro-batches: what is sent, with which seeds, and how DDP was set up."""
     module = trainer.module
     sent: list[int] = []
@@ -52,21 +54,25 @@ def look_at_steps(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def look_at_a_save(trainer: Trainer) -> dict[str, Any]:
-    """A slow save: whether the file is there when `save` returns."""
-    original = trainer_module.save_checkpoint
+def look_at_a_save(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
+    """A slow save: whether the file is there when `save` returns that was to wait for it, or for the one before."""
+    original = background.save_checkpoint
 
     def slow(*arguments: Any) -> Any:
         time.sleep(1)
         return original(*arguments)
 
-    trainer_module.save_checkpoint = slow
-    trainer.train_step()
-    trainer.save()
-    return {"on_disk": manifest_path(checkpoint_path(trainer.run_dir, 1)).exists()}
+    background.save_checkpoint = slow
+    loop = TrainingLoop(trainer, run_dir, RunLog(run_dir) if trainer.ranks.is_main else None)
+    on_disk = []
+    for wait in (True, False, False):
+        trainer.train_step()
+        loop.save(wait)
+        on_disk.append([manifest_path(checkpoint_path(run_dir, step)).exists() for step in range(1, trainer.step + 1)])
+    return {"on_disk": on_disk}
 
 
-def fail_on_rank_1(trainer: Trainer) -> dict[str, Any]:
+def fail_on_rank_1(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
     trainer.train_step()
     if trainer.ranks.rank == 1:
         raise ArithmeticError("something that only rank 1 knows of")
@@ -74,7 +80,7 @@ def fail_on_rank_1(trainer: Trainer) -> dict[str, Any]:
     return {}
 
 
-def lose_a_share(trainer: Trainer) -> dict[str, Any]:
+def lose_a_share(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
     """A gradient that overflows on rank 1 alone: what each rank makes of it."""
     trainer.train_step()
     if trainer.ranks.rank == 1:
@@ -88,10 +94,10 @@ def lose_a_share(trainer: Trainer) -> dict[str, Any]:
     return {"skipped": result.skipped, "lowered": trainer.scaler.get_scale() < before, "scale": trainer.scaler.get_scale()}
 
 
-def notice_a_shutdown(trainer: Trainer) -> dict[str, Any]:
+def notice_a_shutdown(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
     """Whether Python shuts down at the end of a rank is told by a file that only its shutdown writes."""
     trainer.train_step()
-    atexit.register((trainer.run_dir / f"shutdown{trainer.ranks.rank}").touch)
+    atexit.register((run_dir / f"shutdown{trainer.ranks.rank}").touch)
     return {}
 
 
@@ -102,9 +108,8 @@ def main() -> None:
     config = TrainConfig(**(SMALL | {"threads_per_process": 1, "device": "cpu"} | options)).resolved(64, 0)
     with join_ranks(config, run_dir) as ranks, StopRequest() as stop:
         assert isinstance(ranks, Ranks)
-        log = RunLog(run_dir) if ranks.is_main else None
-        trainer = Trainer(config, TrainingData.open(data_dir, manifest, config, None), run_dir, ranks, log, stop)
-        seen = globals()[scenario](trainer)
+        trainer = Trainer(config, TrainingData.open(data_dir, manifest, config, None), ranks, stop)
+        seen = globals()[scenario](trainer, run_dir)
         (run_dir / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 

@@ -19,21 +19,21 @@ from tests.llm_core.training import make_trainer
 
 
 @pytest.fixture
-def trainer(processed_dir: Path, tmp_path: Path) -> Trainer:
-    trainer = make_trainer(processed_dir, tmp_path)
+def trainer(processed_dir: Path) -> Trainer:
+    trainer = make_trainer(processed_dir)
     trainer.train_step()
     return trainer
 
 
-def save(trainer: Trainer, step: int, val_loss: float | None = None) -> Path:
+def save(trainer: Trainer, run_dir: Path, step: int, val_loss: float | None = None) -> Path:
     trainer.step = step
-    return save_checkpoint(trainer.run_dir, trainer.state(), val_loss).path
+    return save_checkpoint(run_dir, trainer.state(), val_loss).path
 
 
-def test_the_same_state_is_the_same_bytes_and_loads_as_it_was(trainer: Trainer) -> None:
-    path = save(trainer, 1)
+def test_the_same_state_is_the_same_bytes_and_loads_as_it_was(trainer: Trainer, tmp_path: Path) -> None:
+    path = save(trainer, tmp_path, 1)
     digest = sha256_file(path)
-    assert sha256_file(save(trainer, 1)) == digest
+    assert sha256_file(save(trainer, tmp_path, 1)) == digest
     state = load_checkpoint(path)
     for name, weight in trainer.model.state_dict().items():
         assert torch.equal(state["model"][name], weight)
@@ -41,8 +41,8 @@ def test_the_same_state_is_the_same_bytes_and_loads_as_it_was(trainer: Trainer) 
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
-def test_damage_is_detected_and_the_checkpoint_before_is_taken(damage: str, trainer: Trainer) -> None:
-    older, newer = save(trainer, 1), save(trainer, 2)
+def test_damage_is_detected_and_the_checkpoint_before_is_taken(damage: str, trainer: Trainer, tmp_path: Path) -> None:
+    older, newer = save(trainer, tmp_path, 1), save(trainer, tmp_path, 2)
     if damage == "flip":
         content = bytearray(newer.read_bytes())
         content[len(content) // 2] ^= 1
@@ -55,30 +55,30 @@ def test_damage_is_detected_and_the_checkpoint_before_is_taken(damage: str, trai
         manifest_path(newer).write_text('{"format_version": 1')
     with pytest.raises(DataError, match=newer.name):
         load_checkpoint(newer)
-    record, damaged = newest_valid(trainer.run_dir)
+    record, damaged = newest_valid(tmp_path)
     assert record is not None
     assert record.path == older
     assert len(damaged) == 1
     assert newer.name in damaged[0]
 
 
-def test_a_checkpoint_without_a_manifest_does_not_exist(trainer: Trainer) -> None:
-    path = save(trainer, 1)
+def test_a_checkpoint_without_a_manifest_does_not_exist(trainer: Trainer, tmp_path: Path) -> None:
+    path = save(trainer, tmp_path, 1)
     manifest_path(path).unlink()
-    assert newest_valid(trainer.run_dir) == (None, [])
+    assert newest_valid(tmp_path) == (None, [])
     with pytest.raises(DataError, match="no such file"):
         load_checkpoint(path)
 
 
-def test_resume_refuses_when_every_checkpoint_is_damaged(trainer: Trainer) -> None:
-    os.truncate(save(trainer, 1), 10)
+def test_resume_refuses_when_every_checkpoint_is_damaged(trainer: Trainer, tmp_path: Path) -> None:
+    os.truncate(save(trainer, tmp_path, 1), 10)
     with pytest.raises(DataError, match=r"no checkpoint in .* is whole"):
-        find_resume_state(trainer.run_dir, None, "auto")
+        find_resume_state(tmp_path, None, "auto")
 
 
-def test_a_failed_write_keeps_the_checkpoint_before(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_checkpoint_before(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The n-th fsync or rename fails, for every n until the save succeeds."""
-    older = save(trainer, 1)
+    older = save(trainer, tmp_path, 1)
     attempt, failures = 0, 0
     while True:
         attempt += 1
@@ -97,39 +97,39 @@ def test_a_failed_write_keeps_the_checkpoint_before(trainer: Trainer, monkeypatc
             patch.setattr(os, "fsync", failing(os.fsync))
             patch.setattr(os, "replace", failing(os.replace))
             try:
-                newer = save(trainer, 2)
+                newer = save(trainer, tmp_path, 2)
             except (OSError, DataError):
                 failures += 1
-                record, _ = newest_valid(trainer.run_dir)
+                record, _ = newest_valid(tmp_path)
                 assert record is not None
                 assert record.path == older or load_checkpoint(record.path)["step"] == 2
-                assert not list(trainer.run_dir.glob("*.tmp"))
+                assert not list(tmp_path.glob("*.tmp"))
                 continue
         break
     assert failures >= 6, "data, manifest and pointer: an fsync, a rename and a folder's fsync each"
-    assert newest_valid(trainer.run_dir)[0].path == newer  # type: ignore[union-attr]
+    assert newest_valid(tmp_path)[0].path == newer  # type: ignore[union-attr]
 
 
 def test_a_full_disk_is_noticed_before_the_write_and_says_what_is_missing(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older = save(trainer, 1)
+    older = save(trainer, tmp_path, 1)
     monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(DataError, match=r"disk full, a checkpoint needs [\d,]+ bytes and [\d,]+ are missing"):
-        save(trainer, 2)
-    assert newest_valid(trainer.run_dir)[0].path == older  # type: ignore[union-attr]
+        save(trainer, tmp_path, 2)
+    assert newest_valid(tmp_path)[0].path == older  # type: ignore[union-attr]
 
 
-def test_retention_keeps_the_newest_and_the_best(trainer: Trainer) -> None:
+def test_retention_keeps_the_newest_and_the_best(trainer: Trainer, tmp_path: Path) -> None:
     for step, val_loss in enumerate([3.0, 1.0, 2.0, None, 2.5], start=1):
-        save(trainer, step, val_loss)
-    deleted = prune_checkpoints(trainer.run_dir, keep=2)
+        save(trainer, tmp_path, step, val_loss)
+    deleted = prune_checkpoints(tmp_path, keep=2)
     assert {path.name for path in deleted} == {"checkpoint_step_1.pt", "checkpoint_step_3.pt"}
-    assert [path.name.split("_")[2] for path in checkpoint_manifests(trainer.run_dir)] == ["5.pt.json", "4.pt.json", "2.pt.json"]
+    assert [path.name.split("_")[2] for path in checkpoint_manifests(tmp_path)] == ["5.pt.json", "4.pt.json", "2.pt.json"]
 
 
-def test_a_malicious_pickle_is_refused_and_nothing_runs(trainer: Trainer) -> None:
-    path = save(trainer, 1)
+def test_a_malicious_pickle_is_refused_and_nothing_runs(trainer: Trainer, tmp_path: Path) -> None:
+    path = save(trainer, tmp_path, 1)
 
     class Attack:
         def __reduce__(self):

@@ -121,9 +121,7 @@ def test_negative_weights_are_refused(processed_dir: Path, tmp_path: Path) -> No
 
 def test_the_documents_of_a_mixture_are_read_at_the_steps_that_are_recorded(processed_dir: Path, tmp_path: Path) -> None:
     """Replays a tiny run window by window, and compares which documents' tokens are targets with what the run wrote."""
-    trainer = make_trainer(
-        processed_dir, tmp_path, source_weights={".": 1, "more": 1}, max_source_epochs=50, max_steps=8, batch_size=4
-    )
+    trainer = make_trainer(processed_dir, source_weights={".": 1, "more": 1}, max_source_epochs=50, max_steps=8, batch_size=4)
     data, config = trainer.data, trainer.config
     first: dict[str, int] = {}
     places = [
@@ -147,11 +145,9 @@ def test_the_documents_of_a_mixture_are_read_at_the_steps_that_are_recorded(proc
 def test_a_continued_run_starts_from_the_weights_with_a_new_warm_up(processed_dir: Path, tmp_path: Path) -> None:
     run_train(processed_dir, tmp_path / "parent", max_steps=4)
     parent = load_checkpoint(tmp_path / "parent/checkpoint_step_4.pt")
-    trainer = make_trainer(processed_dir, tmp_path / "child", init_from=str(tmp_path / "parent"), warmup_steps=5)
+    trainer = make_trainer(processed_dir, init_from=str(tmp_path / "parent"), warmup_steps=5)
     assert trainer.data.parent_checkpoint_id is not None
-    assert trainer.run_id != make_trainer(processed_dir, tmp_path / "child", warmup_steps=5).run_id, (
-        "the parent is part of the id"
-    )
+    assert trainer.run_id != make_trainer(processed_dir, warmup_steps=5).run_id, "the parent is part of the id"
     trainer.start_from(tmp_path, parent)
     before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
     assert all(before[name].equal(weight) for name, weight in parent["model"].items())
@@ -224,7 +220,7 @@ def test_a_wsd_run_keeps_the_checkpoint_before_its_decay_and_is_continued_from_t
     run_train(processed_dir, tmp_path / "parent", **options)
     kept = sorted(path.name for path in (tmp_path / "parent").glob("*.pt"))
     assert kept == ["checkpoint_step_18.pt", "checkpoint_step_20.pt", "checkpoint_step_9.pt"]
-    child = make_trainer(processed_dir, tmp_path / "child", init_from=str(tmp_path / "parent"))
+    child = make_trainer(processed_dir, init_from=str(tmp_path / "parent"))
     assert child.data.parent is not None and child.data.parent.step == 9
 
 
@@ -236,8 +232,8 @@ def test_moving_a_file_to_another_source_is_another_run_of_the_same_dataset(corp
         snapshot = take_snapshot(raw, processed, CorpusConfig(max_document_bytes=2048))
         artifact = prepare_tokenizer(snapshot, raw, processed, TokenizerConfig(vocab_size=512))
         dataset = build_dataset(snapshot, artifact, raw, processed, ShardConfig(max_length=64, num_workers=1))
-        weighted = make_trainer(processed, tmp_path, source_weights={"*": 1}, max_source_epochs=50)
-        ids.append((dataset.dataset_id, make_trainer(processed, tmp_path).run_id, weighted.run_id))
+        weighted = make_trainer(processed, source_weights={"*": 1}, max_source_epochs=50)
+        ids.append((dataset.dataset_id, make_trainer(processed).run_id, weighted.run_id))
         assert parts_by_source(snapshot.kept_documents()).names == SOURCES
         (file := min(raw.glob("*.txt"))).rename(raw / "more" / file.name)
     assert ids[0][:2] == ids[1][:2]

@@ -38,8 +38,11 @@ def test_rule_2_16_and_26_of_a_step_on_two_ranks(processed_dir: Path, tmp_path: 
     assert ranks[0]["windows"] == ranks[1]["windows"], "both take their share of one global batch"
 
 
-def test_rule_27_no_rank_goes_on_before_the_checkpoint_is_on_disk(processed_dir: Path, tmp_path: Path) -> None:
-    assert seen_by_each("look_at_a_save", processed_dir, tmp_path) == [{"on_disk": True}] * 2
+def test_rule_27_ranks_that_wait_for_a_checkpoint_go_on_when_it_is_on_disk_and_others_wait_for_the_one_before(
+    processed_dir: Path, tmp_path: Path
+) -> None:
+    on_disk = [[True], [True, False], [True, True, False]]
+    assert seen_by_each("look_at_a_save", processed_dir, tmp_path) == [{"on_disk": on_disk}] * 2
 
 
 def test_rule_27_an_error_on_another_rank_than_the_main_one_ends_the_job_with_its_traceback(

@@ -78,20 +78,20 @@ def test_a_continued_run_resumes_after_its_parent_is_gone(processed_dir: Path, t
 
 @pytest.mark.filterwarnings("ignore:--precision")
 def test_rule_17_the_loss_scale_is_restored(processed_dir: Path, tmp_path: Path) -> None:
-    saved = make_trainer(processed_dir, tmp_path, precision="fp16", batch_size=4)
+    saved = make_trainer(processed_dir, precision="fp16", batch_size=4)
     saved.train_step()
     saved.scaler.update(1024.0)
-    resumed = make_trainer(processed_dir, tmp_path, precision="fp16", batch_size=4)
+    resumed = make_trainer(processed_dir, precision="fp16", batch_size=4)
     resumed.restore(tmp_path, saved.state())
     assert resumed.scaler.state_dict() == saved.scaler.state_dict()
     assert resumed.scaler.get_scale() == 1024.0
 
 
 def test_rule_18_the_rate_after_a_resume_is_that_of_the_step(processed_dir: Path, tmp_path: Path) -> None:
-    saved = make_trainer(processed_dir, tmp_path)
+    saved = make_trainer(processed_dir)
     for _ in range(4):
         saved.train_step()
-    resumed = make_trainer(processed_dir, tmp_path)
+    resumed = make_trainer(processed_dir)
     resumed.restore(tmp_path, saved.state())
     expected = saved.train_step()
     assert resumed.train_step() == expected

@@ -14,6 +14,7 @@ from torch import nn
 from llm_core.checkpoint import load_model
 from llm_core.config import TrainConfig
 from llm_core.errors import DataError, UserError
+from llm_core.loop import TrainingLoop
 from llm_core.loss import IGNORE_INDEX
 from llm_core.precision import resolve_precision
 from llm_core.runlog import read_metrics
@@ -24,8 +25,8 @@ from tests.llm_core.training import assert_same_state, gradients, make_trainer, 
 def test_rule_1_accumulated_gradients_are_those_of_the_whole_batch(
     micro_batch_size: int, processed_dir: Path, tmp_path: Path
 ) -> None:
-    whole = make_trainer(processed_dir, tmp_path)
-    parts = make_trainer(processed_dir, tmp_path, micro_batch_size=micro_batch_size)
+    whole = make_trainer(processed_dir)
+    parts = make_trainer(processed_dir, micro_batch_size=micro_batch_size)
     # A batch with the corpus's last window in it, which is mostly padding: means of means would be wrong here.
     last = len(whole.data.train) - 1
     windows = np.array([last, *range(7)])
@@ -73,7 +74,7 @@ def test_rule_2_and_22_two_ranks_add_up_what_one_rank_with_two_micro_batches_doe
 def test_rule_2_gradients_are_synchronised_with_the_last_micro_batch_alone(
     processed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(processed_dir, tmp_path, micro_batch_size=2)
+    trainer = make_trainer(processed_dir, micro_batch_size=2)
     asked: list[bool] = []
     monkeypatch.setattr("llm_core.trainer.gradient_sync", lambda module, last: asked.append(last) or nullcontext())
     trainer.train_step()
@@ -83,7 +84,7 @@ def test_rule_2_gradients_are_synchronised_with_the_last_micro_batch_alone(
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.filterwarnings("ignore:--precision")
 def test_rule_3_every_precision_trains(precision: str, processed_dir: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(processed_dir, tmp_path, precision=precision, batch_size=4)
+    trainer = make_trainer(processed_dir, precision=precision, batch_size=4)
     losses = [trainer.train_step().loss for _ in range(6)]
     assert losses[-1] < losses[0]
     assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters()), "master weights stay fp32"
@@ -92,7 +93,7 @@ def test_rule_3_every_precision_trains(precision: str, processed_dir: Path, tmp_
 
 @pytest.mark.filterwarnings("ignore:--precision")
 def test_rule_3_an_overflow_skips_the_step_and_lowers_the_scale(processed_dir: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(processed_dir, tmp_path, precision="fp16", batch_size=4)
+    trainer = make_trainer(processed_dir, precision="fp16", batch_size=4)
     trainer.train_step()
     before = [weight.clone() for weight in trainer.model.parameters()]
     scale = trainer.scaler.get_scale()
@@ -107,8 +108,8 @@ def test_rule_3_an_overflow_skips_the_step_and_lowers_the_scale(processed_dir: P
 
 
 def test_rule_4_clipping_uses_the_global_norm_and_logs_it_before_clipping(processed_dir: Path, tmp_path: Path) -> None:
-    free = make_trainer(processed_dir, tmp_path, grad_clip=0)
-    clipped = make_trainer(processed_dir, tmp_path, grad_clip=0.01)
+    free = make_trainer(processed_dir, grad_clip=0)
+    clipped = make_trainer(processed_dir, grad_clip=0.01)
     norms = [trainer.train_step().grad_norm for trainer in (free, clipped)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
     total = math.sqrt(sum(float(g.square().sum()) for g in gradients(free).values()))
@@ -120,7 +121,7 @@ def test_rule_4_clipping_uses_the_global_norm_and_logs_it_before_clipping(proces
 def test_rule_4_a_gradient_that_is_not_finite_never_reaches_the_optimizer(
     processed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(processed_dir, tmp_path, max_skipped_steps=3)
+    trainer = make_trainer(processed_dir, max_skipped_steps=3)
     trainer.train_step()
     before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
     poison = [torch.tensor(math.nan)]
@@ -139,7 +140,7 @@ def test_rule_4_a_gradient_that_is_not_finite_never_reaches_the_optimizer(
 
 
 def test_rule_12_one_batch_can_be_learned_by_heart(processed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(processed_dir, tmp_path, batch_size=2, max_steps=200, hidden_size=64, warmup_steps=5, weight_decay=0)
+    trainer = make_trainer(processed_dir, batch_size=2, max_steps=200, hidden_size=64, warmup_steps=5, weight_decay=0)
     monkeypatch.setattr(trainer.data.order, "windows_of_step", lambda *_: np.array([0, 1]))
     losses = [trainer.train_step().loss for _ in range(150)]
     assert losses[0] == pytest.approx(math.log(512), abs=0.15)
@@ -147,7 +148,7 @@ def test_rule_12_one_batch_can_be_learned_by_heart(processed_dir: Path, tmp_path
 
 
 def test_rule_16_weights_come_from_one_seed_and_dropout_from_seed_step_and_rank(processed_dir: Path, tmp_path: Path) -> None:
-    one, same, other = (make_trainer(processed_dir, tmp_path, dropout=0.5, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (make_trainer(processed_dir, dropout=0.5, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.model.head.weight, same.model.head.weight)
     assert not torch.equal(one.model.head.weight, other.model.head.weight)
     torch.manual_seed(99)  # whatever drew numbers before does not matter
@@ -158,7 +159,7 @@ def test_rule_16_weights_come_from_one_seed_and_dropout_from_seed_step_and_rank(
 
 
 def test_rule_18_and_26_the_optimizer_holds_no_rate_of_its_own(processed_dir: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(processed_dir, tmp_path)
+    trainer = make_trainer(processed_dir)
     for _ in range(3):
         result = trainer.train_step()
         assert {group["lr"] for group in trainer.optimizers[0].param_groups} == {result.learning_rate}
@@ -167,10 +168,11 @@ def test_rule_18_and_26_the_optimizer_holds_no_rate_of_its_own(processed_dir: Pa
 
 
 def test_rule_21_validation_leaves_no_trace_and_reads_the_same_tokens(processed_dir: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(processed_dir, tmp_path, dropout=0.2)
+    trainer = make_trainer(processed_dir, dropout=0.2)
     trainer.train_step()
     state, weights = torch.get_rng_state(), [weight.clone() for weight in trainer.model.parameters()]
-    first, second = trainer.validate(), trainer.validate()
+    loop = TrainingLoop(trainer, tmp_path, None)
+    first, second = loop.validate(), loop.validate()
     assert first == second
     assert torch.equal(torch.get_rng_state(), state)
     assert trainer.model.training
@@ -208,7 +210,7 @@ def test_rule_17_a_resume_that_does_not_fit_names_both_values(processed_dir: Pat
 
 
 def test_rule_20_checkpoints_hold_bare_names_and_load_strictly(processed_dir: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(processed_dir, tmp_path, tie_embeddings=True)
+    trainer = make_trainer(processed_dir, tie_embeddings=True)
     names = trainer.state()["model"].keys()
     assert not [name for name in names if name.startswith(("module.", "_orig_mod."))]
     run_train(processed_dir, tmp_path / "run", max_steps=1, tie_embeddings=True)
@@ -239,7 +241,7 @@ def test_rule_27_an_error_on_any_rank_fails_the_whole_job_and_reaches_the_user(p
 
 def test_batches_that_do_not_divide_are_refused_with_the_numbers(processed_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--batch_size 8 is not a multiple of --micro_batch_size 3 x 1 ranks = 3"):
-        make_trainer(processed_dir, tmp_path, micro_batch_size=3)
+        make_trainer(processed_dir, micro_batch_size=3)
 
 
 def test_precision_auto_picks_what_the_device_is_fast_at(monkeypatch: pytest.MonkeyPatch) -> None:

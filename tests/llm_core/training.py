@@ -33,16 +33,14 @@ SMALL: dict[str, Any] = {
 }
 
 
-def make_trainer(data_dir: Path, run_dir: Path, **options: Any) -> Trainer:
-    """A trainer of a small model in this process, on one thread, without a log."""
+def make_trainer(data_dir: Path, **options: Any) -> Trainer:
+    """A trainer of a small model in this process, on one thread."""
     manifest = load_manifest(data_dir)
     assert manifest.max_length is not None and manifest.stride is not None
     config = TrainConfig(**(SMALL | options)).resolved(manifest.max_length, manifest.stride)
     torch.set_num_threads(1)
     parent = find_parent(config.init_from) if config.init_from is not None else None
-    return Trainer(
-        config, TrainingData.open(data_dir, manifest, config, parent), run_dir, Ranks.alone("cpu", 1), None, StopRequest()
-    )
+    return Trainer(config, TrainingData.open(data_dir, manifest, config, parent), Ranks.alone("cpu", 1), StopRequest())
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
