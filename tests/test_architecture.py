@@ -1,6 +1,7 @@
 """The shape of the house: one direction of imports, and an orchestrator that starts fast."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,8 @@ def test_the_orchestrator_never_loads_pytorch() -> None:
     code = "import sys, pipeline.definitions, pipeline.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_rule_has_a_test_that_bears_its_number() -> None:
+    names = re.findall(r"def test_rule_((?:\d+_|and_)+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")))
+    assert {int(number) for name in names for number in re.findall(r"\d+", name)} == set(range(1, 38))

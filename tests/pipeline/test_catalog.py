@@ -433,7 +433,7 @@ while True:
 """
 
 
-def test_a_writer_killed_at_any_moment_leaves_a_whole_state(artifacts: Artifacts) -> None:
+def test_rule_35_a_writer_killed_at_any_moment_leaves_a_whole_state(artifacts: Artifacts) -> None:
     path = artifacts.home / "catalog.duckdb"
     run_dir = artifacts.home / "checkpoints" / "run"
     catalog = Catalog(path, wait_seconds=30)
@@ -482,7 +482,7 @@ else: catalog.record_run(home / "checkpoints" / "run")
 
 
 @pytest.mark.parametrize("victim", ["snapshot", "dataset", "run"])
-def test_a_record_killed_before_any_of_its_statements_leaves_the_state_before(victim: str, artifacts: Artifacts) -> None:
+def test_rule_35_a_record_killed_before_any_of_its_statements_leaves_the_state_before(victim: str, artifacts: Artifacts) -> None:
     path = artifacts.home / "catalog.duckdb"
     catalog = Catalog(path, wait_seconds=30)
     catalog.create()
@@ -570,7 +570,7 @@ print(reads, flush=True)
 """
 
 
-def test_writers_at_once_all_succeed_and_readers_keep_none_out(tmp_path: Path) -> None:
+def test_rule_36_writers_at_once_all_succeed_and_readers_keep_none_out(tmp_path: Path) -> None:
     path, end = tmp_path / "catalog.duckdb", tmp_path / "end"
     Catalog(path).create()
     readers = [python(READER, path, end) for _ in range(4)]
@@ -671,7 +671,7 @@ def test_an_older_duckdb_command_reads_the_file(catalog: Catalog) -> None:
 # Rule 37: the way back and forth.
 
 
-def test_one_query_tells_all_that_a_checkpoint_was_made_from(catalog: Catalog) -> None:
+def test_rule_37_one_query_tells_all_that_a_checkpoint_was_made_from(catalog: Catalog) -> None:
     rows = catalog.lineage(document_id("run2")[:16])
     seen = [NASTY[0], NASTY[2], NASTY[4]]
     assert {row["document_id"] for row in rows} == {document_id(text) for text in seen}, "not what step 2 reads after it"
@@ -683,7 +683,7 @@ def test_one_query_tells_all_that_a_checkpoint_was_made_from(catalog: Catalog) -
     assert {row["document_id"] for row in last} == {document_id(text) for text in NASTY[:-1]}, "held-out text was never seen"
 
 
-def test_one_query_tells_which_checkpoints_saw_a_text(catalog: Catalog) -> None:
+def test_rule_37_one_query_tells_which_checkpoints_saw_a_text(catalog: Catalog) -> None:
     steps = {text: [row["step"] for row in catalog.usage(document_id(text))] for text in NASTY}
     assert steps == {text: [2, 4] if row % 2 == 0 else [4] for row, text in enumerate(NASTY[:-1])} | {NASTY[-1]: []}
     assert [row["step"] for row in catalog.usage("copy.txt")] == [2, 4], "a copy stands for the text it repeats"
