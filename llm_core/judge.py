@@ -33,17 +33,18 @@ class JudgeOptions(EvaluateConfig):
 
     checkpoint: str = Field(description="A checkpoint_step_<N>.pt file; the result is written beside it.")
     data_dir: str = Field("processed_data", description="Folder written by the data preparation.")
+    dataset_id: str | None = Field(None, description="Judge on this version of the dataset, of manifests/; default: the current.")
 
 
-def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig) -> Evaluation:
-    """Evaluates one checkpoint on the current dataset and writes the result beside it, at `evaluation_path`.
+def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig, dataset_id: str | None = None) -> Evaluation:
+    """Evaluates one checkpoint on a dataset, the current one by default, and writes the result beside it, at `evaluation_path`.
 
     Raises:
         DataError: the checkpoint or a shard is damaged.
         UserError: the checkpoint was trained with another tokenizer than the dataset has.
     """
     record = CheckpointRecord.read(manifest_path(path))
-    manifest = load_manifest(data_dir)
+    manifest = load_manifest(data_dir, dataset_id)
     model, state = load_model(path)
     if state["tokenizer_id"] != manifest.tokenizer.tokenizer_id:
         raise UserError(
@@ -112,7 +113,8 @@ def _figures(held_out: HeldOut) -> dict[str, float]:
 
 def main() -> None:
     options = parse_options(JudgeOptions, PROG)
-    result = evaluate_checkpoint(Path(options.checkpoint), Path(options.data_dir), options.part(EvaluateConfig))
+    config = options.part(EvaluateConfig)
+    result = evaluate_checkpoint(Path(options.checkpoint), Path(options.data_dir), config, options.dataset_id)
     for entry in result["metrics"]:
         if entry["source"] == "all":
             print(f"{entry['metric']:<22} {entry['value']:,.4f}")

@@ -84,12 +84,14 @@ class DatasetManifest(BaseModel):
     stride: int
 
 
-def load_manifest(processed_dir: Path, dataset_id: str | None = None) -> DatasetManifest:
-    """The current dataset, or an earlier version of it (with the current window length and stride).
+def load_manifest(processed_dir: Path, dataset_id: str | None = None, snapshot_id: str | None = None) -> DatasetManifest:
+    """The current dataset, or another version by its id (with the current window length and stride).
+
+    snapshot_id: where the documents of that version lie, if not where they lay when it was first made.
 
     Raises:
-        UserError: there is no prepared data in `processed_dir`.
-        DataError: the manifest is missing, damaged or of another format version.
+        UserError: there is no prepared data in `processed_dir`, or no such version.
+        DataError: the manifest is damaged or of another format version.
     """
     path = processed_dir / "metadata.json"
     if not path.is_file():
@@ -101,7 +103,9 @@ def load_manifest(processed_dir: Path, dataset_id: str | None = None) -> Dataset
     if dataset_id is not None:
         windows = {name: content.get(name) for name in ("max_length", "stride")}
         path = processed_dir / "manifests" / f"{dataset_id}.json"
-        content = read_json(path) | windows
+        if not path.is_file():
+            raise UserError(f"--dataset_id {dataset_id}: no such dataset in {path.parent}; leave it out to take the current one")
+        content = read_json(path) | windows | ({"snapshot_id": snapshot_id} if snapshot_id is not None else {})
     if content.get("format_version") != FORMAT_VERSION:
         raise DataError(f"{path}: format version {content.get('format_version')}, this program reads {FORMAT_VERSION}")
     try:

@@ -109,13 +109,14 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Pa
     return TokenizerArtifact(tokenizer, report, report["sha256"], reused=False)
 
 
-def current_tokenizer(processed_dir: Path) -> TokenizerArtifact:
-    """The tokenizer in use.
+def load_tokenizer(processed_dir: Path, tokenizer_id: str | None = None) -> TokenizerArtifact:
+    """The current tokenizer, or another one by its id.
 
     Raises:
         DataError: there is none yet, or it is damaged.
     """
-    tokenizer = Tokenizer.load(processed_dir / "tokenizer.json")
+    path = processed_dir / "tokenizer.json" if tokenizer_id is None else processed_dir / "tokenizers" / f"{tokenizer_id}.json"
+    tokenizer = Tokenizer.load(path)
     report = read_json(processed_dir / "tokenizers" / f"{tokenizer.tokenizer_id}.report.json")
     return TokenizerArtifact(tokenizer, report, report["sha256"], reused=True)
 

@@ -41,6 +41,10 @@ class TrainOptions(TrainConfig):
     """Train a decoder language model on prepared data."""
 
     data_dir: str = Field("processed_data", description="Folder written by the data preparation.")
+    dataset_id: str | None = Field(None, description="Train on this version of the dataset, of manifests/; default: the current.")
+    snapshot_id: str | None = Field(
+        None, description="With dataset_id: the snapshot that tells the source of its documents; default: the one it was made of."
+    )
     save_dir: str = Field("checkpoints", description="Folder for checkpoints, metrics and the run's state.")
     checkpoint: str | None = Field(None, description="Resume from this checkpoint_step_<N>.pt.")
     resume: Literal["never", "auto"] = Field(
@@ -54,6 +58,8 @@ def train(
     data_dir: Path,
     run_dir: Path,
     *,
+    dataset_id: str | None = None,
+    snapshot_id: str | None = None,
     checkpoint: str | None = None,
     resume: Literal["never", "auto"] = "never",
     listener: Listener | None = None,
@@ -64,7 +70,7 @@ def train(
         Preempted: the run was asked to stop; its state is saved and `resume="auto"` goes on.
         TextmillError: options, data or checkpoints do not fit; the message says what to do.
     """
-    manifest = load_manifest(data_dir)
+    manifest = load_manifest(data_dir, dataset_id, snapshot_id)
     config = config.resolved(manifest.max_length, manifest.stride)
     with join_ranks(config, run_dir) as ranks, StopRequest() as stop, _run_log(run_dir, ranks, listener) as log:
         ranks.require_same(config.model_dump(exclude={"threads_per_process"}) | {"dataset_id": manifest.dataset_id})
@@ -192,10 +198,11 @@ def _first_start(run_dir: Path, run_id: str) -> str:
     return state["started_at"] if state.get("run_id") == run_id else now()
 
 
-def print_explanation(config: TrainConfig, data_dir: Path) -> None:
+def print_explanation(options: TrainOptions) -> None:
     """Prints what a run of this configuration would be and cost."""
-    manifest = load_manifest(data_dir)
-    config = config.resolved(manifest.max_length, manifest.stride)
+    data_dir = Path(options.data_dir)
+    manifest = load_manifest(data_dir, options.dataset_id, options.snapshot_id)
+    config = options.part(TrainConfig).resolved(manifest.max_length, manifest.stride)
     ranks = Ranks.alone(config.device, config.threads_per_process, int(os.environ.get("WORLD_SIZE", 1)))
     if int(os.environ.get("RANK", 0)) == 0:
         torch.set_num_threads(ranks.threads)
@@ -209,12 +216,14 @@ def main(listener: Listener | None = None) -> None:
     options = parse_options(TrainOptions, PROG)
     try:
         if options.explain:
-            print_explanation(options.part(TrainConfig), Path(options.data_dir))
+            print_explanation(options)
             return
         train(
             options.part(TrainConfig),
             Path(options.data_dir),
             Path(options.save_dir),
+            dataset_id=options.dataset_id,
+            snapshot_id=options.snapshot_id,
             checkpoint=options.checkpoint,
             resume=options.resume,
             listener=listener,

@@ -1,5 +1,9 @@
-"""When a checkpoint becomes the released model, and what is written then."""
+"""When a checkpoint becomes the released model of its line, and what is written then."""
 
+import fcntl
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +13,13 @@ from dagster import AssetExecutionContext
 from llm_core.checkpoint_files import CheckpointRecord, manifest_path
 from llm_core.config import EvaluateConfig, ReleaseConfig
 from llm_core.errors import DataError
-from llm_core.evaluation_file import Evaluation, evaluation_path, metric, read_evaluation
+from llm_core.evaluation_file import Evaluation, metric, read_evaluation
 from llm_core.files import read_json, verify_file
 from llm_core.identity import model_id
 from pipeline.current import find_current, set_current
+from pipeline.judging import judge
 from pipeline.launcher import run_tool
-from pipeline.resources import Storage
+from pipeline.resources import CatalogResource, Storage
 
 
 @dataclass(frozen=True)
@@ -42,21 +47,44 @@ def released_checkpoint(storage: Storage, tokenizer_id: str) -> CheckpointRecord
         return None
 
 
-def decide(storage: Storage, run: dict[str, Any], evaluation: Evaluation, config: ReleaseConfig) -> Verdict:
-    """Compares an evaluated checkpoint with the released model, on the same held-out text where both can read it."""
+def judge_released(
+    context: AssetExecutionContext, storage: Storage, catalog: CatalogResource, evaluation: Evaluation, tokenizer_id: str
+) -> Evaluation | None:
+    """The released model judged on the text of another evaluation; None if it is the same model or cannot be judged on it."""
+    released = released_checkpoint(storage, tokenizer_id)
+    if released is None or released.checkpoint_id == evaluation["checkpoint_id"]:
+        return None
+    config = EvaluateConfig.model_validate(evaluation["config"])
+    return read_evaluation(judge(context, storage, catalog, released, evaluation["dataset_id"], config))
+
+
+@contextmanager
+def one_at_a_time(storage: Storage) -> Iterator[None]:
+    """Waits for other processes that release: each is to be compared with what the one before it released."""
+    storage.models.mkdir(parents=True, exist_ok=True)
+    with open(storage.models / ".lock", "a", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given back however the process ends
+        yield
+
+
+def decide(model: dict[str, Any] | None, evaluation: Evaluation, before: Evaluation | None, config: ReleaseConfig) -> Verdict:
+    """Compares an evaluated checkpoint with the released model.
+
+    model: textmill.json of the released one, None if there is none. before: its judgement on the same text, where there is one.
+    """
     found = metric(evaluation, "bits_per_byte")
-    model, record = released_model(storage), released_checkpoint(storage, run["tokenizer_id"])
+    if not math.isfinite(found):
+        return Verdict(False, f"{found} bits per byte: the evaluation is not finite, what was released stays")
     if model is None:
         return Verdict(True, f"first release: {found:.4f} bits per byte")
     if model["checkpoint_id"] == evaluation["checkpoint_id"]:
         return Verdict(True, "this checkpoint is the released model already")
-    before, basis = model["metrics"]["bits_per_byte"], "as recorded at its release"
-    if record is not None:
-        path = evaluation_path(record, evaluation["dataset_id"], EvaluateConfig.model_validate(evaluation["config"]))
-        if path.exists():
-            before, basis = metric(read_evaluation(path), "bits_per_byte"), "on the same held-out text"
-    comparison = f"{found:.4f} bits per byte; the released model {model['model_id']} has {before:.4f} {basis}"
-    if found < before - config.min_improvement:
+    if before is not None:
+        bar, basis = metric(before, "bits_per_byte"), "on the same held-out text"
+    else:
+        bar, basis = model["metrics"]["bits_per_byte"], "as recorded at its release"
+    comparison = f"{found:.4f} bits per byte; the released model {model['model_id']} has {bar:.4f} {basis}"
+    if found < bar - config.min_improvement:
         return Verdict(True, comparison)
     return Verdict(False, f"{comparison}: not better by more than {config.min_improvement}, the old release stays")
 

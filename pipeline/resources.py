@@ -19,6 +19,12 @@ class Storage(dg.ConfigurableResource):
     raw_text_dir: str | None = Field(
         default=None, description="Folder of the raw text, or its URL (s3://...); default: raw_text_data under the home."
     )
+    release_line: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of a line of models that are released, compared and continued among themselves, such as one for each "
+        "model size; default: one line for all.",
+    )
 
     @property
     def root(self) -> Path:
@@ -56,8 +62,8 @@ class Storage(dg.ConfigurableResource):
 
     @property
     def released(self) -> Path:
-        """Pointer to the released model."""
-        return self.models / "released.json"
+        """Pointer to the released model of the line."""
+        return self.models / ("released.json" if self.release_line is None else f"released_{self.release_line}.json")
 
     @property
     def models(self) -> Path:

@@ -13,6 +13,7 @@ from llm_core.checkpoint_files import CheckpointRecord, newest_valid
 from llm_core.config import TrainConfig
 from llm_core.errors import TextmillError
 from llm_core.files import read_json
+from llm_core.shards import DatasetManifest
 from pipeline.launcher import TorchrunProcess, option_list, torchrun_arguments, training_environment
 from pipeline.resources import Torchrun
 
@@ -60,6 +61,7 @@ def run_training(
     config: TrainConfig,
     nproc_per_node: int,
     data_dir: Path,
+    manifest: DatasetManifest,
     run_dir: Path,
     record: Callable[[], None],
 ) -> CheckpointRecord:
@@ -71,9 +73,8 @@ def run_training(
         dagster.Failure: the training ended early; the description says why and what to do.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    options = option_list(
-        {"data_dir": data_dir, "save_dir": run_dir, "resume": "auto"} | config.model_dump(exclude_defaults=True)
-    )
+    data = {"data_dir": data_dir, "dataset_id": manifest.dataset_id, "snapshot_id": manifest.snapshot_id}
+    options = option_list(data | {"save_dir": run_dir, "resume": "auto"} | config.model_dump(exclude_defaults=True))
     with open_pipes_session(context, PipesTempFileContextInjector(), PipesTempFileMessageReader()) as session:
         process = TorchrunProcess(
             torchrun_arguments("pipeline.training_rank", nproc_per_node, run_dir, options),

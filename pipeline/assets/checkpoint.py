@@ -9,11 +9,12 @@ from llm_core.files import read_json
 from llm_core.identity import run_id
 from llm_core.parent import find_parent
 from llm_core.runlog import read_metrics
-from llm_core.shards import load_manifest
+from llm_core.shards import DatasetManifest
 from pipeline import checks
 from pipeline.assets.common import MODEL, OWNERS, rounded, table
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.current import set_current
+from pipeline.handover import Upstream
 from pipeline.plots import loss_curve
 from pipeline.release import released_checkpoint
 from pipeline.resources import CatalogResource, Storage, Torchrun
@@ -48,13 +49,13 @@ def checkpoint(
 
     The same data and configuration are the same run: a finished one is reused, an interrupted one goes on where it stopped.
     """
-    manifest = load_manifest(storage.processed)
+    manifest = Upstream(context, storage).dataset()
     train_config = config.part(TrainConfig)
     if config.init_from == RELEASED:
         released = released_checkpoint(storage, manifest.tokenizer.tokenizer_id)
         if released is not None and read_json(released.path.parent / "run.json")["dataset_id"] == manifest.dataset_id:
             context.log.info("the released model was trained on this very text: nothing to train")
-            return _result(storage, released, reused=True)
+            return _result(storage, released, manifest, reused=True)
         # Without a release there is nothing to replay either.
         start = {"init_from": str(released.path.parent)} if released is not None else {"init_from": None, "replay_share": None}
         train_config = train_config.model_copy(update=start)
@@ -69,9 +70,10 @@ def checkpoint(
             record = run_training(
                 context,
                 torchrun,
-                train_config,
+                resolved,  # its windows are those of this dataset, whichever is the current one by now
                 config.nproc_per_node,
                 storage.processed,
+                manifest,
                 run_dir,
                 # Not for long, if others hold the catalog: the progress is to be told as well.
                 record=lambda: catalog.open(wait_seconds=5).record_run(run_dir),
@@ -81,10 +83,10 @@ def checkpoint(
     else:
         context.log.info(f"run {run} is finished already: nothing to train")
         catalog.open().record_run(run_dir)
-    return _result(storage, record, reused)
+    return _result(storage, record, manifest, reused)
 
 
-def _result(storage: Storage, record: CheckpointRecord, reused: bool) -> dg.MaterializeResult:
+def _result(storage: Storage, record: CheckpointRecord, manifest: DatasetManifest, reused: bool) -> dg.MaterializeResult:
     """Makes a checkpoint the current one and tells what it is."""
     set_current(storage.current_checkpoint, record.path)
     run_dir = record.path.parent
@@ -92,7 +94,7 @@ def _result(storage: Storage, record: CheckpointRecord, reused: bool) -> dg.Mate
     last = {line["kind"]: line for line in metrics}
     return dg.MaterializeResult(
         data_version=dg.DataVersion(record.checkpoint_id),
-        check_results=checks.checkpoint(state, metrics, load_manifest(storage.processed).tokenizer.vocab_size),
+        check_results=checks.checkpoint(state, metrics, manifest.tokenizer.vocab_size),
         metadata={
             "run_id": record.run_id,
             "loss_curve": loss_curve(metrics),
@@ -117,7 +119,8 @@ def _result(storage: Storage, record: CheckpointRecord, reused: bool) -> dg.Mate
             "attention": state["attention"],
             "mixture": table(state["mixture"], part="string", windows="int", windows_read="int", share="float", epochs="float"),
             "parent_run_id": state["parent_run_id"] or "none: trained from the start",
-            "dataset_id": state["dataset_id"],
+            "dataset_id": manifest.dataset_id,
+            "snapshot_id": manifest.snapshot_id,
             "checkpoint_id": record.checkpoint_id,
             "file": dg.MetadataValue.path(record.path),
             "run": dg.MetadataValue.json(state),

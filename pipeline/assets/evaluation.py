@@ -1,21 +1,18 @@
 """evaluation: how good the checkpoint is on text it has not seen."""
 
-from pathlib import Path
-
 import dagster as dg
 from pydantic import Field
 
-from llm_core.checkpoint_files import CheckpointRecord, manifest_path
 from llm_core.config import EvaluateConfig
-from llm_core.evaluation_file import Evaluation, by_source, evaluation_path, metric, read_evaluation
-from llm_core.shards import DatasetManifest, load_manifest
+from llm_core.evaluation_file import by_source, metric, read_evaluation
 from pipeline import checks
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.assets.common import MODEL, OWNERS, literal, rounded, table
-from pipeline.current import get_current, set_current
-from pipeline.launcher import run_tool
+from pipeline.current import set_current
+from pipeline.handover import Upstream
+from pipeline.judging import judge
 from pipeline.plots import bits_per_byte_bars
-from pipeline.release import released_checkpoint
+from pipeline.release import judge_released
 from pipeline.resources import CatalogResource, Storage
 
 
@@ -39,20 +36,20 @@ def evaluation(
 
     Bits per byte can be compared between tokenizers, loss and perplexity cannot.
     """
-    record = CheckpointRecord.read(manifest_path(get_current(storage.current_checkpoint, "checkpoint")))
-    manifest = load_manifest(storage.processed)
-    path, result = _judge(context, record, manifest, storage, config.part(EvaluateConfig), catalog)
+    upstream = Upstream(context, storage)
+    record, manifest = upstream.checkpoint(), upstream.dataset()
+    path = judge(context, storage, catalog, record, manifest.dataset_id, config.part(EvaluateConfig))
     set_current(storage.current_evaluation, path)
+    result = read_evaluation(path)
 
     compared = {
         "this model": metric(result, "bits_per_byte"),
         "unigram baseline": metric(result, "unigram_bits_per_byte"),
         "xz -9e": metric(result, "xz_bits_per_byte"),
     }
-    released = released_checkpoint(storage, manifest.tokenizer.tokenizer_id)
-    if released is not None and released.checkpoint_id != record.checkpoint_id:
-        _, released_result = _judge(context, released, manifest, storage, config.part(EvaluateConfig), catalog)
-        compared["released model"] = metric(released_result, "bits_per_byte")
+    released = judge_released(context, storage, catalog, result, manifest.tokenizer.tokenizer_id)
+    if released is not None:
+        compared["released model"] = metric(released, "bits_per_byte")
     texts = [sample["prompt"] + sample["continuation"] for sample in result["samples"]]
     samples = "\n\n".join(f"sample {number}:\n\n{literal(text)}" for number, text in enumerate(texts, start=1))
     return dg.MaterializeResult(
@@ -77,23 +74,9 @@ def evaluation(
             "perplexity": rounded(metric(result, "perplexity"), 2),
             "tokens": int(metric(result, "tokens")),
             "checkpoint_id": record.checkpoint_id,
+            "run_id": record.run_id,
+            "dataset_id": manifest.dataset_id,
+            "file": dg.MetadataValue.path(path),
             "samples": dg.MetadataValue.md(samples),
         },
     )
-
-
-def _judge(
-    context: dg.AssetExecutionContext,
-    record: CheckpointRecord,
-    manifest: DatasetManifest,
-    storage: Storage,
-    config: EvaluateConfig,
-    catalog: CatalogResource,
-) -> tuple[Path, Evaluation]:
-    """Evaluates a checkpoint on the current dataset, or reads what was found before."""
-    path = evaluation_path(record, manifest.dataset_id, config)
-    if not path.exists():
-        options = {"checkpoint": record.path, "data_dir": storage.processed}
-        run_tool(context, "llm_core.judge", options | config.model_dump(exclude_defaults=True))
-    catalog.open().record_evaluation(path)
-    return path, read_evaluation(path)

@@ -2,15 +2,15 @@
 
 import dagster as dg
 
-from llm_core.checkpoint_files import CheckpointRecord, manifest_path
+from llm_core.checkpoint_files import CheckpointRecord, checkpoint_path, manifest_path
 from llm_core.config import ReleaseConfig
 from llm_core.evaluation_file import metric, read_evaluation
 from llm_core.files import read_json
 from llm_core.shards import load_manifest
 from pipeline.assets.common import MODEL, OWNERS, rounded
 from pipeline.assets.evaluation import evaluation
-from pipeline.current import get_current
-from pipeline.release import decide, release
+from pipeline.handover import Upstream
+from pipeline.release import decide, judge_released, one_at_a_time, release
 from pipeline.release import released_model as find_released_model
 from pipeline.report import locations, report_table
 from pipeline.resources import CatalogResource, Storage
@@ -28,20 +28,22 @@ def released_model(
 
     The directory loads with `transformers`: `AutoModelForCausalLM.from_pretrained(directory)`.
     """
-    record = CheckpointRecord.read(manifest_path(get_current(storage.current_checkpoint, "checkpoint")))
-    evaluation_file = get_current(storage.current_evaluation, "evaluation")
+    evaluation_file = Upstream(context, storage).evaluation()
     result = read_evaluation(evaluation_file)
-    run = read_json(record.path.parent / "run.json")
-    verdict = decide(storage, run, result, config.part(ReleaseConfig))
-    if verdict.promoted:
-        directory = release(context, storage, record, evaluation_file, verdict.reason)
-        catalog.open().record_model(directory)
-    else:
+    record = CheckpointRecord.read(manifest_path(checkpoint_path(storage.checkpoints / result["run_id"], result["step"])))
+    run, manifest = read_json(record.path.parent / "run.json"), load_manifest(storage.processed, result["dataset_id"])
+    with one_at_a_time(storage):
+        before = judge_released(context, storage, catalog, result, manifest.tokenizer.tokenizer_id)
+        verdict = decide(find_released_model(storage), result, before, config.part(ReleaseConfig))
+        if verdict.promoted:
+            directory = release(context, storage, record, evaluation_file, verdict.reason)
+            catalog.open().record_model(directory)
+    if not verdict.promoted:
         context.log.warning(f"not released: {verdict.reason}")
 
     released = find_released_model(storage)
-    assert released is not None, "the first checkpoint is always released"
-    manifest = load_manifest(storage.processed)
+    if released is None:
+        raise dg.Failure(f"nothing is released: {verdict.reason}", allow_retries=False)
     sample = result["samples"][0]
     rows: dict[str, object] = {
         "documents": sum(split.documents for split in manifest.splits.values()),

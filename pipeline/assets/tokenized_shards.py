@@ -3,13 +3,11 @@
 import dagster as dg
 
 from llm_core.config import ShardConfig
-from llm_core.corpus import load_snapshot
 from llm_core.shards import build_dataset
-from llm_core.tokenizer_training import current_tokenizer
 from pipeline import checks
 from pipeline.assets.common import DATA, OWNERS, rounded
 from pipeline.assets.trained_tokenizer import trained_tokenizer
-from pipeline.current import get_current
+from pipeline.handover import Upstream
 from pipeline.resources import CatalogResource, Storage
 
 
@@ -18,14 +16,16 @@ class TokenizedShardsConfig(ShardConfig, dg.Config):
 
 
 @dg.asset(deps=[trained_tokenizer], kinds={"arrow"}, group_name=DATA, owners=OWNERS, check_specs=checks.TOKENIZED_SHARDS)
-def tokenized_shards(config: TokenizedShardsConfig, storage: Storage, catalog: CatalogResource) -> dg.MaterializeResult:
+def tokenized_shards(
+    context: dg.AssetExecutionContext, config: TokenizedShardsConfig, storage: Storage, catalog: CatalogResource
+) -> dg.MaterializeResult:
     """Immutable Arrow shards of token ids and the manifest that makes them one dataset version.
 
     Only documents that no shard holds yet are read and encoded; removed documents are masked, not rewritten.
     """
-    snapshot = load_snapshot(storage.processed, get_current(storage.current_snapshot, "raw_text").stem)
-    artifact = current_tokenizer(storage.processed)
-    manifest = build_dataset(snapshot, artifact, storage.raw_text, storage.processed, config.part(ShardConfig))
+    upstream = Upstream(context, storage)
+    snapshot = upstream.snapshot()
+    manifest = build_dataset(snapshot, upstream.tokenizer(), storage.raw_text, storage.processed, config.part(ShardConfig))
     catalog.open().record_dataset(storage.processed, manifest.dataset_id)
     train, val = manifest.splits["train"], manifest.splits["val"]
     return dg.MaterializeResult(
@@ -33,6 +33,7 @@ def tokenized_shards(config: TokenizedShardsConfig, storage: Storage, catalog: C
         check_results=checks.tokenized_shards(manifest, snapshot),
         metadata={
             "dataset_id": manifest.dataset_id,
+            "snapshot_id": manifest.snapshot_id,
             "train_tokens": train.tokens,
             "validation_tokens": val.tokens,
             "documents": train.documents + val.documents,

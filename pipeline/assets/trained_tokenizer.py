@@ -3,12 +3,11 @@
 import dagster as dg
 
 from llm_core.config import TokenizerConfig
-from llm_core.corpus import load_snapshot
 from llm_core.tokenizer_training import prepare_tokenizer
 from pipeline import checks
 from pipeline.assets.common import DATA, OWNERS, rounded, table
 from pipeline.assets.raw_text import raw_text
-from pipeline.current import get_current
+from pipeline.handover import Upstream
 from pipeline.resources import CatalogResource, Storage
 
 
@@ -17,12 +16,14 @@ class TrainedTokenizerConfig(TokenizerConfig, dg.Config):
 
 
 @dg.asset(deps=[raw_text], kinds={"huggingface"}, group_name=DATA, owners=OWNERS, check_specs=checks.TRAINED_TOKENIZER)
-def trained_tokenizer(config: TrainedTokenizerConfig, storage: Storage, catalog: CatalogResource) -> dg.MaterializeResult:
+def trained_tokenizer(
+    context: dg.AssetExecutionContext, config: TrainedTokenizerConfig, storage: Storage, catalog: CatalogResource
+) -> dg.MaterializeResult:
     """A byte-level BPE or WordPiece vocabulary trained on the text, or a ready tiktoken encoding, as one tokenizer.json.
 
     Frozen when new text lands: it is trained again when its configuration changes or when asked to (`retrain_tokenizer`).
     """
-    snapshot = load_snapshot(storage.processed, get_current(storage.current_snapshot, "raw_text").stem)
+    snapshot = Upstream(context, storage).snapshot()
     artifact = prepare_tokenizer(snapshot, storage.raw_text, storage.processed, config.part(TokenizerConfig))
     catalog.open().record_tokenizer(storage.processed, artifact.tokenizer_id)
     report = artifact.report

@@ -434,5 +434,5 @@ def test_a_damaged_manifest_is_named(content: str | dict[str, Any], problem: str
 
 
 def test_an_unknown_dataset_id_is_named(processed_dir: Path) -> None:
-    with pytest.raises(DataError, match=r"manifests/0000\.json: no such file"):
+    with pytest.raises(UserError, match=r"--dataset_id 0000: no such dataset"):
         load_manifest(processed_dir, "0000")

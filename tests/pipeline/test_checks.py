@@ -10,7 +10,7 @@ from llm_core.evaluation_file import read_evaluation
 from llm_core.files import read_json
 from llm_core.runlog import read_metrics
 from llm_core.shards import load_manifest
-from llm_core.tokenizer_training import current_tokenizer
+from llm_core.tokenizer_training import load_tokenizer
 from pipeline import checks
 from pipeline.assets.raw_text import raw_text
 from pipeline.assets.trained_tokenizer import trained_tokenizer
@@ -50,7 +50,7 @@ def test_a_tokenizer_that_loses_text_or_has_drifted_is_found(
 ) -> None:
     home, _ = trained_home
     snapshot = load_snapshot(home.storage.processed, get_current(home.storage.current_snapshot, "raw_text").stem)
-    artifact = current_tokenizer(home.storage.processed)
+    artifact = load_tokenizer(home.storage.processed)
     assert not failed(checks.trained_tokenizer(artifact, snapshot, home.storage.raw_text))
     drifted = dataclasses.replace(artifact, drift=0.5)
     assert failed(checks.trained_tokenizer(drifted, snapshot, home.storage.raw_text)) == {"fertility_drift"}
