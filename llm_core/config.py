@@ -364,7 +364,7 @@ class EvaluateConfig(StageConfig):
     )
     eval_batch_size: PositiveInt = Field(8, description="Windows per forward pass.")
     sample_prompts: list[str] = Field(
-        ["The ", "Return the "], description="Prompts that are continued to show what the model writes."
+        ["The ", "Return the "], min_length=1, description="Prompts that are continued to show what the model writes."
     )
     sample_tokens: int = Field(64, ge=1, description="Tokens to write for each prompt.")
     sample_temperature: float = Field(0.8, ge=0, description="0 always takes the likeliest token.")

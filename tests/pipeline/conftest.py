@@ -35,8 +35,8 @@ TINY: dict[str, dict[str, Any]] = {
 class Home:
     """One textmill home and the jobs run in it."""
 
-    def __init__(self, root: Path, instance: dg.DagsterInstance) -> None:
-        self.storage = Storage(home=str(root))
+    def __init__(self, root: Path, instance: dg.DagsterInstance, release_line: str | None = None) -> None:
+        self.storage = Storage(home=str(root), release_line=release_line)
         self.catalog = Catalog(root / "catalog.duckdb")
         self._instance = instance
 
