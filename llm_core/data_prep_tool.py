@@ -19,6 +19,7 @@ from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.corpus import READABLE, Snapshot, take_snapshot
 from llm_core.encoding import check_engine
 from llm_core.errors import DataError
+from llm_core.locks import preparing
 from llm_core.shards import DatasetManifest, build_dataset
 from llm_core.tokenizer_training import TokenizerArtifact, prepare_tokenizer
 
@@ -44,13 +45,14 @@ def prepare(options: DataPrepOptions) -> None:
     check_engine(options.engine)
     input_dir, output_dir = options.input_dir, Path(options.output_dir)
     try:
-        with _progress("Reading", "files") as show:
-            snapshot = take_snapshot(input_dir, output_dir, options.part(CorpusConfig), show)
-        _say("Tokenizer ...")
-        artifact = prepare_tokenizer(snapshot, input_dir, output_dir, options.part(TokenizerConfig))
-        shards_before = {path.name for path in (output_dir / "dataset").glob("*.arrow")}
-        with _progress("Encoding", "B") as show:
-            manifest = build_dataset(snapshot, artifact, input_dir, output_dir, options.part(ShardConfig), show)
+        with preparing(output_dir, _say):
+            with _progress("Reading", "files") as show:
+                snapshot = take_snapshot(input_dir, output_dir, options.part(CorpusConfig), show)
+            _say("Tokenizer ...")
+            artifact = prepare_tokenizer(snapshot, input_dir, output_dir, options.part(TokenizerConfig))
+            shards_before = {path.name for path in (output_dir / "dataset").glob("*.arrow")}
+            with _progress("Encoding", "B") as show:
+                manifest = build_dataset(snapshot, artifact, input_dir, output_dir, options.part(ShardConfig), show)
     except OSError as error:
         raise DataError(f"--output_dir {output_dir}: {error.filename or ''} {error.strerror or error}") from error
     written = sum(Path(shard.file).name not in shards_before for shard in manifest.shards)

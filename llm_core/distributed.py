@@ -1,6 +1,5 @@
 """The process's place among the ranks that torchrun started, and its device, threads and signals."""
 
-import ctypes
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from llm_core.config import TrainConfig
 from llm_core.errors import UserError
+from llm_core.processes import die_with_parent
 
 T = TypeVar("T")
 
@@ -258,13 +258,6 @@ def _meet_on_this_machine(run_dir: Path) -> str:
     started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return (run_dir.resolve() / f".ranks-{parent}-{started}-{attempt}").as_uri()
-
-
-def die_with_parent(sent: signal.Signals = signal.SIGTERM) -> None:
-    """Asks Linux to send this process a signal when its parent dies: a killed torchrun must leave no rank behind."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(sent), 0, 0, 0)
 
 
 class StopRequest:

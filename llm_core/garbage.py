@@ -5,6 +5,7 @@ newest ones. Manifests go first and what they name after them: a removal that is
 which the next one takes. The catalog keeps its rows: they are history.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from llm_core.config import StageConfig
 from llm_core.corpus.file_index import last_look
 from llm_core.errors import UserError
 from llm_core.files import read_json
+from llm_core.locks import preparing
 from llm_core.shards import DatasetManifest, load_manifest
 
 PROG = "python -m llm_core.garbage"
@@ -96,10 +98,12 @@ def report(garbage: Garbage, processed_dir: Path) -> str:
 
 def collect(processed_dir: Path, run_folders: list[Path], keep: int, min_age_hours: float, dry_run: bool) -> str:
     """Removes what no kept dataset needs, unless `dry_run`; returns the table of it."""
-    garbage = find_garbage(processed_dir, run_folders, keep, min_age_hours)
-    text = report(garbage, processed_dir)
-    if not dry_run:
-        remove(garbage)
+    load_manifest(processed_dir)  # a folder without prepared data is not made one by a lock file in it
+    with preparing(processed_dir, lambda text: print(text, file=sys.stderr, flush=True)):
+        garbage = find_garbage(processed_dir, run_folders, keep, min_age_hours)
+        text = report(garbage, processed_dir)
+        if not dry_run:
+            remove(garbage)
     return text
 
 

@@ -1,12 +1,11 @@
 """What a run tells about itself: metrics.jsonl, run.json, console lines and an optional listener. Main rank only."""
 
 import datetime
-import fcntl
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from llm_core.checkpoint_files import CheckpointRecord, sound_records
 from llm_core.errors import UserError
 from llm_core.files import atomic_writer, says_when_the_disk_is_full, write_json
+from llm_core.locks import held
 
 Record = dict[str, Any]
 Listener = Callable[[Record], None]
@@ -33,15 +33,18 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path, listener: Listener | None = None) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir = run_dir
         self._listener = listener
-        self._lock = _lock_directory(run_dir)
+        self._lock = ExitStack()
+        self._lock.enter_context(held(run_dir, self._refuse))
         for left_behind in run_dir.glob(".*.tmp"):  # by a process that was killed while it wrote; nobody else writes here now
             left_behind.unlink(missing_ok=True)
         self._state: Record = {}
         self._metrics: IO[str] | None = None
         self._bar: tqdm[NoReturn] | None = None
+
+    def _refuse(self, holder: str) -> NoReturn:
+        raise UserError(f"--save_dir {self.run_dir}: another training (process {holder}) is writing here; wait for it or stop it")
 
     def begin(self, state: Record, step: int) -> None:
         """Starts at `step`: lines of later steps, written before an interruption, are dropped, since they will come again."""
@@ -117,21 +120,3 @@ def _drop_after(path: Path, step: int) -> None:
     kept = [record for record in records if record["step"] <= step]
     with atomic_writer(path) as file:
         file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
-
-
-def _lock_directory(run_dir: Path) -> IO[str]:
-    """Takes the run directory for this process; the kernel gives it back when the process ends, however it ends."""
-    lock = open(run_dir / ".lock", "a+", encoding="utf-8")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
-        raise UserError(
-            f"--save_dir {run_dir}: another training (process {holder}) is writing here; wait for it or stop it"
-        ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock

@@ -10,6 +10,8 @@ from typing import Literal
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run as a plain file: find the package, not its modules
 
+from llm_core import processes  # noqa: F401  who started this process is asked before PyTorch takes its time to load
+
 # Read when PyTorch loads OpenMP: a thread that waits for the others sleeps instead of spinning. On a machine that is busy with
 # something else too, spinning threads keep each other off the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -5,13 +5,16 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 from dagster import AssetExecutionContext, Failure
+
+from pipeline.interrupts import postponed_interrupts
 
 # The training process gets what it needs to find Python, CUDA and the network, and no secret of the orchestrator's.
 _ALLOWED = {
@@ -50,12 +53,12 @@ def option_list(options: Mapping[str, Any]) -> list[str]:
 
 
 def run_tool(context: AssetExecutionContext, module: str, options: Mapping[str, Any]) -> None:
-    """Runs one of llm_core's tools in a process of its own: PyTorch and its memory stay out of the orchestrator.
+    """Runs one of llm_core's tools in a process that ends with this one: PyTorch's memory stays out of the orchestrator.
 
     Raises:
         dagster.Failure: the tool failed; the description is what it said.
     """
-    command = [sys.executable, "-m", module, *option_list(options)]
+    command = [sys.executable, "-m", "pipeline.child", module, *option_list(options)]
     context.log.info(shlex.join(command))
     done = subprocess.run(command, env=training_environment({}), capture_output=True, text=True)
     if done.returncode:
@@ -63,10 +66,8 @@ def run_tool(context: AssetExecutionContext, module: str, options: Mapping[str, 
     context.log.info(done.stdout)
 
 
-def torchrun_arguments(module: str, nproc_per_node: int, run_dir: Path, options: Sequence[str]) -> list[str]:
-    """torchrun on this machine alone: its processes meet in a file, no port is open to the network."""
-    meeting_point = run_dir.resolve() / ".torchrun"
-    meeting_point.unlink(missing_ok=True)
+def torchrun_arguments(module: str, nproc_per_node: int, meeting_point: Path, options: Sequence[str]) -> list[str]:
+    """torchrun on this machine alone: its processes meet in a file of their own, no port is open to the network."""
     return [
         "--nnodes=1",
         f"--nproc_per_node={nproc_per_node}",
@@ -81,35 +82,40 @@ def torchrun_arguments(module: str, nproc_per_node: int, run_dir: Path, options:
 
 
 class TorchrunProcess:
-    """One torchrun with its ranks. Leaving the `with` block ends whatever is still running."""
+    """One torchrun with its ranks. Leaving the `with` block ends whatever is still running; an interrupt waits until then."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log_path: Path, grace_seconds: float) -> None:
         self.command = [sys.executable, "-m", "pipeline.torchrun", *arguments]
         self.log_path = log_path
+        self._environment = dict(environment)
         self._grace_seconds = grace_seconds
-        self._log = open(log_path, "ab")
-        self._log_start = self._log.seek(0, os.SEEK_END)  # what stands before is from earlier attempts
-        self._process = subprocess.Popen(
-            self.command, env=dict(environment), stdout=self._log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-        )
+        self._exit = ExitStack()
 
     def __enter__(self) -> "TorchrunProcess":
+        with ExitStack() as stack:
+            self._interrupted = stack.enter_context(postponed_interrupts())
+            log = stack.enter_context(open(self.log_path, "ab"))
+            self._log_start = log.seek(0, os.SEEK_END)  # what stands before is from earlier attempts
+            self._process = subprocess.Popen(
+                self.command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            )
+            stack.callback(self.stop)
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self.stop()
-        finally:
-            self._log.close()
+        self._exit.close()
 
     def wait(self, poll_seconds: float) -> Iterator[None]:
-        """Yields about every `poll_seconds` while the training runs."""
-        while True:
-            try:
-                self._process.wait(timeout=poll_seconds)
+        """Yields about every `poll_seconds` until the training has ended or an interrupt came."""
+        due = time.monotonic() + poll_seconds
+        while not self._interrupted():
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=min(0.2, poll_seconds))
                 return
-            except subprocess.TimeoutExpired:
+            if time.monotonic() >= due:
                 yield
+                due = time.monotonic() + poll_seconds
 
     @property
     def exit_code(self) -> int:

@@ -1,6 +1,5 @@
 """When a checkpoint becomes the released model of its line, and what is written then."""
 
-import fcntl
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from llm_core.errors import DataError
 from llm_core.evaluation_file import Evaluation, metric, read_evaluation
 from llm_core.files import read_json, verify_file
 from llm_core.identity import model_id
+from llm_core.locks import held
 from pipeline.current import find_current, set_current
 from pipeline.judging import judge
 from pipeline.launcher import run_tool
@@ -59,11 +59,9 @@ def judge_released(
 
 
 @contextmanager
-def one_at_a_time(storage: Storage) -> Iterator[None]:
+def one_at_a_time(context: AssetExecutionContext, storage: Storage) -> Iterator[None]:
     """Waits for other processes that release: each is to be compared with what the one before it released."""
-    storage.models.mkdir(parents=True, exist_ok=True)
-    with open(storage.models / ".lock", "a", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # given back however the process ends
+    with held(storage.models, lambda pid: context.log.info(f"{storage.models}: process {pid} is releasing; waiting for it")):
         yield
 
 

@@ -1,6 +1,7 @@
 """Runs one training under Dagster: launches torchrun, passes its progress on, and judges how it ended."""
 
 import shlex
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ from dagster import AssetExecutionContext, PipesTempFileContextInjector, PipesTe
 
 from llm_core.checkpoint_files import CheckpointRecord, newest_valid
 from llm_core.config import TrainConfig
-from llm_core.errors import TextmillError
+from llm_core.errors import TextmillError, UserError
 from llm_core.files import read_json
+from llm_core.locks import held
 from llm_core.shards import DatasetManifest
 from pipeline.launcher import TorchrunProcess, option_list, torchrun_arguments, training_environment
 from pipeline.resources import Torchrun
@@ -71,13 +73,17 @@ def run_training(
 
     Raises:
         dagster.Failure: the training ended early; the description says why and what to do.
+        UserError: another training is writing to `run_dir`.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     data = {"data_dir": data_dir, "dataset_id": manifest.dataset_id, "snapshot_id": manifest.snapshot_id}
     options = option_list(data | {"save_dir": run_dir, "resume": "auto"} | config.model_dump(exclude_defaults=True))
-    with open_pipes_session(context, PipesTempFileContextInjector(), PipesTempFileMessageReader()) as session:
+    _wait_for_an_earlier_attempt(context, run_dir, torchrun.stop_seconds)
+    with (
+        tempfile.TemporaryDirectory(prefix="textmill-") as folder,
+        open_pipes_session(context, PipesTempFileContextInjector(), PipesTempFileMessageReader()) as session,
+    ):
         process = TorchrunProcess(
-            torchrun_arguments("pipeline.training_rank", nproc_per_node, run_dir, options),
+            torchrun_arguments("pipeline.training_rank", nproc_per_node, Path(folder) / "torchrun", options),
             training_environment(session.get_bootstrap_env_vars()),
             log_path=run_dir / "training.log",
             grace_seconds=torchrun.stop_seconds,
@@ -94,6 +100,30 @@ def run_training(
     if last is None:
         raise _failure(run_dir, process)
     return last
+
+
+def _wait_for_an_earlier_attempt(context: AssetExecutionContext, run_dir: Path, seconds: float) -> None:
+    """Gives the ranks of a killed attempt so many seconds to save and end; whoever is still there then is another training.
+
+    Raises:
+        UserError: there is one; the message names the folder and the process.
+    """
+
+    def refuse(holder: str) -> None:
+        raise UserError(f"{run_dir}: process {holder} is training in this folder; wait for it or stop it, then run again")
+
+    deadline, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            with held(run_dir, refuse):
+                return
+        except UserError as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                context.log.info(f"waiting up to {seconds:.0f} seconds: {error}")
+                told = True
+            time.sleep(0.2)
 
 
 def _report(context: AssetExecutionContext, records: Any, max_steps: int) -> None:

@@ -40,5 +40,7 @@ def test_the_orchestrator_never_loads_pytorch() -> None:
 
 
 def test_every_rule_has_a_test_that_bears_its_number() -> None:
-    names = re.findall(r"def test_rule_((?:\d+_|and_)+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")))
+    names = re.findall(
+        r"def test_rule_((?:\d+_|and_)+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    )
     assert {int(number) for name in names for number in re.findall(r"\d+", name)} == set(range(1, 38))

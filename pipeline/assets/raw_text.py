@@ -6,6 +6,7 @@ import dagster as dg
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus import take_snapshot
+from llm_core.locks import preparing
 from pipeline import checks
 from pipeline.assets.common import DATA, OWNERS, table
 from pipeline.assets.sample_corpus import sample_corpus
@@ -28,9 +29,10 @@ def raw_text(
     place = storage.raw_text
     if isinstance(place, Path):
         place.mkdir(parents=True, exist_ok=True)
-    snapshot = take_snapshot(place, storage.processed, config.part(CorpusConfig))
-    catalog.open().record_snapshot(storage.processed, snapshot.snapshot_id)
-    set_current(storage.current_snapshot, storage.current_snapshot.with_name(f"{snapshot.snapshot_id}.json"))
+    with preparing(storage.processed, context.log.info):
+        snapshot = take_snapshot(place, storage.processed, config.part(CorpusConfig))
+        catalog.open().record_snapshot(storage.processed, snapshot.snapshot_id)
+        set_current(storage.current_snapshot, storage.current_snapshot.with_name(f"{snapshot.snapshot_id}.json"))
     summary, dropped = snapshot.summary, snapshot.summary["bytes_dropped"]
     for file in summary["quarantined"]:
         context.log.warning(f"set aside {file['path']}: {file['reason']} ({file['detail']})")

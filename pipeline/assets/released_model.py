@@ -32,7 +32,7 @@ def released_model(
     result = read_evaluation(evaluation_file)
     record = CheckpointRecord.read(manifest_path(checkpoint_path(storage.checkpoints / result["run_id"], result["step"])))
     run, manifest = read_json(record.path.parent / "run.json"), load_manifest(storage.processed, result["dataset_id"])
-    with one_at_a_time(storage):
+    with one_at_a_time(context, storage):
         before = judge_released(context, storage, catalog, result, manifest.tokenizer.tokenizer_id)
         verdict = decide(find_released_model(storage), result, before, config.part(ReleaseConfig))
         if verdict.promoted:

@@ -3,6 +3,7 @@
 import dagster as dg
 
 from llm_core.config import ShardConfig
+from llm_core.locks import preparing
 from llm_core.shards import build_dataset
 from pipeline import checks
 from pipeline.assets.common import DATA, OWNERS, rounded
@@ -23,10 +24,11 @@ def tokenized_shards(
 
     Only documents that no shard holds yet are read and encoded; removed documents are masked, not rewritten.
     """
-    upstream = Upstream(context, storage)
-    snapshot = upstream.snapshot()
-    manifest = build_dataset(snapshot, upstream.tokenizer(), storage.raw_text, storage.processed, config.part(ShardConfig))
-    catalog.open().record_dataset(storage.processed, manifest.dataset_id)
+    with preparing(storage.processed, context.log.info):
+        upstream = Upstream(context, storage)
+        snapshot = upstream.snapshot()
+        manifest = build_dataset(snapshot, upstream.tokenizer(), storage.raw_text, storage.processed, config.part(ShardConfig))
+        catalog.open().record_dataset(storage.processed, manifest.dataset_id)
     train, val = manifest.splits["train"], manifest.splits["val"]
     return dg.MaterializeResult(
         data_version=dg.DataVersion(manifest.dataset_id),

@@ -3,6 +3,7 @@
 import dagster as dg
 
 from llm_core.config import TokenizerConfig
+from llm_core.locks import preparing
 from llm_core.tokenizer_training import prepare_tokenizer
 from pipeline import checks
 from pipeline.assets.common import DATA, OWNERS, rounded, table
@@ -23,9 +24,10 @@ def trained_tokenizer(
 
     Frozen when new text lands: it is trained again when its configuration changes or when asked to (`retrain_tokenizer`).
     """
-    snapshot = Upstream(context, storage).snapshot()
-    artifact = prepare_tokenizer(snapshot, storage.raw_text, storage.processed, config.part(TokenizerConfig))
-    catalog.open().record_tokenizer(storage.processed, artifact.tokenizer_id)
+    with preparing(storage.processed, context.log.info):
+        snapshot = Upstream(context, storage).snapshot()
+        artifact = prepare_tokenizer(snapshot, storage.raw_text, storage.processed, config.part(TokenizerConfig))
+        catalog.open().record_tokenizer(storage.processed, artifact.tokenizer_id)
     report = artifact.report
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.tokenizer_id),

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from tests.faults import damage, disk, forks, kills
+from tests.faults import cancel, catalog_disk, concurrency, damage, disk, forks, kills, silence, steps
 from tests.faults.report import Tally, table
 
 
@@ -39,16 +39,30 @@ def main() -> None:
         def many(count: int) -> int:
             return max(1, round(count * options.share))
 
+        every = max(1, round(1 / options.share))
         scenarios = {
             "kill_the_training_process": lambda at: kills.kill_the_training_process(data_dir, at, many(200), options.seed),
             "kill_two_ranks": lambda at: kills.kill_two_ranks(data_dir, at, many(20), options.seed),
+            "kill_dagster_steps": lambda at: steps.kill_dagster_steps(folder / "corpus", at, many(20), options.seed),
+            "cancel_torchrun": lambda at: cancel.cancel_torchrun(data_dir, at, many(12), options.seed),
+            "cancel_dagster_steps": lambda at: cancel.cancel_dagster_steps(folder / "corpus", at, many(8), options.seed),
+            "stop_a_rank": lambda at: silence.stop_a_rank(data_dir, at, many(4), options.seed),
+            "cut_the_cable": lambda at: silence.cut_the_cable(data_dir, at, many(3), options.seed),
+            "two_trainings": lambda at: concurrency.two_trainings_in_one_folder(data_dir, at, many(10), options.seed),
+            "two_preparations": lambda at: concurrency.two_preparations(folder / "corpus", at, many(10), options.seed),
+            "file_that_grows": lambda at: concurrency.file_that_grows(folder / "corpus", at, many(10), options.seed),
+            "two_dagster_runs": lambda at: concurrency.two_dagster_runs(folder / "corpus", at, many(4), options.seed),
             "damage_files": lambda at: damage.damage_files(home, at, many(6), options.seed),
-            "fail_the_nth_call": lambda at: disk.fail_the_nth_call(folder / "corpus", at, every=max(1, round(1 / options.share))),
+            "fail_the_nth_call": lambda at: disk.fail_the_nth_call(folder / "corpus", at, every=every),
+            "fail_the_catalog": lambda at: catalog_disk.fail_the_nth_call_of_the_catalog(home, at, every=every),
             "fill_the_disk": lambda at: disk.fill_the_disk(folder / "corpus", at),
         }
         if not disk.can_mount(folder / "probe"):
-            print("fill_the_disk: left out, it needs root to mount a small file system")
-            del scenarios["fill_the_disk"]
+            print("fill_the_disk, cut_the_cable: left out, they need root, to mount a small file system and to make networks")
+            del scenarios["fill_the_disk"], scenarios["cut_the_cable"]
+        if not catalog_disk.can_trace():
+            print("fail_the_catalog: left out, it needs the command strace")
+            del scenarios["fail_the_catalog"]
         tallies: list[Tally] = []
         for scenario, run in scenarios.items():
             if options.only in (None, scenario):

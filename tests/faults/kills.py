@@ -1,18 +1,17 @@
 """SIGKILL at random moments: what is run again afterwards ends as if nothing had happened, to the bit."""
 
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
+import tempfile
 import time
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from tests.faults.forks import outcome, train_forked
+from tests.faults.processes import Command
 from tests.faults.report import Tally
 from tests.llm_core.training import run_train, train_arguments
 
@@ -59,16 +58,13 @@ def kill_two_ranks(data_dir: Path, folder: Path, kills: int, seed: int) -> Tally
     """The documented command with two ranks; a rank, torchrun or all of them are killed."""
     tally = Tally("torchrun with two ranks, SIGKILL", seed)
     chosen = random.Random(seed)
-    began = time.monotonic()
-    run_train(data_dir, folder / "whole", 2, **RANKS_OPTIONS)
-    duration = time.monotonic() - began
-    whole = outcome(folder / "whole", RANKS_OPTIONS["max_steps"])
+    whole, duration = uninterrupted(data_dir)
     while tally.injected < kills:
         run_dir = folder / f"run{tally.injected}"
         pending: list[str | None] = []
         while True:
             target, moment = chosen.choice(["rank 0", "rank 1", "torchrun", "all"]), chosen.uniform(0.3, 1.1) * duration
-            code, orphans = _torchrun(data_dir, run_dir, target, moment)
+            code, orphans = _kill_torchrun(data_dir, run_dir, target, moment)
             if code is None:
                 pending.append(f"{target} killed after {moment:.2f} s: processes {orphans} were left" if orphans else None)
                 continue
@@ -82,48 +78,39 @@ def kill_two_ranks(data_dir: Path, folder: Path, kills: int, seed: int) -> Tally
     return tally
 
 
-def _torchrun(data_dir: Path, run_dir: Path, target: str, moment: float) -> tuple[int | None, list[int]]:
+@cache
+def uninterrupted(data_dir: Path) -> tuple[object, float]:
+    """The outcome of the command when nobody disturbs it, and how many seconds it takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        run_train(data_dir, Path(folder), 2, **RANKS_OPTIONS)
+        return outcome(Path(folder), RANKS_OPTIONS["max_steps"]), time.monotonic() - began
+
+
+def torchrun(
+    data_dir: Path,
+    run_dir: Path,
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    shutdown_timeout: int = 60,
+    **options: Any,
+) -> Command:
+    """The documented command with two ranks, and so many seconds for them to save when they are stopped."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    train = train_arguments(data_dir, run_dir, **(RANKS_OPTIONS | options))
+    arguments = ["torch.distributed.run", "--nproc_per_node=2", f"--shutdown-timeout={shutdown_timeout}", *train]
+    return Command(arguments, log or run_dir.with_suffix(".log"), environment)
+
+
+def _kill_torchrun(data_dir: Path, run_dir: Path, target: str, moment: float) -> tuple[int | None, list[str]]:
     """Runs the command and kills `target` after `moment` seconds.
 
     Returns:
-        The exit code where the run ended by itself before that, else None; and the processes that outlived the kill by a minute.
+        The exit code where the run ended by itself before that, else None; and the processes that outlived the kill.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        *train_arguments(data_dir, run_dir, **RANKS_OPTIONS),
-    ]
-    with open(run_dir.with_suffix(".log"), "wb") as log:
-        torchrun = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        return torchrun.wait(moment), []
-    except subprocess.TimeoutExpired:
-        pass
-    family = psutil.Process(torchrun.pid).children(recursive=True)
-    ranks = [process for process in family if "llm_core.train" in " ".join(_command(process))]
-    victims = {"torchrun": [], "all": ranks}.get(target, ranks[-1:] if target == "rank 1" else ranks[:1])
-    if target in ("torchrun", "all") or not victims:
-        victims = [*victims, psutil.Process(torchrun.pid)]
-    for victim in victims:
-        try:
-            victim.kill()
-        except psutil.NoSuchProcess:
-            continue
-    try:
-        torchrun.wait(60)
-    except subprocess.TimeoutExpired:
-        torchrun.kill()
-    _, alive = psutil.wait_procs(family, timeout=60)
-    for orphan in alive:
-        orphan.kill()
-    return None, [orphan.pid for orphan in alive]
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except psutil.NoSuchProcess:
-        return []
+    with torchrun(data_dir, run_dir) as command:
+        code = command.wait(moment)
+        if code is None:
+            command.signal(signal.SIGKILL, target)
+            command.wait(60)
+        return code, command.left()

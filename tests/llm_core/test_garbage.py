@@ -35,7 +35,7 @@ class Place:
         return collect(self.processed, [self.runs], keep, min_age_hours, dry_run)
 
     def files(self) -> set[str]:
-        return {str(path.relative_to(self.processed)) for path in self.processed.rglob("*") if path.is_file()}
+        return {str(path.relative_to(self.processed)) for path in self.processed.rglob("[!.]*") if path.is_file()}
 
     def opens(self, dataset_id: str | None = None) -> bool:
         manifest = load_manifest(self.processed, dataset_id)

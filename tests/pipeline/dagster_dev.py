@@ -90,6 +90,10 @@ class DagsterDev:
         """Launches a job as the launchpad does and returns the run's id."""
         return DagsterGraphQLClient("127.0.0.1", self._port).submit_job_execution(job, run_config=run_config)
 
+    def terminate(self, run_id: str) -> None:
+        """What the UI's button Terminate does."""
+        DagsterGraphQLClient("127.0.0.1", self._port).terminate_run(run_id)
+
     def switch_on(self, sensor: str) -> None:
         answer = DagsterGraphQLClient("127.0.0.1", self._port)._execute(
             _START_SENSOR, {"selector": SELECTOR | {"sensorName": sensor}}

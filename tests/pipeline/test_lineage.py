@@ -32,11 +32,11 @@ def ids(home: Home, result: Any) -> dict[str, str]:
 
 
 def files_of(home: Home) -> dict[str, tuple[int, int]]:
-    """Every file under the home with its inode and mtime, the catalog's own apart."""
+    """Every file under the home with its inode and mtime, the catalog's own and locks apart."""
     return {
         str(path.relative_to(home.storage.root)): (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in home.storage.root.rglob("*")
-        if path.is_file() and "catalog.duckdb" not in path.name
+        if path.is_file() and path.name != ".lock" and "catalog.duckdb" not in path.name
     }
 
 

@@ -1,0 +1,110 @@
+"""SIGINT and SIGTERM at every level, on a slow disk, twice: the training saves, ends in order, and goes on to the same bits."""
+
+import json
+import random
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from llm_core.checkpoint_files import newest_valid
+from llm_core.runlog import read_metrics
+from tests.faults.forks import outcome
+from tests.faults.kills import RANKS_OPTIONS, torchrun, uninterrupted
+from tests.faults.processes import Command, wait_until
+from tests.faults.report import Tally
+from tests.faults.steps import DagsterHome, differences, uninterrupted_home
+
+# Python runs a module of this name before anything else: every write of a checkpoint takes a second longer in all processes.
+_SLOW_DISK = """
+import os, time
+fsync = os.fsync
+def slow(descriptor):
+    if "checkpoint_step" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        time.sleep(1)
+    fsync(descriptor)
+os.fsync = slow
+"""
+
+
+def cancel_torchrun(data_dir: Path, folder: Path, trials: int, seed: int) -> Tally:
+    """The documented command with two ranks; the signal goes to a rank, to torchrun or to both as from a terminal."""
+    tally = Tally("torchrun with two ranks, SIGINT or SIGTERM", seed)
+    chosen = random.Random(seed)
+    whole, _ = uninterrupted(data_dir)
+    slow = _slow_disk(folder)
+    for trial in range(trials):
+        run_dir = folder / f"run{trial}"
+        target, twice, environment = (
+            chosen.choice(["rank 0", "rank 1", "torchrun", "all"]),
+            trial % 2 == 1,
+            slow if trial % 3 else {},
+        )
+        with torchrun(data_dir, run_dir, environment=environment) as command:
+            problem = _cancel(command, target, twice, run_dir, chosen)
+        if problem is None:
+            with torchrun(data_dir, run_dir) as command:
+                code = command.wait()
+            if code != 0:
+                problem = f"resumed, it ends with {code}: {command.output()[-1000:]}"
+            elif outcome(run_dir, RANKS_OPTIONS["max_steps"]) != whole:
+                problem = "the weights or the logged losses differ"
+        tally.count(problem and f"{target}{', twice' * twice}{', slow disk' * bool(environment)}: {problem}")
+    return tally
+
+
+def cancel_dagster_steps(corpus_dir: Path, folder: Path, trials: int, seed: int) -> Tally:
+    """`dagster job execute`; the signal goes to the command, to torchrun or to a rank."""
+    tally = Tally("dagster job execute, SIGINT or SIGTERM", seed)
+    chosen = random.Random(seed)
+    whole = uninterrupted_home(corpus_dir)
+    slow = _slow_disk(folder)
+    for trial in range(trials):
+        home = DagsterHome(corpus_dir, folder / f"trial{trial}")
+        target = ["command", "torchrun", "command", "rank 0"][trial % 4]
+        twice, environment = trial % 4 < 2, slow if trial % 3 else {}
+        run_dir = home.root / "checkpoints" / whole.run_id
+        with home.execute(**environment) as command:
+            problem = _cancel(command, target, twice, run_dir, chosen)
+        if problem is None:
+            with home.execute() as command:
+                code = command.wait()
+            problem = differences(whole.outcome, home.outcome())
+            if code != 0:
+                problem = f"resumed, it ends with {code}: {command.output()[-1000:]}"
+        tally.count(problem and f"{target}{', twice' * twice}{', slow disk' * bool(environment)}: {problem}")
+        shutil.rmtree(folder / f"trial{trial}")
+    return tally
+
+
+def _cancel(command: Command, target: str, twice: bool, run_dir: Path, chosen: random.Random) -> str | None:
+    """Sends the signals once the training has made a step. Returns what was not in order, None if all was."""
+    metrics = run_dir / "metrics.jsonl"
+    if not wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, command):
+        return f"it did not begin: {command.output()[-2000:]}"
+    time.sleep(chosen.uniform(0, 0.5))
+    command.signal(chosen.choice([signal.SIGINT, signal.SIGTERM]), target)
+    if twice:
+        wait_until(lambda: bool(list(run_dir.glob(".checkpoint*.tmp"))), command, 5)
+        command.signal(chosen.choice([signal.SIGINT, signal.SIGTERM]), target)
+    code, left = command.wait(), command.left()
+    if code is None or left:
+        return f"ended with {code}, left {left}"
+    state = json.loads((run_dir / "run.json").read_text())
+    if state["status"] == "finished":  # the last step was made before the signal arrived
+        return None
+    newest, _ = newest_valid(run_dir)
+    last_step = max(line["step"] for line in read_metrics(metrics) if line["kind"] == "train")
+    if state["status"] != "preempted" or newest is None or newest.step != last_step:
+        saved = newest.step if newest else None
+        return f"state {state['status']}, saved step {saved} of {last_step}: {command.output()[-2000:]}"
+    return None if code else "a training that was stopped ended with 0"
+
+
+def _slow_disk(folder: Path) -> Mapping[str, str]:
+    """The environment in which checkpoints take long to write."""
+    place = folder / "slow_disk"
+    place.mkdir(exist_ok=True)
+    (place / "sitecustomize.py").write_text(_SLOW_DISK)
+    return {"PYTHONPATH": str(place)}

@@ -1,0 +1,63 @@
+"""A process that is to end with the one that started it."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+# Starts a child that says its id, loads modules for a while and only then asks to end with its parent.
+_CHILD = """
+import sys
+from llm_core import processes
+print("loading", flush=True)
+sys.stdin.readline()
+processes.die_with_parent()
+print("asked", flush=True)
+sys.stdin.read()
+"""
+_PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def start() -> tuple["subprocess.Popen[str]", psutil.Process]:
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT, _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    said = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
+    (pid,) = said - {"loading"}
+    return parent, psutil.Process(int(pid))
+
+
+def ended(process: psutil.Process) -> bool:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_it_ends_when_its_parent_is_killed() -> None:
+    parent, child = start()
+    assert parent.stdin is not None and parent.stdout is not None
+    parent.stdin.write("\n")
+    parent.stdin.flush()
+    assert parent.stdout.readline() == "asked\n"
+    parent.send_signal(signal.SIGKILL)
+    assert ended(child)
+
+
+def test_it_ends_at_once_when_its_parent_was_killed_before_it_asked() -> None:
+    parent, child = start()
+    assert parent.stdin is not None
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdin.write("\n")
+    parent.stdin.flush()
+    assert ended(child), "an orphan that nobody asked goes on"
+    parent.stdin.close()

@@ -1,0 +1,98 @@
+"""A cancelled step stops its training first, wherever the interrupt finds it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llm_core.errors import UserError
+from llm_core.locks import held
+from pipeline import launcher
+from pipeline.interrupts import postponed_interrupts
+from pipeline.launcher import TorchrunProcess
+from pipeline.training import _wait_for_an_earlier_attempt
+
+_HOLDER = """
+import sys
+from pathlib import Path
+from llm_core.locks import held
+with held(Path(sys.argv[1]), print):
+    print("has it", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_the_end_of_the_block_and_then_reaches_the_handler_there(number: signal.Signals) -> None:
+    delivered: list[int] = []
+    before = signal.signal(number, lambda number, frame: delivered.append(number))
+    try:
+        with postponed_interrupts() as interrupted:
+            assert not interrupted()
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            assert interrupted()
+            assert delivered == []
+        assert delivered == [number], "once, as if it had come now"
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("moment", ["start", "wait", "stop"])
+def test_an_interrupt_at_any_moment_leaves_no_process(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    class Started(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, command: list[str], **options: object) -> None:
+            super().__init__([sys.executable, "-c", "import time; time.sleep(600)"], **options)  # type: ignore[call-overload]
+            started.append(self)
+            if moment == "start":
+                interrupt()
+
+        def wait(self, timeout: float | None = None) -> int:
+            if moment == "stop" and timeout == 30:
+                interrupt()
+            return super().wait(timeout)
+
+    monkeypatch.setattr(launcher.subprocess, "Popen", Started)
+    process = TorchrunProcess([], dict(os.environ), tmp_path / "log", grace_seconds=30)
+
+    def work() -> None:
+        with process:
+            if moment == "stop":
+                raise RuntimeError("something else went wrong")
+            for looks, _ in enumerate(process.wait(0.2)):
+                assert looks < 100, "the waiting ends with the interrupt"
+                if moment == "wait":
+                    interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert [one.poll() for one in started] == [-signal.SIGTERM]
+
+
+def test_a_folder_in_which_another_training_goes_on_is_refused_after_a_while(tmp_path: Path) -> None:
+    class Context:
+        log = type("Log", (), {"info": staticmethod(print)})
+
+    other = subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None and other.stdin is not None
+    other.stdout.readline()
+    with pytest.raises(UserError, match=f"{tmp_path}: process {other.pid} is training in this folder"):
+        _wait_for_an_earlier_attempt(Context, tmp_path, seconds=0.5)  # type: ignore[arg-type]
+    subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {other.pid}"])
+    began = time.monotonic()
+    _wait_for_an_earlier_attempt(Context, tmp_path, seconds=60)  # type: ignore[arg-type]
+    assert time.monotonic() - began < 50
+    with held(tmp_path, pytest.fail):
+        pass
+    other.communicate()
