@@ -6,7 +6,7 @@ checkpoints and the catalog store. Paths are not here: where something lies does
 
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from llm_core.errors import UserError
 
@@ -370,6 +370,31 @@ class EvaluateConfig(StageConfig):
     sample_temperature: float = Field(0.8, ge=0, description="0 always takes the likeliest token.")
     sample_top_k: int = Field(50, ge=0, description="Draw from this many likeliest tokens; 0: from all.")
     sample_seed: int = Field(0, ge=0, description="Seed of the draws.")
+
+
+class HarnessConfig(StageConfig):
+    """Which tasks of EleutherAI's harness (lm-eval) a model is tried on."""
+
+    execution_fields = frozenset({"lm_eval_batch_size", "lm_eval_task_dir"})
+
+    lm_eval_tasks: list[str] = Field(
+        [],
+        validation_alias=AliasChoices("lm_eval_tasks", "tasks"),
+        description="Tasks, groups and tags by name; empty: none. Most of them download their data from the Hugging Face hub.",
+    )
+    lm_eval_task_dir: str | None = Field(
+        None,
+        validation_alias=AliasChoices("lm_eval_task_dir", "task_dir"),
+        description="Folder with task definitions (YAML) of your own; data_files in them are relative to the working directory.",
+    )
+    lm_eval_limit: PositiveInt | None = Field(
+        None,
+        validation_alias=AliasChoices("lm_eval_limit", "limit"),
+        description="The budget: examples of each task, from its start; default: all of them.",
+    )
+    lm_eval_batch_size: PositiveInt = Field(
+        8, validation_alias=AliasChoices("lm_eval_batch_size", "batch_size"), description="Requests per forward pass."
+    )
 
 
 class ReleaseConfig(StageConfig):

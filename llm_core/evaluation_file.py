@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from llm_core.checkpoint_files import CheckpointRecord
-from llm_core.config import EvaluateConfig
+from llm_core.config import EvaluateConfig, HarnessConfig
 from llm_core.files import read_json
-from llm_core.identity import evaluation_id
+from llm_core.identity import evaluation_id, harness_id
 
 
 class Metric(TypedDict):
-    """One figure over one part of the held-out text; source "all" is the whole of it."""
+    """One figure over one part of the held-out text; source "all" is the whole of it. Of the harness: over a task, its source."""
 
     metric: str
     split: str
@@ -26,7 +26,7 @@ class Sample(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """One checkpoint judged on the held-out text of one dataset."""
+    """One checkpoint judged on the held-out text of one dataset, or by tasks of the harness, whose dataset_id is "lm_eval"."""
 
     format_version: int
     evaluation_id: str
@@ -43,6 +43,11 @@ class Evaluation(TypedDict):
 def evaluation_path(record: CheckpointRecord, dataset_id: str, config: EvaluateConfig) -> Path:
     """Where the judgement of a checkpoint on a dataset is kept: beside the checkpoint, named by all it depends on."""
     return record.path.with_name(f"evaluation_step_{record.step}_{evaluation_id(record.checkpoint_id, dataset_id, config)}.json")
+
+
+def harness_path(record: CheckpointRecord, config: HarnessConfig) -> Path:
+    """Where the judgement of a checkpoint by tasks of the harness is kept: likewise."""
+    return record.path.with_name(f"evaluation_step_{record.step}_{harness_id(record.checkpoint_id, config)}.json")
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -62,3 +67,16 @@ def by_source(evaluation: Evaluation) -> list[dict[str, Any]]:
         if entry["source"] != "all":
             rows.setdefault(entry["source"], {"source": entry["source"]})[entry["metric"]] = entry["value"]
     return list(rows.values())
+
+
+def task_figures(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """A row for each figure of the harness: task, metric, value, standard_error (None: unknown), examples (None: a group)."""
+    figures = {(entry["source"], entry["metric"]): entry["value"] for entry in evaluation["metrics"]}
+    rows = []
+    for (task, name), value in figures.items():
+        measure, comma, filtered = name.partition(",")
+        if name != "examples" and not measure.endswith("_stderr"):
+            error = figures.get((task, f"{measure}_stderr{comma}{filtered}"))
+            rows.append({"task": task, "metric": name, "value": value, "standard_error": error})
+            rows[-1]["examples"] = figures.get((task, "examples"))
+    return rows

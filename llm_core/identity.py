@@ -1,12 +1,16 @@
 """Ids of trained artifacts: hashes of everything that determines them, computed without loading any of it."""
 
-from llm_core.config import EvaluateConfig, TrainConfig
-from llm_core.files import content_id
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from llm_core.config import EvaluateConfig, HarnessConfig, TrainConfig
+from llm_core.files import content_id, sha256_file
 from llm_core.shards import DatasetManifest
 
 # Each is raised when the same inputs begin to give another result.
 TRAINING_VERSION = 1
 EVALUATION_VERSION = 2
+HARNESS_VERSION = 1
 EXPORT_VERSION = 1
 
 
@@ -21,6 +25,18 @@ def run_id(manifest: DatasetManifest, config: TrainConfig, parent_checkpoint_id:
 def evaluation_id(checkpoint_id: str, dataset_id: str, config: EvaluateConfig) -> str:
     """The judgement of a checkpoint on the held-out text of a dataset."""
     return content_id("evaluation", EVALUATION_VERSION, checkpoint_id, dataset_id, config.identity())
+
+
+def harness_id(checkpoint_id: str, config: HarnessConfig) -> str:
+    """The judgement of a checkpoint by the installed harness; tasks of one's own count with every file of their folder."""
+    try:
+        harness = version("lm_eval")
+    except PackageNotFoundError:
+        harness = "not installed"
+    folder = None if config.lm_eval_task_dir is None else Path(config.lm_eval_task_dir)
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder is not None else []
+    own = [(str(path.relative_to(folder)), sha256_file(path)) for path in files if folder is not None]
+    return content_id("harness", HARNESS_VERSION, checkpoint_id, harness, own, config.identity())
 
 
 def model_id(checkpoint_id: str) -> str:

@@ -52,15 +52,19 @@ def option_list(options: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def run_tool(context: AssetExecutionContext, module: str, options: Mapping[str, Any]) -> None:
+def run_tool(
+    context: AssetExecutionContext, module: str, options: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> None:
     """Runs one of llm_core's tools in a process that ends with this one: PyTorch's memory stays out of the orchestrator.
+
+    environment: what it gets beside what every training process gets.
 
     Raises:
         dagster.Failure: the tool failed; the description is what it said.
     """
     command = [sys.executable, "-m", "pipeline.child", module, *option_list(options)]
     context.log.info(shlex.join(command))
-    done = subprocess.run(command, env=training_environment({}), capture_output=True, text=True)
+    done = subprocess.run(command, env=training_environment(environment or {}), capture_output=True, text=True)
     if done.returncode:
         raise Failure(f"{module} ended with code {done.returncode}: {done.stderr[-2000:]}", allow_retries=False)
     context.log.info(done.stdout)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from dagster import AssetExecutionContext
@@ -85,6 +86,22 @@ def decide(model: dict[str, Any] | None, evaluation: Evaluation, before: Evaluat
     if found < bar - config.min_improvement:
         return Verdict(True, comparison)
     return Verdict(False, f"{comparison}: not better by more than {config.min_improvement}, the old release stays")
+
+
+@contextmanager
+def exported(context: AssetExecutionContext, storage: Storage, record: CheckpointRecord) -> Iterator[Path]:
+    """A checkpoint as a Hugging Face directory for as long as the block lasts; a released one is where it is anyway."""
+    directory = storage.models / model_id(record.checkpoint_id)
+    if _is_whole(directory):
+        yield directory
+        return
+    temporary = record.path.with_name(f".{record.path.stem}.exported")
+    options = {"checkpoint": record.path, "data_dir": storage.processed, "output_dir": temporary}
+    try:
+        run_tool(context, "llm_core.export", options)
+        yield temporary
+    finally:
+        rmtree(temporary, ignore_errors=True)
 
 
 def release(context: AssetExecutionContext, storage: Storage, record: CheckpointRecord, evaluation: Path, reason: str) -> Path:

@@ -3,21 +3,22 @@
 import dagster as dg
 from pydantic import Field
 
-from llm_core.config import EvaluateConfig
+from llm_core.config import EvaluateConfig, HarnessConfig
 from llm_core.evaluation_file import by_source, metric, read_evaluation
 from pipeline import checks
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.assets.common import MODEL, OWNERS, literal, rounded, table
 from pipeline.current import set_current
 from pipeline.handover import Upstream
+from pipeline.harness import try_tasks
 from pipeline.judging import judge
 from pipeline.plots import bits_per_byte_bars
 from pipeline.release import judge_released
 from pipeline.resources import CatalogResource, Storage
 
 
-class EvaluationConfig(EvaluateConfig, dg.Config):
-    """How a checkpoint is judged on the held-out text."""
+class EvaluationConfig(EvaluateConfig, HarnessConfig, dg.Config):
+    """How a checkpoint is judged on the held-out text, and by tasks of lm-eval."""
 
     max_regression: float = Field(
         0.1,
@@ -34,7 +35,7 @@ def evaluation(
 
     The baselines are token frequencies (unigram) and a strong compressor (xz -9e) on the same text; samples show what it writes.
 
-    Bits per byte can be compared between tokenizers, loss and perplexity cannot.
+    Bits per byte can be compared between tokenizers, loss and perplexity cannot. Tasks of lm-eval are tried where some are named.
     """
     upstream = Upstream(context, storage)
     record, manifest = upstream.checkpoint(), upstream.dataset()
@@ -50,6 +51,7 @@ def evaluation(
     released = judge_released(context, storage, catalog, result, manifest.tokenizer.tokenizer_id)
     if released is not None:
         compared["released model"] = metric(released, "bits_per_byte")
+    tasks = try_tasks(context, storage, catalog, record, config.part(HarnessConfig))
     texts = [sample["prompt"] + sample["continuation"] for sample in result["samples"]]
     samples = "\n\n".join(f"sample {number}:\n\n{literal(text)}" for number, text in enumerate(texts, start=1))
     return dg.MaterializeResult(
@@ -70,6 +72,7 @@ def evaluation(
                 tokens="float",
                 bytes="float",
             ),
+            "lm_eval": table(tasks, task="string", metric="string", value="float", standard_error="float", examples="float"),
             "loss": rounded(metric(result, "loss")),
             "perplexity": rounded(metric(result, "perplexity"), 2),
             "tokens": int(metric(result, "tokens")),
