@@ -6,14 +6,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from llm_core.checkpoint_files import CheckpointRecord, checkpoint_path, manifest_path, newest_valid
 from llm_core.config import TrainConfig
 from llm_core.errors import DataError, UserError
 from llm_core.files import atomic_writer, read_json, verify_file
 from llm_core.schedule import decay_start
-from llm_core.tables import parquet_bytes
+from llm_core.tables import parquet_bytes, read_parquet
 
 DOCUMENT_STEPS = "document_steps.parquet"
 KNOWN_DOCUMENTS = "known_documents.parquet"
@@ -75,7 +74,7 @@ def _known_documents(record: CheckpointRecord) -> pa.Array | None:
     if state.get("run_id") != record.run_id or not (run_dir / DOCUMENT_STEPS).is_file():
         return None
     verify_file(run_dir / DOCUMENT_STEPS, state["document_steps_sha256"])
-    own = pq.read_table(run_dir / DOCUMENT_STEPS)
+    own = read_parquet(run_dir / DOCUMENT_STEPS)
     seen = own.filter(pc.less(own["first_step"], record.step))["document_id"]
     inherited = pa.array([], pa.string()) if state["parent_run_id"] is None else _inherited(run_dir, state)
     return None if inherited is None else pc.unique(pa.chunked_array([*seen.chunks, inherited], pa.string()))
@@ -85,7 +84,7 @@ def _inherited(run_dir: Path, state: dict[str, Any]) -> pa.Array | None:
     if state["known_documents_sha256"] is None:
         return None
     verify_file(run_dir / KNOWN_DOCUMENTS, state["known_documents_sha256"])
-    return pq.read_table(run_dir / KNOWN_DOCUMENTS)["document_id"].combine_chunks()
+    return read_parquet(run_dir / KNOWN_DOCUMENTS)["document_id"].combine_chunks()
 
 
 def _before_decay(run_dir: Path) -> CheckpointRecord | None:

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from llm_core.errors import DataError
 from llm_core.files import ID_LENGTH, atomic_writer, verify_file
-from llm_core.tables import parquet_bytes
+from llm_core.tables import parquet_bytes, read_parquet
 from llm_core.tokenizer import Ids, Tokenizer
 
 FORMAT_VERSION = 1
@@ -142,7 +141,7 @@ def read_facts(processed_dir: Path, shard: ShardEntry) -> pa.Table:
     """
     path = processed_dir / shard.facts_file
     _verify(path, shard.facts_sha256)
-    return pq.read_table(path)
+    return read_parquet(path)
 
 
 def mend_facts(processed_dir: Path, shard: ShardEntry) -> None:

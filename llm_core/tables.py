@@ -1,6 +1,7 @@
 """Arrow tables as file contents and as rows."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,15 @@ def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", **options)
     return bytes(sink.getvalue().to_pybytes())
+
+
+def read_parquet(path: Path, **options: Any) -> pa.Table:
+    """One Parquet file as a table, with the options of `pq.ParquetFile`.
+
+    `pq.read_table` would look for columns in the folders' names, and load pandas where it is installed: a second of start-up.
+    """
+    with pq.ParquetFile(path, **options) as file:
+        return file.read()
 
 
 def iter_rows(table: pa.Table, *columns: str) -> Iterator[tuple[Any, ...]]:

@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from llm_core.corpus.folder import Stamp
 from llm_core.corpus.records import Rows
 from llm_core.files import atomic_writer
-from llm_core.tables import parquet_bytes
+from llm_core.tables import parquet_bytes, read_parquet
 
 _SCHEMA = pa.schema(
     [("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("inode", pa.uint64()), ("tag", pa.string())]
@@ -32,7 +31,7 @@ def let_the_clock_tick(stamps: Iterable[Stamp]) -> None:
 def last_look(processed_dir: Path) -> tuple[str | None, dict[str, Stamp]]:
     """Id of the snapshot taken last and the files' stamps of that moment; nothing if the cache is lost or unreadable."""
     try:
-        index = pq.read_table(processed_dir / _FILE)
+        index = read_parquet(processed_dir / _FILE)
         snapshot_id = index.schema.metadata[b"snapshot_id"].decode()
         return snapshot_id, {
             row["path"]: Stamp(row["size"], row["mtime_ns"], row["inode"], row["tag"]) for row in index.to_pylist()
@@ -42,10 +41,8 @@ def last_look(processed_dir: Path) -> tuple[str | None, dict[str, Stamp]]:
 
 
 def remember_look(processed_dir: Path, snapshot_id: str, stamps: dict[str, Stamp]) -> None:
-    """Stores the stamps of the files that could be read; writes nothing if nothing changed."""
+    """Stores the stamps of the files that could be read."""
     rows = [(path, stamp.size, stamp.mtime_ns, stamp.inode, stamp.tag) for path, stamp in stamps.items()]
     content = parquet_bytes(Rows(_SCHEMA.with_metadata({"snapshot_id": snapshot_id}), rows).table())
-    path = processed_dir / _FILE
-    if not path.is_file() or path.read_bytes() != content:
-        with atomic_writer(path) as file:
-            file.write(content)
+    with atomic_writer(processed_dir / _FILE) as file:
+        file.write(content)

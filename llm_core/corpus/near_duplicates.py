@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from llm_core.corpus.records import KEPT, NEAR_DUPLICATE
 from llm_core.errors import UserError
 from llm_core.files import atomic_writer
-from llm_core.tables import parquet_bytes
+from llm_core.tables import parquet_bytes, read_parquet
 
 _PERMUTATIONS = 128
 """Hash functions; the standard error of the estimated similarity is at most 0.5 / sqrt(128) = 0.044."""
@@ -98,7 +97,7 @@ def _signatures(
 
 def _stored(processed_dir: Path) -> pa.Table:
     try:
-        table = pq.read_table(processed_dir / _FILE, page_checksum_verification=True)
+        table = read_parquet(processed_dir / _FILE, page_checksum_verification=True)
         if table.schema.metadata[b"method"].decode() == _METHOD:
             return table.select(_SCHEMA.names).cast(_SCHEMA)
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):

@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus.accounting import byte_totals, file_changes, quarantine
@@ -26,7 +25,7 @@ from llm_core.corpus.records import DOCUMENTS_SCHEMA, FILES_SCHEMA, KEPT, UNREAD
 from llm_core.corpus.source import InputDir, open_source
 from llm_core.errors import DataError, UserError
 from llm_core.files import atomic_writer, content_id, read_json, verify_file, write_json
-from llm_core.tables import parquet_bytes
+from llm_core.tables import parquet_bytes, read_parquet
 
 FORMAT_VERSION = 2
 
@@ -78,7 +77,7 @@ def take_snapshot(
             f" ({folder.ignored} other files, {folder.skipped.total()} skipped); put text files there or name another folder"
         )
     let_the_clock_tick(folder.files.values())
-    parent_id, stamps = last_look(processed_dir)
+    parent_id, stamps = looked = last_look(processed_dir)
     parent = _intact_snapshot(processed_dir, parent_id) if parent_id else None
     known: dict[str, FileFacts] = {}
     if parent and parent.summary["config"] == config.identity():
@@ -127,7 +126,8 @@ def take_snapshot(
         snapshot = _publish(processed_dir, summary, files_table, documents_table)
     # The stamps from before the files were read: what changed in between is looked at again.
     stamps = {facts.path: folder.files[facts.path] for facts in files if facts.status != UNREADABLE}
-    remember_look(processed_dir, snapshot_id, stamps)
+    if looked != (snapshot_id, stamps):
+        remember_look(processed_dir, snapshot_id, stamps)
     return snapshot
 
 
@@ -145,7 +145,7 @@ def load_snapshot(processed_dir: Path, snapshot_id: str) -> Snapshot:
     tables = []
     for entry in (summary["files_table"], summary["documents_table"]):
         verify_file(folder / entry["file"], entry["sha256"])
-        tables.append(pq.read_table(folder / entry["file"]))
+        tables.append(read_parquet(folder / entry["file"]))
     return Snapshot(summary, *tables)
 
 

@@ -15,7 +15,7 @@ from pipeline.assets.common import MODEL, OWNERS, rounded, table
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.current import set_current
 from pipeline.handover import Upstream
-from pipeline.plots import loss_curve
+from pipeline.plots import loss_curve, picture
 from pipeline.release import released_checkpoint
 from pipeline.resources import CatalogResource, Storage, Torchrun
 from pipeline.training import finished_checkpoint, run_training
@@ -97,7 +97,7 @@ def _result(storage: Storage, record: CheckpointRecord, manifest: DatasetManifes
         check_results=checks.checkpoint(state, metrics, manifest.tokenizer.vocab_size),
         metadata={
             "run_id": record.run_id,
-            "loss_curve": loss_curve(metrics),
+            "loss_curve": picture(run_dir / f"loss_curve_step_{record.step}.png", "loss curve", lambda: loss_curve(metrics)),
             "training_loss": rounded(last["train"]["loss"]),
             "validation_loss": rounded(last["eval"]["val_loss"]),
             "validation_bits_per_byte": rounded(last["eval"]["val_bits_per_byte"]),

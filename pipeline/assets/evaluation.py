@@ -5,6 +5,7 @@ from pydantic import Field
 
 from llm_core.config import EvaluateConfig, HarnessConfig
 from llm_core.evaluation_file import by_source, metric, read_evaluation
+from llm_core.files import content_id
 from pipeline import checks
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.assets.common import MODEL, OWNERS, literal, rounded, table
@@ -12,7 +13,7 @@ from pipeline.current import set_current
 from pipeline.handover import Upstream
 from pipeline.harness import try_tasks
 from pipeline.judging import judge
-from pipeline.plots import bits_per_byte_bars
+from pipeline.plots import bits_per_byte_bars, picture
 from pipeline.release import judge_released
 from pipeline.resources import CatalogResource, Storage
 
@@ -59,7 +60,9 @@ def evaluation(
         check_results=checks.evaluation(result, compared.get("released model"), config.max_regression),
         metadata={
             "evaluation_id": result["evaluation_id"],
-            "comparison": bits_per_byte_bars(compared),
+            "comparison": picture(
+                path.with_name(f"comparison_{content_id(compared)}.png"), "bits per byte", lambda: bits_per_byte_bars(compared)
+            ),
             "bits_per_byte": rounded(metric(result, "bits_per_byte")),
             "unigram_bits_per_byte": rounded(metric(result, "unigram_bits_per_byte")),
             "xz_bits_per_byte": rounded(metric(result, "xz_bits_per_byte")),
