@@ -9,7 +9,7 @@ from pipeline.assets.released_model import released_model
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.assets.trained_tokenizer import trained_tokenizer
-from pipeline.retries import retry_only_what_may_go_away
+from pipeline.retries import say_why_and_retry_only_what_may_go_away
 
 PREPARATION = [raw_text, trained_tokenizer, tokenized_shards]
 LINEAGE = [*PREPARATION, checkpoint, evaluation, released_model]
@@ -17,7 +17,7 @@ LINEAGE = [*PREPARATION, checkpoint, evaluation, released_model]
 # The steps of one job follow each other, and the heavy one trains in processes of its own: a process per step would only add
 # seconds of start-up to each.
 EXECUTOR = dg.in_process_executor
-HOOKS = {retry_only_what_may_go_away}
+HOOKS = {say_why_and_retry_only_what_may_go_away}
 
 # Small enough for a first look on two CPU cores: a few minutes from text to model.
 QUICKSTART_CONFIG = {

@@ -1,5 +1,7 @@
-"""Which failures are worth another run, and that none of those runs is forgotten."""
+"""What is said of a failure, which failures are worth another run, and that none of those runs is forgotten."""
 
+import atexit
+import sys
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
@@ -7,6 +9,7 @@ from dagster._core.errors import DagsterAssetCheckFailedError
 from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, MAX_RETRIES_TAG, WILL_RETRY_TAG
 from pydantic import ValidationError
 
+from llm_core.cli import describe_invalid
 from llm_core.errors import UserError
 
 ASKED_AGAIN_TAG = "textmill/retry_asked_again"
@@ -16,14 +19,25 @@ _TOO_LATE = timedelta(days=1)
 
 
 @dg.failure_hook
-def retry_only_what_may_go_away(context: dg.HookContext) -> None:
-    """Takes the run out of Dagster's run retries (`run_retries` in dagster.yaml) when running again unchanged cannot help."""
+def say_why_and_retry_only_what_may_go_away(context: dg.HookContext) -> None:
+    """Says why a step failed in the last lines of stderr, where a person at a terminal or in CI looks first.
+
+    Takes the run out of Dagster's run retries (`run_retries` in dagster.yaml) when running again unchanged cannot help.
+    """
     error = context.op_exception
+    # Dagster prints its tracebacks after this, and that the run failed after these.
+    atexit.register(print, f"\ntextmill: {context.step_key} failed: {_reason(error)}", file=sys.stderr)
     final = isinstance(error, UserError | ValidationError | DagsterAssetCheckFailedError) or (
         isinstance(error, dg.Failure) and not error.allow_retries
     )
     if final:
         context.instance.add_run_tags(context.run_id, {MAX_RETRIES_TAG: "0"})
+
+
+def _reason(error: BaseException | None) -> str:
+    if isinstance(error, ValidationError):
+        return describe_invalid(error, prefix="")
+    return (error.description if isinstance(error, dg.Failure) else str(error)) or type(error).__name__
 
 
 @dg.sensor(

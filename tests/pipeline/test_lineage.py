@@ -1,8 +1,5 @@
 """The whole lineage on a real Dagster instance, with real torchrun and DuckDB: what a rerun does, and does not do again."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,24 +180,6 @@ def test_an_empty_raw_text_folder_says_where_to_put_text(make_home: Any) -> None
     result = home.materialize(expect_success=False)
     (failure,) = [event for event in result.all_events if event.is_step_failure]
     assert str(home.storage.raw_text) in str(failure.event_specific_data)
-
-
-@pytest.mark.slow
-def test_dagster_job_execute_runs_and_reports_failure_by_its_exit_code(
-    trained_home: tuple[Home, Any], clone: Any, tmp_path: Path
-) -> None:
-    home, _ = clone(trained_home)
-    environment = os.environ | {"TEXTMILL_HOME": str(home.storage.root)}
-    environment.pop("DAGSTER_HOME", None)
-    config = tmp_path / "run.yaml"
-    config.write_text("ops:\n  raw_text:\n    config:\n      max_document_bytes: 4096\n      val_fraction: 0.2\n")
-    command = [sys.executable, "-m", "dagster", "job", "execute", "-m", "pipeline.definitions", "-j", "prepare_data"]
-    bad = subprocess.run([*command, "-c", str(config)], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert bad.returncode == 1, "a vocabulary of 32000 does not fit this little text"
-    assert "vocab_size" in bad.stderr
-    config.write_text(config.read_text() + "  trained_tokenizer:\n    config:\n      vocab_size: 400\n")
-    good = subprocess.run([*command, "-c", str(config)], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert good.returncode == 0, good.stderr
 
 
 def test_definitions_load_and_every_asset_can_be_read_by_a_person() -> None:
