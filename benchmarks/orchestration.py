@@ -5,6 +5,7 @@ bare with torchrun and by the asset `checkpoint`. Each is a process of its own, 
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -52,7 +53,11 @@ def fourth() -> None: ...
 nothing = dg.define_asset_job("nothing", selection="*", executor_def=dg.in_process_executor)
 defs = dg.Definitions(assets=[first, second, third, fourth], jobs=[nothing])
 """
-PREPARATION = {"trained_tokenizer": {"vocab_size": 1024}, "tokenized_shards": {"max_length": 256, "num_workers": 1}}
+PREPARATION: dict[str, dict[str, Any]] = {
+    "raw_text": {},
+    "trained_tokenizer": {"vocab_size": 1024},
+    "tokenized_shards": {"max_length": 256, "num_workers": 1},
+}
 TRAINING = {"hidden_size": 192, "num_layers": 4, "num_heads": 6, "batch_size": 4, "eval_tokens": 16384, "device": "cpu"}
 
 
@@ -104,13 +109,10 @@ def training(home: Path, rounds: int, steps: int) -> list[Figure]:
 
 
 def _materialize(home: Path, options: dict[str, dict[str, Any]]) -> None:
-    """The assets named, the raw text too where the text is prepared, with these options."""
-    assets = ",".join(options) if "checkpoint" in options else ",".join(["raw_text", *options])
-    config = home / "run.json"  # JSON is YAML
-    import json
-
-    config.write_text(json.dumps({"ops": {name: {"config": values} for name, values in options.items()}}))
-    _run([*DAGSTER, "asset", "materialize", "-m", "pipeline.definitions", "--select", assets, "-c", str(config)], home)
+    """Exactly these assets, with these options."""
+    config = json.dumps({"ops": {name: {"config": values} for name, values in options.items()}})
+    selected = ["--select", ",".join(options), "--config-json", config]
+    _run([*DAGSTER, "asset", "materialize", "-m", "pipeline.definitions", *selected], home)
 
 
 def _run(command: list[str], home: Path) -> None:

@@ -1,6 +1,7 @@
 """The `textmill` command: questions to the catalog, and its rebuilding."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -58,12 +59,14 @@ def _parser() -> argparse.ArgumentParser:
 def _lineage(home: Path, path: Path, options: argparse.Namespace) -> None:
     rows = Catalog(path).lineage(options.checkpoint)
     runs = {row["generation"]: row for row in rows}
-    facts = ("run_id", "step", "seed", "dataset_id", "snapshot_id", "tokenizer_id", "code_version", "git_commit", "config")
+    facts = ("run_id", "step", "seed", "dataset_id", "snapshot_id", "tokenizer_id", "code_version", "git_commit")
     for generation, run in runs.items():
         title = (
             {"checkpoint_id": options.checkpoint} if generation == 0 else {"began with": f"the weights of run {run['run_id']}"}
         )
-        print(_table([{"what": name, "value": value} for name, value in (title | {name: run[name] for name in facts}).items()]))
+        told = title | {name: run[name] for name in facts}
+        told |= {f"config {name}": json.dumps(value) for name, value in json.loads(run["config"] or "{}").items()}
+        print(_table([{"what": name, "value": value} for name, value in told.items()]))
         print()
     places = ("path", "start_byte", "end_byte", "document_id", "first_step", *(["run_id"] if len(runs) > 1 else []))
     seen = [{name: row[name] for name in places} for row in rows if row["document_id"] is not None]

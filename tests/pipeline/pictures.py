@@ -1,0 +1,74 @@
+"""The pictures of the README, made anew: `python -m tests.pipeline.pictures HOME`, HOME being a folder to make and remove.
+
+The job `quickstart` is launched in a real `dagster dev` and watched in a real browser; the pictures go to docs/.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from playwright.sync_api import sync_playwright
+
+from pipeline.automation import QUICKSTART_CONFIG
+from tests.pipeline.dagster_dev import ROOT, dagster_dev
+from tests.pipeline.test_web_ui import _QUIET, CHROMIUM, LOCATION
+
+DOCS = ROOT / "docs"
+GROUPS = "global@global:data,global@global:model"
+
+
+def take_pictures(page: Any, steps: int) -> None:
+    ops = {name: {"config": dict(part["config"])} for name, part in QUICKSTART_CONFIG["ops"].items()}
+    ops["checkpoint"]["config"] |= {"max_steps": steps, "eval_interval": steps // 8, "save_interval": steps // 2}
+    config = json.dumps({"ops": ops, "resources": {"torchrun": {"config": {"report_seconds": 2}}}})
+    page.goto(f"{LOCATION}/jobs/quickstart/playground/setup?{urlencode({'config': config})}")
+    page.get_by_text("No errors").wait_for()
+    page.get_by_role("button", name="Launch Run").click()
+    page.wait_for_url("**/runs/*")
+    page.get_by_placeholder("Filter").fill("grad_norm")
+    progress = page.get_by_text(re.compile(rf"^step \d+/{steps}: .*tokens_per_second")).filter(visible=True)
+    progress.nth(6).wait_for(timeout=300_000)
+    page.screenshot(path=DOCS / "run.png")
+
+    page.get_by_text(re.compile("^Success$")).first.wait_for(timeout=900_000)
+    page.goto(f"/asset-groups?expanded={GROUPS}")
+    page.get_by_text("released_model", exact=True).first.wait_for()
+    page.wait_for_timeout(3000)  # the graph moves to its place
+    page.screenshot(path=DOCS / "lineage.png", clip={"x": 0, "y": 0, "width": 1400, "height": 460})
+
+    for asset, entry in (("checkpoint", "loss_curve"), ("evaluation", "comparison")):
+        page.goto(f"/assets/{asset}")
+        page.get_by_role("row").filter(has=page.get_by_text(entry, exact=True)).first.get_by_text("[Show Markdown]").click()
+        page.locator("img[src^='data:image/png;base64,']").wait_for()
+        page.wait_for_timeout(1000)
+        page.screenshot(path=DOCS / f"{asset}.png")
+        page.get_by_role("button", name="Close").click()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.pipeline.pictures", description="The pictures of the README.")
+    parser.add_argument("home", type=Path, help="a textmill home to make; its path is seen in the pictures")
+    parser.add_argument("--steps", type=int, default=800, help="of the training")
+    options = parser.parse_args()
+    options.home.mkdir(parents=True)
+    dagster_home = Path(tempfile.mkdtemp())
+    try:
+        with dagster_dev(options.home, dagster_home) as server, sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=CHROMIUM, args=_QUIET)
+            page = browser.new_page(viewport={"width": 1400, "height": 1000}, base_url=server.address)
+            page.set_default_timeout(120_000)
+            page.add_locator_handler(page.get_by_role("button", name="Skip"), lambda button: button.click())
+            take_pictures(page, options.steps)
+            browser.close()
+    finally:
+        shutil.rmtree(options.home, ignore_errors=True)
+        shutil.rmtree(dagster_home, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
