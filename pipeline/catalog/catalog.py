@@ -113,8 +113,7 @@ class Catalog:
         """Records a run as it stands: its state, its metrics so far, its checkpoints and the documents it reads."""
         if not (run_dir / "run.json").exists():
             return  # it failed before it began
-        metrics = run_dir / "metrics.jsonl"
-        steps, saved = _read_metrics(metrics)
+        steps, saved = _read_metrics(run_dir / "metrics.jsonl")
         document_steps = run_dir / "document_steps.parquet"
         with _artifact(run_dir / "run.json") as run:
             run_id = run["run_id"]
@@ -125,12 +124,8 @@ class Catalog:
             times = [_utc(run[name]) for name in ("started_at", "finished_at")]
             row = [run_id, *ids, *_json(run, "config"), *facts, *times, *counts, *machine]
             with self._database.connect() as connection:
-                ended = "SELECT 1 FROM training_runs WHERE run_id = ? AND status = 'finished' AND finished_at = ?"
-                if not _known(connection, ended, run_id, times[1]):  # the metrics of a finished run change no more
-                    with _naming(metrics):
-                        table = pa.Table.from_pylist(steps, _METRICS)
-                    _insert_metrics(connection, run_id, table)
                 connection.execute(f"INSERT OR REPLACE INTO training_runs VALUES ({_marks(row)})", row)
+                _insert_metrics(connection, run_id, steps)
                 _insert_checkpoints(connection, run_id, run_dir, saved)
                 known = _known(connection, "SELECT 1 FROM run_documents WHERE run_id = ? LIMIT 1", run_id)
                 if document_steps.exists() and not known:
@@ -144,7 +139,7 @@ class Catalog:
                 for entry in value["metrics"]
             ]
             with self._database.connect() as connection:
-                values = ", ".join(f"({_marks(row)})" for row in rows)  # row by row would take ten times as long
+                values = ", ".join(f"({_marks(row)})" for row in rows)  # three times as fast as row by row
                 connection.execute(f"INSERT OR REPLACE INTO evaluations VALUES {values}", [cell for row in rows for cell in row])
 
     def record_model(self, model_dir: Path) -> None:
@@ -229,7 +224,7 @@ _METRICS = pa.schema(
 )
 
 
-def _read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
+def _read_metrics(path: Path) -> tuple[pa.Table, list[Row]]:
     """The steps of a run, a step's training and validation lines in one row, and the checkpoints it told of."""
     with _naming(path):
         lines = read_metrics(path)
@@ -238,7 +233,7 @@ def _read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
             if line["kind"] in ("train", "eval"):
                 steps.setdefault(line["step"], {}).update(line)
         saved = [{name: line[name] for name in _CHECKPOINT} for line in lines if line["kind"] == "checkpoint"]
-        return list(steps.values()), saved
+        return pa.Table.from_pylist(list(steps.values()), _METRICS), saved
 
 
 def _insert_metrics(connection: duckdb.DuckDBPyConnection, run_id: str, steps: pa.Table) -> None:
@@ -296,8 +291,8 @@ def _naming(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: not what the catalog expects ({error})") from error
 
 
-def _known(connection: duckdb.DuckDBPyConnection, sql: str, *parameters: Any) -> bool:
-    return connection.execute(sql, parameters).fetchone() is not None
+def _known(connection: duckdb.DuckDBPyConnection, sql: str, identifier: str) -> bool:
+    return connection.execute(sql, [identifier]).fetchone() is not None
 
 
 def _json(value: Row, *names: str) -> list[str]:
