@@ -26,12 +26,16 @@ def say_why_and_retry_only_what_may_go_away(context: dg.HookContext) -> None:
     """
     error = context.op_exception
     # Dagster prints its tracebacks after this, and that the run failed after these.
-    atexit.register(print, f"\ntextmill: {context.step_key} failed: {_reason(error)}", file=sys.stderr)
+    atexit.register(_say, f"textmill: {context.step_key} failed: {_reason(error)}")
     final = isinstance(error, UserError | ValidationError | DagsterAssetCheckFailedError) or (
         isinstance(error, dg.Failure) and not error.allow_retries
     )
     if final:
         context.instance.add_run_tags(context.run_id, {MAX_RETRIES_TAG: "0"})
+
+
+def _say(text: str) -> None:
+    print(f"\n{text}", file=sys.stderr)  # as stderr is by then, not as it was in the step
 
 
 def _reason(error: BaseException | None) -> str:
