@@ -5,6 +5,7 @@ again: a training step then takes about a fifth less memory, and on a CPU, where
 torch.compile does the same by itself, out of the plain formulas; the tests compare the two.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,15 +80,16 @@ class _SwiGLU(Function):
         return grad_gate_up
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """Turns each pair (x[i], x[i + D/2]) of the first `heads` heads by its position's angle (Su et al. 2021), in fp32.
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Splits qkv into query, key and value heads, and turns each pair (x[i], x[i + D/2]) of the first two by its position's angle
+    (Su et al. 2021), in fp32.
 
-    x: (B, T, H, D), which is overwritten and returned; the heads after the first `heads` stay as they are.
-    cos and sin: (..., T, 1, D/2).
+    qkv: (B, T, H + 2K, D); cos and sin: (..., T, 1, D/2); heads: H, K, K. Returns (B, T, H, D) and twice (B, T, K, D).
     """
     if torch.compiler.is_compiling():
-        return torch.cat((plain_rotate(x[:, :, :heads], cos, sin), x[:, :, heads:]), dim=2)
-    turned: Tensor = _Rotate.apply(x, cos, sin, heads)
+        q, k, v = qkv.split(heads, dim=2)
+        return plain_rotate(q, cos, sin), plain_rotate(k, cos, sin), v
+    turned: tuple[Tensor, Tensor, Tensor] = _Rotate.apply(qkv, cos, sin, heads)
     return turned
 
 
@@ -98,25 +100,31 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _Rotate(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-        ctx.mark_dirty(x)
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
         ctx.heads = heads
-        _rotate_in_place(x[:, :, :heads], cos, sin)
-        return x
+        turned = torch.empty_like(qkv)
+        sections = qkv.split(heads, dim=2), turned.split(heads, dim=2)
+        return _rotate_into(*sections, cos, sin)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        grad = grad.clone()  # autograd's own
-        _rotate_in_place(grad[:, :, : ctx.heads], cos, -sin)
+        batch, length, _, width = grads[0].shape
+        grad = grads[0].new_empty(batch, length, sum(ctx.heads), width)
+        _rotate_into(grads, grad.split(ctx.heads, dim=2), cos, -sin)
         return grad, None, None, None
 
 
-def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    half = x.shape[-1] // 2
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.addcmul(first * cos, second, sin, value=-1)
-    x[..., half:] = torch.addcmul(second * cos, first, sin)
-    x[..., :half] = turned
+def _rotate_into(sources: Sequence[Tensor], results: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Query and key turned, the value as it is."""
+    for x, result in zip(sources[:2], results[:2], strict=True):
+        x, turned = x.float(), result if result.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
+        (first, second), (turned_first, turned_second) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+        torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=turned_second).addcmul_(first, sin)
+        if turned is not result:
+            result.copy_(turned)
+    results[2].copy_(sources[2])
+    return results

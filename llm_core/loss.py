@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 IGNORE_INDEX = -100
 """Target of positions that carry no loss: the padding of the last window."""
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}  # logits of one chunk: enough for a matrix product at full speed
-_SLICE_ELEMENTS = {"cpu": 1 << 21}  # of these, what is turned into probabilities at once, while it is in a CPU's cache
+_CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}  # logits of one chunk: enough for a matrix product at full speed
 
 _FP16_ROWS = 2048
 
@@ -25,11 +24,8 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         rows, labels = _compute_dtype(hidden.reshape(-1, hidden.shape[-1])), targets.reshape(-1)
         matrix = _compute_dtype(weight)
         chunk = chunk_rows(rows.device.type, weight.shape[0])
-        logits = rows.new_empty(min(chunk, len(rows)), weight.shape[0])
-        pieces = [
-            _to_probabilities(torch.mm(r, matrix.t(), out=logits[: len(r)]).float(), t)
-            for r, t in zip(rows.split(chunk), labels.split(chunk), strict=True)
-        ]
+        memory = rows.new_empty(min(chunk, len(rows)), weight.shape[0])
+        pieces = [_probabilities(r, matrix, t, memory)[1] for r, t in zip(rows.split(chunk), labels.split(chunk), strict=True)]
         return torch.cat(pieces).view_as(targets)
 
 
@@ -49,19 +45,19 @@ class _ChunkedNLL(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         rows, matrix = _compute_dtype(hidden), _compute_dtype(weight)
         grad_rows = torch.empty_like(rows)
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = torch.empty_like(weight)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         chunk = chunk_rows(rows.device.type, weight.shape[0])
         if matrix.dtype == torch.float16:
             # A sum over many rows of one token would overflow, and the loss scale, which comes later, could not help.
             chunk = min(chunk, _FP16_ROWS)
-        logits = rows.new_empty(min(chunk, len(rows)), weight.shape[0])  # one piece of memory for all chunks
+        memory = rows.new_empty(min(chunk, len(rows)), weight.shape[0])  # one piece for all chunks
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, min(start + chunk, len(rows)))
             valid = (targets[part] != IGNORE_INDEX).unsqueeze(1)
             labels = targets[part].unsqueeze(1).clamp(min=0)
-            probabilities = torch.mm(rows[part], matrix.t(), out=logits[: len(labels)]).float()  # (rows, V), not yet
-            total += _to_probabilities(probabilities, targets[part]).sum()
+            probabilities, nll = _probabilities(rows[part], matrix, targets[part], memory)
+            total += nll.sum()
             # d nll / d logits = softmax - one_hot, 0 where there is no target.
             grad_logits = probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1))
             if not valid.all():
@@ -69,7 +65,9 @@ class _ChunkedNLL(torch.autograd.Function):
             grad_logits = grad_logits.to(matrix.dtype)
             torch.mm(grad_logits, matrix, out=grad_rows[part])
             if matrix.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad_logits.t(), rows[part])
+                grad_weight.addmm_(grad_logits.t(), rows[part], beta=min(start, 1))  # 0: what lay there before is not read
+            elif start == 0:
+                grad_weight.copy_(grad_logits.t() @ rows[part])
             else:
                 grad_weight += (grad_logits.t() @ rows[part]).float()
         ctx.gradients = (grad_rows.to(hidden.dtype), grad_weight)
@@ -83,17 +81,20 @@ class _ChunkedNLL(torch.autograd.Function):
         return grad_hidden.mul_(grad_output), grad_weight.mul_(grad_output), None
 
 
-def _to_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
-    """Overwrites logits (rows, V), fp32, with their softmax and returns the NLL (rows,), 0 where the target is IGNORE_INDEX."""
-    target_logits = logits.gather(1, targets.unsqueeze(1).clamp(min=0))
-    tops, sums = torch.empty_like(target_logits), torch.empty_like(target_logits)
-    rows = max(1, _SLICE_ELEMENTS.get(logits.device.type, logits.numel()) // logits.shape[1])
-    for piece, top, total in zip(logits.split(rows), tops.split(rows), sums.split(rows), strict=True):
-        torch.amax(piece, dim=1, keepdim=True, out=top)
-        piece.sub_(top).exp_()
-        torch.sum(piece, dim=1, keepdim=True, out=total)
-        piece.div_(total)
-    return (sums.log() + tops - target_logits).squeeze(1).masked_fill_(targets == IGNORE_INDEX, 0.0)
+def _probabilities(rows: Tensor, matrix: Tensor, targets: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of rows @ matrix.T (rows, V), and the NLL of the targets (rows,), 0 where ignored; both fp32.
+
+    memory: at least (rows, V), for the product; fp32 probabilities lie there too.
+    """
+    index = targets.unsqueeze(1).clamp(min=0)
+    logits = torch.mm(rows, matrix.t(), out=memory[: len(rows)]).float()
+    probabilities = torch.softmax(logits, dim=1, out=logits)  # in one pass of each row through the cache
+    nll = probabilities.gather(1, index).log_().neg_().squeeze(1)
+    if not nll.isfinite().all():  # a probability too small for fp32, or values that are not finite
+        far = ~nll.isfinite()
+        scores = (rows[far] @ matrix.t()).float()
+        nll[far] = scores.logsumexp(1) - scores.gather(1, index[far]).squeeze(1)
+    return probabilities, nll.masked_fill_(targets == IGNORE_INDEX, 0.0)
 
 
 def _compute_dtype(tensor: Tensor) -> Tensor:
@@ -103,5 +104,5 @@ def _compute_dtype(tensor: Tensor) -> Tensor:
 
 
 def chunk_rows(device_type: str, vocab_size: int) -> int:
-    """Tokens whose logits are computed at once."""
-    return max(64, _CHUNK_ELEMENTS.get(device_type, 1 << 23) // vocab_size)
+    """Tokens whose logits are computed at once; a multiple of 64, which matrix products like."""
+    return max(64, _CHUNK_ELEMENTS.get(device_type, 1 << 23) // vocab_size // 64 * 64)

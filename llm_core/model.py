@@ -76,7 +76,7 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], backend: Backend, documents: Documents | None, cache: KVCache | None
     ) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H+2K, D)
-        q, k, v = rotate(qkv, *rotary, heads=self.heads[0] + self.heads[1]).split(self.heads, dim=2)
+        q, k, v = rotate(qkv, *rotary, self.heads)
         if cache is None:
             y = causal_attention(q, k, v, backend, documents)  # (B, T, H, D)
         else:
@@ -199,7 +199,12 @@ class Transformer(nn.Module):
 
     def logits(self, inputs: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T, V) scores of the true vocabulary: the padded rows of the head never take part."""
-        return F.linear(self.hidden(inputs, cache), self.head.weight[: self.config.vocab_size])
+        return F.linear(self.hidden(inputs, cache), self._head_weight())
+
+    def _head_weight(self) -> Tensor:
+        """(V, C), without the padding; not even a view where there is none, which would cost a copy of the gradient."""
+        weight = self.head.weight
+        return weight if len(weight) == self.config.vocab_size else weight[: self.config.vocab_size]
 
     def forward(self, inputs: Tensor, targets: Tensor, per_token: bool = False) -> Tensor:
         """Negative log-likelihood of `targets` in nats, fp32: its sum (), or (B, T) without gradients where `per_token`.
@@ -209,7 +214,7 @@ class Transformer(nn.Module):
         hidden = self.hidden(inputs)
         self.on_phase("forward")
         nll = token_nll if per_token else nll_sum
-        loss = nll(hidden, self.head.weight[: self.config.vocab_size], targets)
+        loss = nll(hidden, self._head_weight(), targets)
         self.on_phase("loss head")
         return loss
 

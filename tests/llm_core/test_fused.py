@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm_core.fused import plain_rms_norm, plain_rotate, plain_swiglu, rms_norm, rotate, swiglu
 
-HEADS, TURNED, HEAD_DIM = 5, 3, 8
+HEADS, HEAD_DIM = (3, 1, 1), 8  # queries, keys, values
 
 
 def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
@@ -30,7 +30,7 @@ def check_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def x(request: pytest.FixtureRequest) -> Tensor:
-    return torch.randn(2, 7, HEADS * HEAD_DIM, generator=torch.Generator().manual_seed(0)).to(request.param)
+    return torch.randn(2, 7, sum(HEADS) * HEAD_DIM, generator=torch.Generator().manual_seed(0)).to(request.param)
 
 
 def test_rms_norm(x: Tensor) -> None:
@@ -45,18 +45,18 @@ def test_swiglu(x: Tensor) -> None:
     check_same(gradients(swiglu, x), gradients(plain_swiglu, x))
 
 
-def test_rotation_in_place_leaves_the_values_alone(x: Tensor) -> None:
+def test_rotation_turns_queries_and_keys_and_leaves_the_values_alone(x: Tensor) -> None:
     angles = torch.rand(x.shape[1], 1, HEAD_DIM // 2)
     cos, sin = angles.cos(), angles.sin()
 
-    def in_place(x: Tensor) -> Tensor:
-        return rotate((x * 1).unflatten(-1, (HEADS, HEAD_DIM)), cos, sin, TURNED)
+    def by_hand(x: Tensor) -> Tensor:
+        return torch.cat(rotate(x.unflatten(-1, (sum(HEADS), HEAD_DIM)), cos, sin, HEADS), dim=2)
 
     def plain(x: Tensor) -> Tensor:
-        heads = x.unflatten(-1, (HEADS, HEAD_DIM))
-        return torch.cat((plain_rotate(heads[:, :, :TURNED], cos, sin), heads[:, :, TURNED:]), dim=2)
+        q, k, v = x.unflatten(-1, (sum(HEADS), HEAD_DIM)).split(HEADS, dim=2)
+        return torch.cat((plain_rotate(q, cos, sin), plain_rotate(k, cos, sin), v), dim=2)
 
-    check_same(gradients(in_place, x), gradients(plain, x))
+    check_same(gradients(by_hand, x), gradients(plain, x))
 
 
 def test_only_the_input_is_kept_for_the_backward_pass() -> None:

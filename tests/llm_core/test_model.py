@@ -39,7 +39,8 @@ def test_rule_7_rotary_positions_turn_pairs_half_a_head_apart_in_fp32() -> None:
     cos, sin = rotary_tables(config)
     assert cos.dtype == sin.dtype == torch.float32
     x = torch.randn(1, 5, 1, config.head_dim, dtype=torch.float64)
-    turned = rotate(x.clone(), cos[:5, None], sin[:5, None], heads=1)
+    turned, same, value = rotate(torch.cat((x, x, x), dim=2), cos[:5, None], sin[:5, None], (1, 1, 1))
+    assert torch.equal(turned, same) and torch.equal(value, x)
     half = config.head_dim // 2
     for position in range(5):
         for pair in range(half):
@@ -47,7 +48,9 @@ def test_rule_7_rotary_positions_turn_pairs_half_a_head_apart_in_fp32() -> None:
             number = complex(*x[0, position, 0, [pair, pair + half]].tolist()) * complex(math.cos(angle), math.sin(angle))
             found = complex(*turned[0, position, 0, [pair, pair + half]].tolist())
             assert abs(found - number) < 1e-5
-    assert rotate(x.bfloat16(), cos[:5, None], sin[:5, None], heads=1).dtype == torch.bfloat16
+    rounded = x.bfloat16().repeat(1, 1, 3, 1)
+    low, exact = (rotate(qkv, cos[:5, None], sin[:5, None], (1, 1, 1))[0] for qkv in (rounded, rounded.float()))
+    assert torch.equal(low, exact.bfloat16())
     assert not {"cos", "sin"} & set(build().state_dict())
 
 
@@ -124,6 +127,16 @@ def test_the_chunked_loss_is_cross_entropy_with_its_gradients(dtype: torch.dtype
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, **tolerance)
     torch.testing.assert_close(separate.sum(), reference, **tolerance)
+
+
+def test_a_target_too_unlikely_for_fp32_has_its_exact_loss() -> None:
+    hidden, weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[500.0, 0.0], [0.0, 0.0], [100.0, 1.0]])
+    targets = torch.tensor([1, 1])
+    exact = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    assert exact[0] == 500
+    torch.testing.assert_close(token_nll(hidden, weight, targets), exact)
+    assert nll_sum(hidden.requires_grad_(), weight, targets).item() == pytest.approx(exact.sum().item())
+    assert token_nll(torch.tensor([[math.nan, 0.0]]), weight, targets[:1]).isnan().all()
 
 
 def test_rule_1_a_micro_batch_without_a_target_gives_zero(tokens: Tensor) -> None:

@@ -1,0 +1,248 @@
+"""Time to quality: `python -m benchmarks.quality` trains for the same time on the same text, and shows who gets how far.
+
+textmill's own command with the options of the README's recipe for CPUs, beside the Trainer of Hugging Face transformers with the same
+model (LlamaForCausalLM): once with the Trainer's own settings, once with textmill's batch, learning rate and schedule. All of
+them read the same windows, are validated on the same ones, and are given as many steps as fit into the time, so that every
+schedule comes to its end.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.data import found_texts, write_corpus
+from benchmarks.measure import CORES, RESULTS, Figure, keep, table
+from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig, TrainConfig
+from llm_core.corpus import take_snapshot
+from llm_core.shards import build_dataset, load_manifest
+from llm_core.tokenizer_training import prepare_tokenizer
+
+SHAPE: dict[str, Any] = {"hidden_size": 192, "num_layers": 4, "num_heads": 6}
+RECIPE: dict[str, Any] = {"batch_size": 4, "learning_rate": 1.5e-3}
+VOCABULARY, LENGTH = 4096, 256
+EVALUATIONS, EVAL_TOKENS = 20, 1 << 15
+TRIAL_STEPS, TRIAL_EVAL_TOKENS = 60, 1 << 12
+SAFETY = 0.97  # of the time is planned: the rest is for a machine that slows down
+
+TEXTMILL, DEFAULTS, TUNED = "textmill", "transformers Trainer, its settings", "transformers Trainer, textmill's settings"
+CONTENDERS = [TEXTMILL, DEFAULTS, TUNED]
+
+Curve = list[tuple[float, float]]
+"""Seconds since the first step began, validation included, and bits per byte of the held-out text."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a step and of a validation."""
+
+    step: float
+    validation: float
+
+    def steps(self, seconds: float) -> int:
+        """How many steps fit, in a multiple of the validations."""
+        each = (SAFETY * seconds / EVALUATIONS - self.validation) / self.step
+        return EVALUATIONS * max(1, math.floor(each))
+
+
+def prepare(corpus: Path | None, megabytes: float, folder: Path) -> Path:
+    """The windows that everyone reads."""
+    raw, out = folder / "raw", folder / "data"
+    write_corpus(found_texts(corpus), raw, megabytes)
+    snapshot = take_snapshot(raw, out, CorpusConfig())
+    artifact = prepare_tokenizer(snapshot, raw, out, TokenizerConfig(vocab_size=VOCABULARY))
+    build_dataset(snapshot, artifact, raw, out, ShardConfig(max_length=LENGTH))
+    return out
+
+
+def train_textmill(data_dir: Path, run_dir: Path, steps: int, interval: int, eval_tokens: int) -> tuple[list[float], Curve]:
+    """Runs the command; returns the seconds at the end of each step, since the first began, and the curve."""
+    options = SHAPE | RECIPE | {"max_steps": steps, "eval_interval": interval, "eval_tokens": eval_tokens, "save_interval": 0}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "llm_core.train", f"--data_dir={data_dir}", f"--save_dir={run_dir}", *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record["time"] = datetime.fromisoformat(record["time"]).timestamp()
+    ends = [record["time"] for record in records if record["kind"] == "train"]
+    began = ends[0] - (ends[-1] - ends[0]) / max(1, len(ends) - 1)
+    curve = [(record["time"] - began, record["val_bits_per_byte"]) for record in records if record["kind"] == "eval"]
+    return [end - began for end in ends], curve
+
+
+def train_transformers(data_dir: Path, tuned: bool, steps: int, interval: int, eval_tokens: int) -> tuple[list[float], Curve]:
+    """The same with the Trainer, in this process."""
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    from llm_core.config import ModelConfig
+    from llm_core.distributed import Ranks
+    from llm_core.evaluate import evaluate
+    from llm_core.export import llama_config
+    from llm_core.training_data import TrainingData
+
+    torch.set_num_threads(CORES)
+    torch.manual_seed(0)
+    manifest = load_manifest(data_dir)
+    ours = TrainConfig(**SHAPE, **RECIPE, max_steps=steps).resolved(manifest.max_length, manifest.stride)
+    data = TrainingData.open(data_dir, manifest, ours, None)
+    model = LlamaForCausalLM(
+        LlamaConfig(**llama_config(ModelConfig.of(ours, manifest.tokenizer.vocab_size), data.tokenizer.eot_id))
+    )
+
+    class Examples(torch.utils.data.Dataset[dict[str, Tensor]]):
+        def __len__(self) -> int:
+            return len(data.train)
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            inputs = data.train.batch(np.array([index]))[0][0]
+            return {"input_ids": inputs, "labels": inputs}  # the model shifts the labels itself
+
+    class PerToken(nn.Module):
+        """The peer's model as `evaluate` asks for it."""
+
+        def forward(self, inputs: Tensor, targets: Tensor, per_token: bool) -> Tensor:
+            logits = model(inputs).logits
+            return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    ends: list[float] = []
+    curve: Curve = []
+    began = 0.0
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            nonlocal began
+            began = began or time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter() - began)
+            if state.global_step % interval == 0 or state.global_step == steps:
+                model.eval()
+                held_out = evaluate(
+                    PerToken(),  # type: ignore[arg-type]
+                    data.val,
+                    data.token_bytes,
+                    max_tokens=eval_tokens,
+                    batch_size=8,
+                    ranks=Ranks.alone("cpu", CORES),
+                )
+                model.train()
+                curve.append((time.perf_counter() - began, held_out.bits_per_byte))
+
+    settings: dict[str, Any] = {}
+    if tuned:
+        settings = {
+            "per_device_train_batch_size": ours.batch_size,
+            "learning_rate": ours.learning_rate,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr": ours.min_lr},
+            "warmup_steps": ours.warmup_steps,
+            "weight_decay": ours.weight_decay,
+            "adam_beta2": ours.beta2,
+        }
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            scratch, max_steps=steps, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, **settings
+        )
+        Trainer(model, arguments, train_dataset=Examples(), callbacks=[Watch()]).train()
+    return ends, curve
+
+
+def contend(contender: str, data_dir: Path, folder: Path, seconds: float) -> tuple[int, Curve]:
+    """Finds out how many steps fit into the time, and does them."""
+
+    def train(name: str, steps: int, interval: int, eval_tokens: int) -> tuple[list[float], Curve]:
+        if contender == TEXTMILL:
+            return train_textmill(data_dir, folder / name, steps, interval, eval_tokens)
+        return train_transformers(data_dir, contender == TUNED, steps, interval, eval_tokens)
+
+    pace = find_pace(lambda: train("trial", TRIAL_STEPS, TRIAL_STEPS, TRIAL_EVAL_TOKENS))
+    steps = pace.steps(seconds)
+    return steps, train("run", steps, steps // EVALUATIONS, EVAL_TOKENS)[1]
+
+
+def find_pace(trial: Callable[[], tuple[list[float], Curve]]) -> Pace:
+    """From the second half of a short run."""
+    ends, curve = trial()
+    half = len(ends) // 2
+    validation = (curve[-1][0] - ends[-1]) * EVAL_TOKENS / TRIAL_EVAL_TOKENS
+    return Pace((ends[-1] - ends[half - 1]) / (len(ends) - half), validation)
+
+
+def seconds_to(curve: Curve, bits_per_byte: float) -> float:
+    """When a curve first is as good as that, on the line between two validations; infinite where it never is."""
+    for (before, worse), (after, better) in zip(curve, curve[1:], strict=False):
+        if better <= bits_per_byte:
+            return after if worse <= better else before + (after - before) * max(0.0, worse - bits_per_byte) / (worse - better)
+    return math.inf
+
+
+def draw(curves: dict[str, Curve], path: Path) -> None:
+    """Bits per byte over minutes of training."""
+    from matplotlib.figure import Figure as Picture
+
+    picture = Picture(figsize=(8, 4.5), layout="constrained")
+    axes = picture.subplots()
+    for (name, curve), color in zip(curves.items(), ("#4c72b0", "#8c8c8c", "#dd8452"), strict=False):
+        axes.plot([at / 60 for at, _ in curve], [value for _, value in curve], color=color, marker="o", markersize=3)
+        axes.annotate(f"{name}: {curve[-1][1]:.3f}", (curve[-1][0] / 60, curve[-1][1]), (-4, 7), color=color, ha="right",
+                      textcoords="offset points")  # fmt: skip
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("bits per byte of held-out text")
+    axes.set_ylim(bottom=0.95 * min(value for curve in curves.values() for _, value in curve))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    picture.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description="Who gets how far in the same time.")
+    parser.add_argument("--minutes", type=float, default=10, help="of training for each")
+    parser.add_argument("--corpus", type=Path, help="a folder of .py, .txt, .md and .rst files; default: the Python installation")
+    parser.add_argument("--megabytes", type=float, default=60, help="of text to take from it")
+    parser.add_argument("--contend", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contend:
+        folder = options.folder
+        steps, curve = contend(options.contend, folder / "data", folder / "runs", 60 * options.minutes)
+        (folder / "curve.json").write_text(json.dumps([steps, curve]))
+        return
+    curves: dict[str, Curve] = {}
+    done: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        manifest = load_manifest(prepare(options.corpus, options.megabytes, folder))
+        print(f"{manifest.splits['train'].tokens:,} training tokens", flush=True)
+        for contender in CONTENDERS:
+            command = [sys.executable, "-m", "benchmarks.quality", "--contend", contender, "--folder", name]
+            subprocess.run([*command, "--minutes", str(options.minutes)], check=True)
+            done[contender], points = json.loads((folder / "curve.json").read_text())
+            curves[contender] = [(at, value) for at, value in points]
+            print(f"{contender}: {curves[contender][-1][1]:.4f} after {curves[contender][-1][0]:.0f} s", flush=True)
+    rows = []
+    for contender, curve in curves.items():
+        final = curve[-1][1]
+        reached = seconds_to(curves[TEXTMILL], final)
+        share = "" if contender == TEXTMILL else f"{reached:.0f} s, {reached / curve[-1][0]:.0%} of its time"
+        rows.append((contender, f"{done[contender]:,}", f"{curve[-1][0]:.0f}", f"{final:.4f}", share))
+    print("\n" + table(["", "steps", "seconds", "bits per byte", "textmill is there after"], rows))
+    draw(curves, RESULTS / "quality.png")
+    figures = [Figure(contender, "bits per byte", [value for _, value in curve]) for contender, curve in curves.items()]
+    for figure, curve in zip(figures, curves.values(), strict=True):
+        path = keep("quality", [figure], steps=done[figure.name], seconds=[round(at, 1) for at, _ in curve])
+    print(f"\nkept in {path}, drawn in {RESULTS / 'quality.png'}")
+
+
+if __name__ == "__main__":
+    main()
