@@ -1,8 +1,8 @@
 """Time to quality: `python -m benchmarks.quality` trains for the same time on the same text, and shows who gets how far.
 
-textmill's own command with the options of the README's recipe for CPUs, beside the Trainer of Hugging Face transformers with the same
-model (LlamaForCausalLM): once with the Trainer's own settings, once with textmill's batch, learning rate and schedule. All of
-them read the same windows, are validated on the same ones, and are given as many steps as fit into the time, so that every
+textmill's own command with the options of the README's recipe for CPUs, beside the Trainer of Hugging Face transformers with the
+same model (LlamaForCausalLM): once with the Trainer's own settings, once with textmill's batch, learning rate and schedule. All
+of them read the same windows, are validated on the same ones, and are given as many steps as fit into the time, so that every
 schedule comes to its end.
 """
 
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def find_pace(trial: Callable[[], tuple[list[float], Curve]]) -> Pace:
 
 def seconds_to(curve: Curve, bits_per_byte: float) -> float:
     """When a curve first is as good as that, on the line between two validations; infinite where it never is."""
-    for (before, worse), (after, better) in zip(curve, curve[1:], strict=False):
+    for (before, worse), (after, better) in pairwise(curve):
         if better <= bits_per_byte:
             return after if worse <= better else before + (after - before) * max(0.0, worse - bits_per_byte) / (worse - better)
     return math.inf

@@ -1,8 +1,8 @@
-"""The training step beside its peer: `python -m benchmarks.train` prints a table for each shape.
+"""The training step beside its peers: `python -m benchmarks.train` prints a table for each shape and draws a picture.
 
-textmill against LlamaForCausalLM of Hugging Face transformers: the same shape, random tokens, full optimizer steps (zero
-gradients, forward, backward, clip, fused AdamW) in fp32 on a CPU. Each contender is a process of its own, so that its memory
-can be told, and they take their steps in turns.
+textmill against LlamaForCausalLM of Hugging Face transformers, and litgpt where it is installed: the same shape, random tokens,
+full optimizer steps (zero gradients, forward, backward, clip, fused AdamW) in fp32 on a CPU. Each contender is a process of its
+own, so that its memory can be told, and they take their steps in turns: first those that run eagerly, then the compiled ones.
 """
 
 import argparse
@@ -13,9 +13,21 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import CORES, Figure, keep, peak_memory, table
+import torch
+
+from benchmarks.measure import CORES, RESULTS, Figure, keep, peak_memory, table
+from llm_core.config import ModelConfig, TrainConfig
+from llm_core.export import llama_config
+from llm_core.model import Transformer
+from llm_core.optimizer import build_optimizers
+from llm_core.throughput import measure_peak_flops
+
+Peer = tuple[Any, Callable[[Any, Any, Any], Any]]
+"""A model, and the loss of (model, inputs, targets)."""
 
 VOCABULARY = 32_000
 
@@ -34,18 +46,13 @@ SHAPES = {
     "small": Shape({"model": "small"}, 1024, 2),
     "grouped": Shape({"hidden_size": 512, "num_layers": 8, "num_heads": 8, "num_kv_heads": 2}, 1024, 2),
 }
-CONTENDERS = ["textmill", "transformers", "textmill, compiled", "transformers, compiled"]
+PROJECTS = ["textmill", "transformers", *(["litgpt"] if find_spec("litgpt") else [])]
+COMPILED = ", compiled"
+CONTENDERS = [project + kind for kind in ("", COMPILED) for project in PROJECTS]
 
 
 def step_of(contender: str, shape: Shape) -> tuple[Callable[[], None], int]:
     """A function that does one optimizer step, and the FLOPs of it."""
-    import torch
-
-    from llm_core.config import ModelConfig, TrainConfig
-    from llm_core.export import llama_config
-    from llm_core.model import Transformer
-    from llm_core.optimizer import build_optimizers
-
     torch.set_num_threads(CORES)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
@@ -58,7 +65,7 @@ def step_of(contender: str, shape: Shape) -> tuple[Callable[[], None], int]:
     if contender.startswith("textmill"):
         ours.init_weights(0)
         (optimizer,) = build_optimizers(ours, train_config)
-        if contender.endswith("compiled"):
+        if contender.endswith(COMPILED):
             torch.use_deterministic_algorithms(True)  # as the trainer does
             for block in ours.blocks:
                 block.compile()
@@ -69,16 +76,13 @@ def step_of(contender: str, shape: Shape) -> tuple[Callable[[], None], int]:
             return nll / targets.numel()
 
     else:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        theirs = LlamaForCausalLM(LlamaConfig(**llama_config(config, 0)))
+        theirs, loss_of = _transformers(config) if contender.startswith("transformers") else _litgpt(config)
         parameters = list(theirs.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=3e-4, fused=True)
-        model = torch.compile(theirs) if contender.endswith("compiled") else theirs
+        model = torch.compile(theirs) if contender.endswith(COMPILED) else theirs
 
         def loss() -> torch.Tensor:
-            found: torch.Tensor = model(inputs, labels=inputs).loss  # it shifts the labels itself
-            return found
+            return loss_of(model, inputs, targets)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -89,12 +93,39 @@ def step_of(contender: str, shape: Shape) -> tuple[Callable[[], None], int]:
     return step, flops
 
 
+def _transformers(config: ModelConfig) -> Peer:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def loss(model: Any, inputs: Any, targets: Any) -> Any:
+        return model(inputs, labels=inputs).loss  # it shifts the labels itself
+
+    return LlamaForCausalLM(LlamaConfig(**llama_config(config, 0))), loss
+
+
+def _litgpt(config: ModelConfig) -> Peer:
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    shape = Config(
+        block_size=config.max_length,
+        padded_vocab_size=config.padded_vocab_size,
+        n_layer=config.num_layers,
+        n_head=config.num_heads,
+        n_embd=config.hidden_size,
+        n_query_groups=config.num_kv_heads,
+        intermediate_size=config.intermediate_size,
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        norm_eps=config.norm_eps,
+        mlp_class_name="LLaMAMLP",
+    )
+    return GPT(shape), lambda model, inputs, targets: chunked_cross_entropy(model(inputs), targets)
+
+
 def contend(contender: str, shape: Shape) -> None:
     """The process of a contender: one step for each line it is given."""
-    import torch
-
-    from llm_core.throughput import measure_peak_flops
-
     step, flops = step_of(contender, shape)
     for _ in range(2):
         step()
@@ -149,8 +180,31 @@ def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
     return answer
 
 
+def draw(figures: list[Figure], path: Path) -> None:
+    """Tokens per second of each contender, a panel for each shape; the thin line spans the rounds."""
+    from matplotlib.figure import Figure as Picture
+
+    speeds = [figure for figure in figures if figure.unit == "tokens/s"]
+    shapes = list(dict.fromkeys(figure.name.split(", ")[0] for figure in speeds))
+    picture = Picture(figsize=(4 * len(shapes), 0.8 + 0.35 * len(speeds) / len(shapes)), layout="constrained")
+    for axes, shape in zip(picture.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
+        shown = [figure for figure in speeds if figure.name.startswith(f"{shape}, ")][::-1]
+        names = [figure.name.removeprefix(f"{shape}, ") for figure in shown]
+        medians = [figure.median for figure in shown]
+        spans = [
+            [figure.median - min(figure.values) for figure in shown],
+            [max(figure.values) - figure.median for figure in shown],
+        ]
+        colors = ["#4c72b0" if name.startswith("textmill") else "#8c8c8c" for name in names]
+        bars = axes.barh(names, medians, xerr=spans, color=colors, error_kw={"linewidth": 0.8})
+        axes.bar_label(bars, fmt="{:,.0f}", label_type="center", color="white")
+        axes.set_title(f"{shape}: tokens per second", loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    picture.savefig(path, dpi=120)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description="The training step beside its peer.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description="The training step beside its peers.")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--eager", action="store_true", help="leave the compiled contenders out")
     parser.add_argument("--rounds", type=int, default=7)
@@ -159,17 +213,20 @@ def main() -> None:
     if options.contend:
         contend(options.contend, SHAPES[options.shapes[0]])
         return
+    everything: list[Figure] = []
     for name in options.shapes:
-        contenders = [contender for contender in CONTENDERS if not (options.eager and contender.endswith("compiled"))]
-        figures = compare(name, SHAPES[name], contenders, options.rounds)
-        by_contender = [figures[start : start + 3] for start in range(0, len(figures), 3)]
         rows = []
-        for speed, share, memory in by_contender:
-            peer = next(f for f in figures if f.name == speed.name.replace("textmill", "transformers"))
-            rows.append((speed.name, speed, f"{speed.median / peer.median:.2f}x", f"{share.median:.0%}", f"{memory.median:.2f}"))
-        print(table([name, "tokens/s", "transformers is 1", "of peak", "GB"], rows) + "\n")
-        path = keep("train", figures)
-    print(f"kept in {path}")
+        for kind in ("",) if options.eager else ("", COMPILED):
+            figures = compare(name, SHAPES[name], [project + kind for project in PROJECTS], options.rounds)
+            everything += figures
+            peer = next(figure for figure in figures if figure.name == f"{name}, transformers{kind}")
+            for speed, share, memory in (figures[start : start + 3] for start in range(0, len(figures), 3)):
+                ratio = f"{speed.median / peer.median:.2f}x"
+                rows.append((speed.name.removeprefix(f"{name}, "), speed, ratio, f"{share.median:.0%}", f"{memory.median:.2f}"))
+            path = keep("train", figures)
+        print(table([name, "tokens/s", "transformers is 1", "of peak", "GB"], rows) + "\n", flush=True)
+    draw(everything, RESULTS / "train.png")
+    print(f"kept in {path}, drawn in {RESULTS / 'train.png'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""The training command as a whole: `python -m benchmarks.command` shows how fast it starts, saves and works with several ranks.
+
+Everything is `python -m llm_core.train`, or torchrun with it, as a user runs them: the preset tiny with a vocabulary of 32,000
+and windows of 512 tokens, on text of the Python installation.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from benchmarks.data import found_texts, write_corpus
+from benchmarks.measure import CORES, Figure, keep, table
+from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
+from llm_core.corpus import take_snapshot
+from llm_core.shards import build_dataset
+from llm_core.tokenizer_training import prepare_tokenizer
+
+MEGABYTES = 20
+STEPS = 12
+SAVES = 4  # the last of them is waited for
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of the command took."""
+
+    start: float  # seconds from the command to its first step
+    tokens_per_second: float
+    saving: float  # seconds that the training waited for its checkpoints
+
+
+def prepare(corpus: Path | None, folder: Path) -> Path:
+    raw, out = folder / "raw", folder / "data"
+    write_corpus(found_texts(corpus), raw, MEGABYTES)
+    snapshot = take_snapshot(raw, out, CorpusConfig())
+    artifact = prepare_tokenizer(snapshot, raw, out, TokenizerConfig())
+    build_dataset(snapshot, artifact, raw, out, ShardConfig(max_length=512))
+    return out
+
+
+def run(data_dir: Path, run_dir: Path, ranks: int, *flags: str) -> Run:
+    """Runs the command once, in a folder that it leaves behind."""
+    module = ["-m", "llm_core.train"]
+    if ranks > 1:
+        module = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *module]
+    options = [f"--data_dir={data_dir}", f"--save_dir={run_dir}", f"--max_steps={STEPS}", "--eval_tokens=512", *flags]
+    began = time.time()
+    subprocess.run([sys.executable, *module, *options], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    train = [record for record in records if record["kind"] == "train"]
+    first, second = (datetime.fromisoformat(record["time"]).timestamp() for record in train[:2])
+    state = json.loads((run_dir / "run.json").read_text())
+    # A first step takes longer than the second: what is taken off for it is too little, if anything.
+    return Run(first - (second - first) - began, train[-1]["tokens_per_second"], state["seconds_by_phase"]["save"])
+
+
+def measure(data_dir: Path, folder: Path, rounds: int) -> list[Figure]:
+    """Every kind of run once a round."""
+    saves = f"--save_interval={STEPS // SAVES}"
+    kinds: dict[str, tuple[int, tuple[str, ...]]] = {
+        "one rank": (1, ("--save_interval=0",)),
+        f"{CORES} ranks": (CORES, ("--save_interval=0",)),
+        "saves in the background": (1, (saves,)),
+        "saves that are waited for": (1, (saves, "--no-background_save")),
+    }
+    found: dict[str, list[Run]] = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind, (ranks, flags) in kinds.items():
+            with tempfile.TemporaryDirectory(dir=folder) as run_dir:
+                found[kind].append(run(data_dir, Path(run_dir), ranks, *flags))
+            print(".", end="", flush=True)
+    print()
+    whole = [one.saving / SAVES for one in found["saves that are waited for"]]
+    blocked = [(one.saving - last) / (SAVES - 1) for one, last in zip(found["saves in the background"], whole, strict=True)]
+    return [
+        *(Figure(f"start, {kind}", "s", [one.start for one in found[kind]]) for kind in list(kinds)[:2]),
+        *(Figure(kind, "tokens/s", [one.tokens_per_second for one in found[kind]]) for kind in list(kinds)[:2]),
+        Figure("checkpoint, written", "s", whole),
+        Figure("checkpoint, training waits", "s", blocked),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.command", description="The training command as a whole.")
+    parser.add_argument("--corpus", type=Path, help="a folder of .py, .txt, .md and .rst files; default: the Python installation")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        figures = measure(prepare(options.corpus, Path(name)), Path(name), options.rounds)
+    print("\n" + table(["", "", ""], [(figure.name, figure, figure.unit) for figure in figures]))
+    one, several, written, waits = (figure.median for figure in figures[2:])
+    print(f"\n{CORES} ranks: {several / one:.2f}x of one rank with {CORES} threads")
+    print(f"the training waits {waits / written:.0%} of the time that a checkpoint takes to write")
+    print(f"kept in {keep('command', figures)}")
+
+
+if __name__ == "__main__":
+    main()
