@@ -26,32 +26,36 @@ from pipeline.launcher import option_list
 ROOT = Path(__file__).parent.parent
 DAGSTER = [sys.executable, "-m", "dagster"]
 REUSED, NOTHING = "pretrain, everything reused", "four assets that do nothing"
+SHAPE = "six assets with ten checks that do nothing"
 BARE, ASSET = "torchrun -m llm_core.train", "the asset checkpoint"
 MINUTES = 5
 """Length of the training that the share of the orchestration is told for."""
 
-FOUR_ASSETS = """
+NOTHING_TO_DO = """
 import dagster as dg
 
 
-@dg.asset
-def first() -> None: ...
+def assets(names, checks):
+    passed = [dg.AssetCheckResult(passed=True, check_name=f"check_{number}") for number in range(checks)]
+    made = []
+    for name in names:
+        specs = [dg.AssetCheckSpec(result.check_name, asset=name) for result in passed]
+
+        @dg.asset(name=name, deps=made[-1:], check_specs=specs)
+        def nothing():
+            return dg.MaterializeResult(check_results=passed)
+
+        made.append(nothing)
+    return made
 
 
-@dg.asset(deps=[first])
-def second() -> None: ...
-
-
-@dg.asset(deps=[second])
-def third() -> None: ...
-
-
-@dg.asset(deps=[third])
-def fourth() -> None: ...
-
-
-nothing = dg.define_asset_job("nothing", selection="*", executor_def=dg.in_process_executor)
-defs = dg.Definitions(assets=[first, second, third, fourth], jobs=[nothing])
+four = assets(["first", "second", "third", "fourth"], checks=0)
+shape = [*assets(["a", "b", "c", "d", "e"], checks=2), *assets(["f"], checks=0)]
+jobs = [
+    dg.define_asset_job(name, selection=chosen, executor_def=dg.in_process_executor)
+    for name, chosen in {"four": four, "shape": shape}.items()
+]
+defs = dg.Definitions(assets=[*four, *shape], jobs=jobs)
 """
 PREPARATION: dict[str, dict[str, Any]] = {
     "raw_text": {},
@@ -62,13 +66,14 @@ TRAINING = {"hidden_size": 192, "num_layers": 4, "num_heads": 6, "batch_size": 4
 
 
 def reruns(home: Path, rounds: int) -> list[Figure]:
-    """Seconds of a rerun that changes nothing, and of a job that has nothing to do."""
+    """Seconds of a rerun that changes nothing, of a small job that does nothing, and of one with as many assets and checks."""
     module = home / "nothing.py"
-    module.write_text(FOUR_ASSETS)
+    module.write_text(NOTHING_TO_DO)
     pretrain = [*DAGSTER, "job", "execute", "-m", "pipeline.definitions", "-j", "pretrain", "-c", "configs/smoke.yaml"]
     work: dict[str, Callable[[], object]] = {
         REUSED: lambda: _run(pretrain, home),
-        NOTHING: lambda: _run([*DAGSTER, "job", "execute", "-f", str(module), "-j", "nothing"], home),
+        NOTHING: lambda: _run([*DAGSTER, "job", "execute", "-f", str(module), "-j", "four"], home),
+        SHAPE: lambda: _run([*DAGSTER, "job", "execute", "-f", str(module), "-j", "shape"], home),
     }
     _run(pretrain, home)
     return [Figure(name, "s", seconds) for name, seconds in in_turns(rounds, work).items()]

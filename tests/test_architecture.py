@@ -33,8 +33,9 @@ def test_sql_stands_in_the_catalog_alone() -> None:
             assert "duckdb" not in imports_of(path), path
 
 
-def test_the_orchestrator_never_loads_pytorch() -> None:
-    code = "import sys, pipeline.definitions, pipeline.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+def test_the_orchestrator_never_loads_pytorch_and_matplotlib_only_to_draw() -> None:
+    heavy = ("torch", "transformers", "matplotlib", "pandas")
+    code = f"import sys, pipeline.definitions, pipeline.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
