@@ -92,7 +92,7 @@ def run(page: Any, home: Path) -> WatchedRun:
     progress.filter(visible=True).last.wait_for()
     seen = progress.last.inner_text() if terminate.is_visible() else "the run had ended"
     status = page.get_by_text(re.compile("^(Success|Failure|Canceled)$")).first
-    status.wait_for()
+    status.wait_for(timeout=300_000)  # as long as a busy machine takes
     catalog = Catalog(home / "catalog.duckdb")
     (trained,), (model,) = catalog.query("SELECT run_id FROM training_runs"), catalog.query("SELECT model_id FROM models")
     return WatchedRun(seen, status.inner_text(), trained["run_id"], model["model_id"])
