@@ -5,11 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llm_core.cli import run_tool
 from pipeline.catalog.catalog import Catalog
 from tests.faults.report import Tally
 from tests.faults.steps import catalog_rows
 
+_RECORD = """
+import sys
+from pathlib import Path
+from llm_core.cli import run_tool
+from pipeline.catalog.catalog import Catalog
+home = Path(sys.argv[1])
+run_tool(lambda: Catalog(home / "catalog.duckdb").record_run(home / "checkpoints/run"), "record")
+"""
 _CALLS = "write,pwrite64,fsync,fdatasync,ftruncate,rename,unlink"
 
 
@@ -60,10 +67,5 @@ def can_trace() -> bool:
 
 
 def _record(home: Path, *tracer: str) -> "subprocess.CompletedProcess[str]":
-    command = [*tracer, sys.executable, "-m", "tests.faults.catalog_disk", str(home)]
+    command = [*tracer, sys.executable, "-c", _RECORD, str(home)]
     return subprocess.run(command, capture_output=True, text=True)
-
-
-if __name__ == "__main__":
-    recorded = Path(sys.argv[1])
-    run_tool(lambda: Catalog(recorded / "catalog.duckdb").record_run(recorded / "checkpoints/run"), "record")

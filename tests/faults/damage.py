@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from llm_core.shards import build_dataset
 from llm_core.tokenizer_training import prepare_tokenizer
 from llm_core.train import train
 from pipeline.catalog.catalog import Catalog
+from pipeline.catalog.database import Database
 from pipeline.catalog.rebuild import rebuild
 from tests.faults.forks import OPTIONS, outcome, run_forked
 from tests.faults.report import Tally
@@ -55,6 +57,7 @@ FILES = {
         "processed_data/snapshots/*.documents.parquet",
     ],
     "catalog": ["catalog.duckdb"],
+    "catalog log": ["catalog.duckdb.wal"],
     "rebuild": [
         "processed_data/snapshots/*.json",
         "processed_data/snapshots/*.documents.parquet",
@@ -69,7 +72,10 @@ FILES = {
 
 
 def prepare_home(corpus_dir: Path, home: Path) -> None:
-    """A home with prepared data, a run that was interrupted after step 10 of 12, and a catalog that knows of both."""
+    """A home with prepared data, a run that was interrupted after step 10 of 12, and a catalog that knows of both.
+
+    The catalog's last writer was killed, so that one of its transactions stands in the write-ahead log alone.
+    """
     shutil.copytree(corpus_dir, home / "raw_text_data")
     prepare(home)
     ended = run_forked(lambda: _train(home, home / "checkpoints/run"), home / "log")
@@ -77,6 +83,15 @@ def prepare_home(corpus_dir: Path, home: Path) -> None:
     for name in ("checkpoint_step_12.pt.json", "checkpoint_step_12.pt"):
         (home / "checkpoints/run" / name).rename(home / name)
     rebuild(home, home / "catalog.duckdb")
+    assert run_forked(lambda: _write_and_die(home / "catalog.duckdb"), home / "log").code == -signal.SIGKILL
+    assert (home / "catalog.duckdb.wal").stat().st_size
+
+
+def _write_and_die(catalog: Path) -> None:
+    with Database(catalog).connect() as connection:
+        connection.execute("INSERT INTO dataset_shards VALUES ('logged', 'logged', 0, 0)")
+        connection.execute("COMMIT")
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def damage_files(home: Path, folder: Path, trials_of_each: int, seed: int) -> Tally:
@@ -127,6 +142,11 @@ def _problem(answer: tuple[int, str, object], right: tuple[int, str, object], vi
     code, output, result = answer
     if code == 0 and result == right[2]:
         return None
+    if victim.name.endswith(".wal"):
+        # Cut between two of its entries, a log is one that a power cut left: the state before the entry is whole as well.
+        if code == 0 and result == str(right[2]).replace(_LOGGED, _NOT_LOGGED):
+            return None
+        victim = victim.with_suffix("")  # the log is a part of the catalog, under whose name it is spoken of
     # A refusal names the file, or for a pair of files that belong together the other one.
     stem = victim.name.split(".")[0]
     if code in (2, 3) and stem in output and "Traceback" not in output:
@@ -143,12 +163,13 @@ def _answer(action: str, home: Path, folder: Path, whole: object) -> tuple[int, 
         "resume": lambda: _train(home, home / "checkpoints/run"),
         "judge": lambda: (folder / "values").write_text(judge(home, home / "checkpoints/run/checkpoint_step_10.pt")),
         "catalog": lambda: (folder / "values").write_text(_ask(home)),
+        "catalog log": lambda: (folder / "values").write_text(_ask(home, _LAST)),
         "rebuild": lambda: (folder / "values").write_text(_rebuild(home)),
     }[action]
     ended = run_forked(work, folder / "log")
     if ended.code:
         return ended.code, ended.output, None
-    if action in ("judge", "catalog", "rebuild"):
+    if action in ("judge", "catalog", "catalog log", "rebuild"):
         return 0, ended.output, (folder / "values").read_text()
     return 0, ended.output, outcome(folder / "run" if action == "prepare and train" else home / "checkpoints/run") == whole
 
@@ -179,9 +200,13 @@ _QUESTIONS = (
 )
 
 
-def _ask(home: Path) -> str:
+_LAST = "SELECT count(*) AS logged FROM dataset_shards WHERE dataset_id = 'logged'"
+_LOGGED, _NOT_LOGGED = "[{'logged': 1}]", "[{'logged': 0}]"
+
+
+def _ask(home: Path, *more: str) -> str:
     catalog = Catalog(home / "catalog.duckdb")
-    return str([catalog.query(question) for question in _QUESTIONS])
+    return str([catalog.query(question) for question in (*_QUESTIONS, *more)])
 
 
 def _rebuild(home: Path) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,8 +18,10 @@ from tests.faults.damage import judge, prepare
 from tests.faults.forks import OPTIONS, outcome, run_forked
 from tests.faults.report import Tally
 
-_STEPS = 2
-_CONFIG = TrainConfig(**(OPTIONS | {"max_steps": _STEPS, "num_layers": 1, "save_interval": 0}))
+_STEPS = 4
+# A checkpoint while it trains, in the background, and one at the end.
+_CONFIG = TrainConfig(**(OPTIONS | {"max_steps": _STEPS, "num_layers": 1, "save_interval": 2}))
+_BYTES_MISSING = re.compile(r"disk full, .*[\d,]+ bytes and [\d,]+ are (free|missing)")
 
 
 def _stages(home: Path) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
@@ -92,7 +95,7 @@ def fill_the_disk(corpus_dir: Path, folder: Path) -> Tally:
                 _resize(disk, 64 << 20)
                 mended = run_forked(again, folder / "log2")
                 problem = None
-                if broken.code != 0 and ("disk full" not in broken.output or "Traceback" in broken.output):
+                if broken.code != 0 and (not _BYTES_MISSING.search(broken.output) or "Traceback" in broken.output):
                     problem = f"{what}: {broken.code} {broken.output[-600:]}"
                 elif mended.code or look_there() != look():
                     problem = f"{what}: run again, it ends with {mended.code}: {mended.output[-600:]}"
@@ -145,7 +148,7 @@ def _with_failing_call(n: int, work: Callable[[], object]) -> None:
 
     original = HashingWriter.__init__
     HashingWriter.__init__ = lambda self, raw, path: original(self, FailingRaw(raw), path)  # type: ignore[assignment, method-assign]
-    os.fsync, os.replace = counting(os.fsync), counting(os.replace)
+    os.fsync, os.replace, os.rename = counting(os.fsync), counting(os.replace), counting(os.rename)
     work()
 
 

@@ -14,12 +14,14 @@ class Tally:
     losses: list[str] = field(default_factory=list)
 
     def count(self, problem: str | None) -> None:
-        """Counts one fault; `problem` says what it cost, None that it cost nothing."""
+        """Counts one fault and tells of every tenth; `problem` says what it cost, None that it cost nothing."""
         self.injected += 1
         if problem is None:
             self.survived += 1
         else:
             self.losses.append(problem)
+        if problem is not None or self.injected % 10 == 0:
+            print(f"{self.scenario}: {self.injected} injected, {len(self.losses)} lost", flush=True)
 
 
 def table(tallies: list[Tally]) -> str:
