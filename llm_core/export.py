@@ -16,7 +16,7 @@ from llm_core.cli import parse_options, run_tool
 from llm_core.config import ModelConfig, StageConfig
 from llm_core.errors import UserError
 from llm_core.evaluation_file import read_evaluation
-from llm_core.files import atomic_writer, fsync_directory, read_json, sha256_file, write_json
+from llm_core.files import atomic_writer, fsync_directory, read_json, says_when_the_disk_is_full, sha256_file, write_json
 from llm_core.identity import model_id
 from llm_core.model import Transformer
 from llm_core.model_card import model_card
@@ -119,7 +119,8 @@ def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evalua
     }
     sample = judged["samples"][0] if judged else None
     card = model_card(identifier, model.num_parameters(), metrics, lineage, run["config"], sample)
-    _write_directory(model, tokenizer, output_dir, card, lineage | facts)
+    with says_when_the_disk_is_full(output_dir / "model.safetensors", 4 * model.num_parameters()):
+        _write_directory(model, tokenizer, output_dir, card, lineage | facts)
 
 
 def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, card: str, facts: Mapping[str, Any]) -> None:

@@ -145,6 +145,8 @@ def _run_at_once(home: DagsterHome, folder: Path, pause: float, trainings: int) 
     end.unlink(missing_ok=True)
     Catalog(catalog).create()
     with ExitStack() as stack:
+        instance = stack.enter_context(dg.DagsterInstance.from_config(str(home.dagster_home)))
+        instance.get_runs()  # makes Dagster's own database, which two processes at once cannot
         runs = [stack.enter_context(home.execute("run"))]
         time.sleep(pause)
         runs.append(stack.enter_context(home.execute("other")))
@@ -155,7 +157,6 @@ def _run_at_once(home: DagsterHome, folder: Path, pause: float, trainings: int) 
         reader, *writers = helpers
         answers: list[dg.RunRequest | str] = []
         cursor: str | None = None
-        instance = stack.enter_context(dg.DagsterInstance.from_config(str(home.dagster_home)))
         wait_until(lambda: bool(instance.get_runs()), runs[0])
         while any(run.process.poll() is None for run in runs):
             answer, cursor = _look(home, instance, cursor)

@@ -112,5 +112,5 @@ def _kill_torchrun(data_dir: Path, run_dir: Path, target: str, moment: float) ->
         code = command.wait(moment)
         if code is None:
             command.signal(signal.SIGKILL, target)
-            command.wait(60)
+            command.wait()
         return code, command.left()

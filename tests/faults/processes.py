@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-PATIENCE = 180.0
+PATIENCE = 600.0
 """Seconds after which something that should have ended counts as left."""
 
 _MARK = "TORCH_FAULTS_TRIAL"
@@ -72,7 +72,7 @@ class Command:
         except subprocess.TimeoutExpired:
             return None
 
-    def left(self, seconds: float = 60.0) -> list[str]:
+    def left(self, seconds: float = 120.0) -> list[str]:
         """What is still running after so many seconds, or nothing as soon as all have ended."""
         deadline = time.monotonic() + seconds
         while (alive := self.family()) and time.monotonic() < deadline:

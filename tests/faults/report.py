@@ -21,7 +21,7 @@ class Tally:
         else:
             self.losses.append(problem)
         if problem is not None or self.injected % 10 == 0:
-            print(f"{self.scenario}: {self.injected} injected, {len(self.losses)} lost", flush=True)
+            print(f"{self.scenario}: {self.injected} injected, {len(self.losses)} lost", problem or "", flush=True)
 
 
 def table(tallies: list[Tally]) -> str:
