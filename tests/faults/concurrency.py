@@ -167,7 +167,10 @@ def _run_at_once(home: DagsterHome, folder: Path, pause: float, trainings: int) 
         end.touch()
         said.append(reader.communicate()[1])
         left = [process for run in runs for process in run.left()]
-    if codes != [0, 0] or any(helper.returncode for helper in helpers) or left:
+    refused = [run.output() for run, code in zip(runs, codes, strict=True) if code != 0]
+    # Of one training there is one: a second that begins while the first one's ranks still load is refused by the folder's lock.
+    allowed = len(refused) <= 2 - trainings and all("another training (process " in text for text in refused)
+    if not allowed or any(helper.returncode for helper in helpers) or left:
         return f"they ended with {codes}, left {left}: {[run.output()[-1500:] for run in runs]} {said}"
     if any(isinstance(answer, dg.RunRequest) for answer in answers):
         return "the sensor launched a run beside the one that was there"
