@@ -72,10 +72,7 @@ def estimate_memory(
         one_block = bytes_kept(checkpointing=False) // model_config.num_layers
         activations = bytes_kept(config.gradient_checkpointing) + one_block
         parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    all_parameters = sum(parameters.values())
-    moments = 2 * all_parameters
-    if config.optimizer == "muon":
-        moments -= sum(size for name, size in parameters.items() if name.startswith("blocks.") and "norm" not in name)
+    all_parameters, moments = sum(parameters.values()), _moments(config, parameters)
     tokens = inputs.numel()
     # FSDP holds a share of everything, and whole what is at work: embedding and head, and two blocks, the next one being fetched.
     sharers = world_size if config.sharding == "fsdp" else 1
@@ -91,6 +88,14 @@ def estimate_memory(
     )
 
 
+def _moments(config: TrainConfig, parameters: dict[str, int]) -> int:
+    """Numbers that the optimizer keeps. parameters: the size of each by its name."""
+    moments = 2 * sum(parameters.values())
+    if config.optimizer == "muon":
+        moments -= sum(size for name, size in parameters.items() if name.startswith("blocks.") and "norm" not in name)
+    return moments
+
+
 def explain(config: TrainConfig, data: TrainingData, ranks: Ranks) -> dict[str, str]:
     """The figures of a resolved configuration, ready to print."""
     precision = resolve_precision(config, ranks.device)
@@ -104,11 +109,14 @@ def explain(config: TrainConfig, data: TrainingData, ranks: Ranks) -> dict[str, 
     peak = measure_peak_flops(ranks.device, DTYPES[precision]) * ranks.world_size
     seconds = flops * tokens / (peak * _UTILIZATION)
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in vars(memory).items())
+    checkpoint = 4 * (parameters + _moments(config, {name: parameter.numel() for name, parameter in model.named_parameters()}))
+    copied = "; as much of the first rank's CPU memory, from which it is written" if config.background_save else ""
     accumulation = config.batch_size // (micro * ranks.world_size)
     return {
         "parameters": f"{parameters:,}",
         "FLOPs per token": f"{flops:,} forward and backward",
         "memory per rank": f"{_bytes(memory.total)}: {parts}",
+        "each checkpoint": f"{_bytes(checkpoint)}{copied}",
         "training tokens": f"{tokens:,} in {config.max_steps:,} steps of {tokens_per_step:,}",
         "epochs": f"{config.max_steps * config.batch_size / len(data.train):.2f} of {len(data.train):,} windows",
         **_mixture(config, data),

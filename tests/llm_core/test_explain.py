@@ -68,6 +68,9 @@ def test_explain_prints_the_run_and_trains_nothing(processed_dir: Path, tmp_path
     for name in ("FLOPs per token", "memory per rank", "training tokens", "epochs", "expected time"):
         assert name in explained.stdout
     assert f"{10 * 8 * 64:,} in 10 steps of 512" in explained.stdout
+    size, unit = next(line.split()[2:4] for line in explained.stdout.splitlines() if line.startswith("each checkpoint"))
+    written = (tmp_path / "run/checkpoint_step_1.pt").stat().st_size
+    assert float(size) * {"kB": 1e3, "MB": 1e6}[unit.strip(";")] == pytest.approx(written, rel=0.1)
 
 
 def test_profile_writes_a_trace_of_the_steps_asked_for(processed_dir: Path, tmp_path: Path) -> None:
