@@ -35,6 +35,8 @@ class CheckpointRecord:
         try:
             if value["format_version"] != FORMAT_VERSION:
                 raise DataError(f"{manifest_path}: format {value['format_version']}, this version reads format {FORMAT_VERSION}")
+            if value["file"] != manifest_path.name.removesuffix(".json"):
+                raise DataError(f"{manifest_path}: damaged, it is the manifest of another file, {value['file']!r}")
             names = ("checkpoint_id", "run_id", "step", "tokens_seen", "val_loss", "sha256", "bytes")
             return cls(**{name: value[name] for name in names}, path=manifest_path.with_name(value["file"]))
         except KeyError as error:

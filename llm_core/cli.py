@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from llm_core.errors import TextmillError
+from llm_core.files import keep_others_from_writing
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -44,8 +45,14 @@ def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | 
 
 def run_tool(main: Callable[[], None], prog: str) -> None:
     """Runs `main`, turning our own errors into one message and their exit code."""
+    keep_others_from_writing()
     try:
         main()
     except TextmillError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: " + "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+def printable(text: str) -> str:
+    """A text for the terminal. A file's name may hold anything: no control character of it may act there."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -14,7 +14,7 @@ if not __package__:  # run as a plain file: find the package beside it, not its 
 from pydantic import Field
 from tqdm import tqdm
 
-from llm_core.cli import parse_options, run_tool
+from llm_core.cli import parse_options, printable, run_tool
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.corpus import READABLE, Snapshot, take_snapshot
 from llm_core.encoding import check_engine
@@ -77,7 +77,7 @@ def _facts(
     for reason, count in sorted(summary["quarantined_by_reason"].items()):
         yield "  quarantined", f"{count:,} files, lines or rows: {reason.replace('_', ' ')}"
     for entry in summary["quarantined"][:5]:
-        yield "", f"{entry['path']}: {entry['reason'].replace('_', ' ')}, {entry['detail']}"
+        yield "", printable(f"{entry['path']}: {entry['reason'].replace('_', ' ')}, {entry['detail']}")
     origin = "kept" if artifact.reused else "new"
     yield "Tokenizer", f"{artifact.tokenizer_id}, {report['tokenizer_type']}, {report['vocab_size']:,} tokens, {origin}"
     yield "", f"{report['bytes_per_token']:.2f} bytes per token, {report['tokens_per_word']:.2f} tokens per word"

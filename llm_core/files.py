@@ -11,8 +11,10 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Annotated, Any
+
+from pydantic import AfterValidator
 
 from llm_core.errors import DataError
 
@@ -52,6 +54,17 @@ class HashingWriter:
 
     def sha256(self) -> str:
         return self._hash.hexdigest()
+
+
+def keep_others_from_writing() -> None:
+    """Of this process and those that it starts: nobody else may write to the files they make.
+
+    A umask that keeps others out already is left alone: 002, say, where a group shares its folders.
+    """
+    present = os.umask(0o022)
+    if not present & 0o002:
+        present |= 0o022
+    os.umask(present)
 
 
 def fsync_directory(directory: Path) -> None:
@@ -122,7 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}); restore it or delete it to rebuild") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -154,6 +167,29 @@ def verify_file(path: Path, sha256: str) -> None:
     found = sha256_file(path)
     if found != sha256:
         raise DataError(f"{path}: damaged (SHA-256 {found[:12]}..., the manifest says {sha256[:12]}...)")
+
+
+def _inner(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts or "\0" in name:
+        raise ValueError(f"{name!r} does not name a file inside of its folder")
+    return name
+
+
+InnerPath = Annotated[str, AfterValidator(_inner)]
+"""Of a manifest: a path or id that leads nowhere else than into the manifest's own folder, whoever wrote it."""
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of what a manifest in `folder` names.
+
+    Raises:
+        DataError: it would lie elsewhere.
+    """
+    try:
+        return folder / _inner(name)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{folder}: a file in it names another that is not there: {error}; restore it or delete it") from None
 
 
 def content_id(*parts: Any) -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from llm_core.errors import DataError
-from llm_core.files import ID_LENGTH, atomic_writer, verify_file
+from llm_core.files import ID_LENGTH, InnerPath, atomic_writer, verify_file
 from llm_core.tables import parquet_bytes, read_parquet
 from llm_core.tokenizer import Ids, Tokenizer
 
@@ -29,11 +29,11 @@ class ShardEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    shard_id: str
-    file: str
+    shard_id: InnerPath
+    file: InnerPath
     sha256: str
     file_bytes: int
-    facts_file: str
+    facts_file: InnerPath
     facts_sha256: str
     split: str
     tokens: int

@@ -21,7 +21,7 @@ from llm_core.config import ShardConfig
 from llm_core.corpus import InputDir, Snapshot, iter_texts
 from llm_core.encoding import encode_all
 from llm_core.errors import DataError, UserError
-from llm_core.files import content_id, read_json, write_json
+from llm_core.files import InnerPath, content_id, read_json, write_json
 from llm_core.shard_file import ShardEntry, ShardWriter, mend_facts, open_tokens, read_facts
 from llm_core.tables import iter_rows
 from llm_core.tokenizer import Tokenizer
@@ -48,8 +48,8 @@ class TokenizerEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    tokenizer_id: str
-    file: str
+    tokenizer_id: InnerPath
+    file: InnerPath
     sha256: str
     tokenizer_type: str
     vocab_size: int
@@ -72,8 +72,8 @@ class DatasetManifest(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     format_version: int = FORMAT_VERSION
-    dataset_id: str
-    snapshot_id: str
+    dataset_id: InnerPath
+    snapshot_id: InnerPath
     parent_dataset_id: str | None
     tokenizer: TokenizerEntry
     dtype: str

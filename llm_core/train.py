@@ -26,7 +26,7 @@ from llm_core.config import TrainConfig
 from llm_core.distributed import Ranks, StopRequest, join_ranks, run_rank
 from llm_core.errors import Preempted, TextmillError
 from llm_core.explain import explain
-from llm_core.files import read_json, write_json
+from llm_core.files import keep_others_from_writing, read_json, write_json
 from llm_core.loop import TrainingLoop
 from llm_core.parent import Parent, find_parent, recorded_parent
 from llm_core.resume import find_resume_state, make_room
@@ -215,6 +215,7 @@ def print_explanation(options: TrainOptions) -> None:
 
 @record
 def main(listener: Listener | None = None) -> None:
+    keep_others_from_writing()
     options = parse_options(TrainOptions, PROG)
     try:
         if options.explain:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_core.cli import run_tool
+from llm_core.cli import printable, run_tool
 from llm_core.errors import DataError, UserError
 from llm_core.garbage import GarbageOptions, collect
 from pipeline.catalog.catalog import Catalog
@@ -115,8 +115,7 @@ def _shown(value: Any) -> str:
         return f"{value:.4f}"
     if value is None:
         return "-"
-    # A file's name may hold anything; a control character must not reach the terminal.
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(value))
+    return printable(str(value))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llm_core.errors import UserError
-from llm_core.files import read_json, write_json
+from llm_core.files import inside, read_json, write_json
 
 
 def set_current(pointer: Path, path: Path) -> None:
@@ -22,4 +22,4 @@ def get_current(pointer: Path, asset: str) -> Path:
 
 def find_current(pointer: Path) -> Path | None:
     """The current file or folder, None where there is none yet."""
-    return pointer.parent / read_json(pointer)["path"] if pointer.exists() else None
+    return inside(pointer.parent, read_json(pointer)["path"]) if pointer.exists() else None

@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from llm_core.files import keep_others_from_writing
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.automation import EXECUTOR, LINEAGE, prepare_data, pretrain, quickstart
 from pipeline.new_text import Retraining
@@ -9,6 +10,7 @@ from pipeline.resources import CatalogResource, Storage, Torchrun
 from pipeline.retries import lost_retries
 from pipeline.sensors import new_raw_text, nightly_retraining
 
+keep_others_from_writing()  # of the runs' processes, too
 storage = Storage()
 
 defs = dg.Definitions(

@@ -14,7 +14,7 @@ from llm_core.checkpoint_files import CheckpointRecord, manifest_path
 from llm_core.config import EvaluateConfig, ReleaseConfig
 from llm_core.errors import DataError
 from llm_core.evaluation_file import Evaluation, metric, read_evaluation
-from llm_core.files import read_json, verify_file
+from llm_core.files import inside, read_json, verify_file
 from llm_core.identity import model_id
 from llm_core.locks import held
 from pipeline.current import find_current, set_current
@@ -118,7 +118,7 @@ def _is_whole(directory: Path) -> bool:
     """Whether every file of an exported model is as its textmill.json says."""
     try:
         for name, sha256 in read_json(directory / "textmill.json")["files"].items():
-            verify_file(directory / name, sha256)
+            verify_file(inside(directory, name), sha256)
     except DataError:
         return False
     return True

@@ -16,6 +16,7 @@ from llm_core.errors import TextmillError, UserError
 from llm_core.files import read_json
 from llm_core.locks import held
 from llm_core.shards import DatasetManifest
+from pipeline.assets.common import literal
 from pipeline.launcher import TorchrunProcess, option_list, torchrun_arguments, training_environment
 from pipeline.resources import Torchrun
 
@@ -150,7 +151,7 @@ def _failure(run_dir: Path, process: TorchrunProcess) -> dg.Failure:
     return dg.Failure(
         description=f"{reason}\nCheckpoints are kept in {run_dir}; running the job again resumes from the newest one.",
         metadata={
-            "last_output": dg.MetadataValue.md("```\n" + "\n".join(output[-40:]) + "\n```"),
+            "last_output": dg.MetadataValue.md(literal("\n".join(output[-40:]), width=160)),
             "log": dg.MetadataValue.path(process.log_path),
         },
         # What the training can explain does not go away by itself, unless it was asked to stop.

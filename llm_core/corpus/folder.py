@@ -1,5 +1,6 @@
 """What lies in a folder: the files that can be read, in one fixed order, and nothing outside of it."""
 
+import errno
 import io
 import os
 import stat
@@ -83,7 +84,7 @@ class LocalFolder:
 
     @contextmanager
     def open(self, path: str) -> Iterator[OpenFile]:
-        descriptor = _open(f"{self._root}/{path}")
+        descriptor = _open_inside(self._root, path)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -101,7 +102,21 @@ class LocalFolder:
 
 def _open(path: str) -> int:
     """A descriptor; O_NONBLOCK, so that a FIFO put in the file's place cannot hold us."""
-    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+def _open_inside(root: Path, path: str) -> int:
+    """A descriptor. Where a link leads is looked at once more: it may have been put there after the walk."""
+    name = f"{root}/{path}"
+    try:
+        return _open(name)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+    target = os.path.realpath(name)
+    if not _is_inside(target, os.path.realpath(root)):
+        raise OSError(errno.ELOOP, "a link that leaves the folder", path)
+    return _open(target)
 
 
 def walk(input_dir: Path) -> Folder:
@@ -126,7 +141,7 @@ def walk(input_dir: Path) -> Folder:
         except OSError:  # a dangling link, or removed a moment ago
             found.skipped["vanished"] += 1
             continue
-        if entry.is_symlink() and not os.path.realpath(entry.path).startswith(root + os.sep):
+        if entry.is_symlink() and not _is_inside(os.path.realpath(entry.path), root):
             found.skipped["link_out_of_folder"] += 1
         elif not stat.S_ISREG(status.st_mode):
             found.skipped["not_a_regular_file"] += 1
@@ -134,6 +149,10 @@ def walk(input_dir: Path) -> Folder:
             found.files[path] = Stamp.of(status)
     found.files = dict(sorted(found.files.items()))
     return found
+
+
+def _is_inside(path: str, root: str) -> bool:
+    return path.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def _entries(directory: str, prefix: str, skipped: Counter[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:

@@ -17,13 +17,22 @@ from llm_core.config import CorpusConfig
 from llm_core.corpus.content import Content, Meter, open_content, repaired
 from llm_core.corpus.folder import format_of
 from llm_core.corpus.parquet_format import ParquetTexts, parquet_documents
-from llm_core.corpus.records import KEPT, UNREADABLE, Document, FileFacts, Quarantine
+from llm_core.corpus.records import HARMLESS, KEPT, UNREADABLE, Document, FileFacts, Quarantine
 from llm_core.corpus.source import InputDir, Source, open_source
 from llm_core.corpus.text_formats import jsonl_documents, jsonl_text, text_documents
 from llm_core.errors import DataError
 from llm_core.tables import iter_rows
 
 _ATTEMPTS = 3
+
+BYTES_PER_TEXT = 4
+"""A file with more lines or rows than one for each of so many of its bytes was made to exhaust memory."""
+
+MAX_TEXTS_FREE = 1 << 18
+"""Up to this many lines or rows the size of the file does not matter."""
+
+MAX_UNUSABLE = 1 << 16
+"""A file with more unusable lines or rows than this, and than usable ones, is set aside as a whole."""
 
 
 def read_file(source: Source, path: str, config: CorpusConfig) -> tuple[FileFacts, list[Document]]:
@@ -53,11 +62,11 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     try:
         byte_order_mark = content.skip_byte_order_mark() if content else 0
         if content is None:
-            documents = list(parquet_documents(raw, path, config, meter))
+            documents = _collected(parquet_documents(raw, path, config, meter), size)
         elif format == "text":
             documents = text_documents(content, path, config)
         else:
-            documents = list(jsonl_documents(content, path, config))
+            documents = _collected(jsonl_documents(content, path, config), size)
             # A rejected line counts whole, under its own reason; of every other line all but the text is envelope.
             jsonl_envelope = meter.position - byte_order_mark - sum(document.bytes for document in documents)
         kept = any(document.status == KEPT for document in documents)
@@ -73,6 +82,26 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     whole = format == "text" and len(documents) == 1 and documents[0].bytes == meter.position
     sha256 = documents[0].document_id if whole else meter.sha256()
     return FileFacts(path, meter.position, sha256, status, detail, *counts), documents
+
+
+def _collected(documents: Iterator[Document], size: int) -> list[Document]:
+    """The documents of a file of `size` bytes. Each takes memory, whatever it holds; a few bytes can stand for millions of rows.
+
+    Raises:
+        Quarantine: they are more than such a file has a use for.
+    """
+    found: list[Document] = []
+    most, unusable = max(MAX_TEXTS_FREE, size // BYTES_PER_TEXT), 0
+    for document in documents:
+        found.append(document)
+        unusable += document.status == "blank" or document.status not in HARMLESS
+        if len(found) > most:
+            raise Quarantine("too_many_texts", f"more than {most} lines or rows in {size} bytes")
+        if unusable > MAX_UNUSABLE and 2 * unusable > len(found):
+            raise Quarantine(
+                "mostly_unusable", f"{unusable} of the first {len(found)} lines or rows, the last: {document.status}"
+            )
+    return found
 
 
 def iter_texts(input_dir: InputDir, rows: pa.Table, config: CorpusConfig) -> Iterator[str]:

@@ -24,7 +24,7 @@ from llm_core.corpus.readers import iter_texts, read_file
 from llm_core.corpus.records import DOCUMENTS_SCHEMA, FILES_SCHEMA, KEPT, UNREADABLE, FileFacts, Rows
 from llm_core.corpus.source import InputDir, open_source
 from llm_core.errors import DataError, UserError
-from llm_core.files import atomic_writer, content_id, read_json, verify_file, write_json
+from llm_core.files import atomic_writer, content_id, inside, read_json, verify_file, write_json
 from llm_core.tables import parquet_bytes, read_parquet
 
 FORMAT_VERSION = 2
@@ -144,8 +144,9 @@ def load_snapshot(processed_dir: Path, snapshot_id: str) -> Snapshot:
         raise DataError(f"{path}: format version {summary.get('format_version')}, this program reads {FORMAT_VERSION}")
     tables = []
     for entry in (summary["files_table"], summary["documents_table"]):
-        verify_file(folder / entry["file"], entry["sha256"])
-        tables.append(read_parquet(folder / entry["file"]))
+        table = inside(folder, entry["file"])
+        verify_file(table, entry["sha256"])
+        tables.append(read_parquet(table))
     return Snapshot(summary, *tables)
 
 

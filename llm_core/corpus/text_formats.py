@@ -11,6 +11,10 @@ from llm_core.corpus.records import Document, Quarantine
 MAX_LINE_BYTES = 64 << 20
 """A .jsonl line is held in memory; a file with a longer one is quarantined."""
 
+_LARGE = 4 << 20
+_BYTES_PER_VALUE = 8
+"""Of a line above _LARGE bytes. Each value takes about 60 bytes of memory, though three can stand for it in the line."""
+
 
 def text_documents(content: Content, path: str, config: CorpusConfig) -> list[Document]:
     """The documents of a text file, read block by block."""
@@ -58,6 +62,8 @@ def jsonl_text(line: bytes, text_field: str) -> bytes:
     """
     if b"\0" in line:
         raise Quarantine("binary", "NUL in it")
+    if len(line) > _LARGE and sum(map(line.count, (b",", b"[", b"{"))) > len(line) // _BYTES_PER_VALUE:
+        raise Quarantine("too_many_values", f"more than one in {_BYTES_PER_VALUE} bytes")
     decoded = line.decode()
     try:
         value = json.loads(decoded)

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from llm_core.checkpoint_files import CheckpointRecord, checkpoint_manifests
 from llm_core.errors import DataError, UserError
-from llm_core.files import read_json, verify_file
+from llm_core.files import inside, read_json, verify_file
 from llm_core.runlog import read_metrics
 from pipeline.catalog.database import Database
 
@@ -48,7 +48,7 @@ class Catalog:
             taken_at = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).replace(tzinfo=None)
             counts = [summary[name] for name in ("files", "documents", "bytes_read", "bytes_kept")]
             row = [snapshot_id, summary["parent_snapshot_id"], taken_at, *counts, *_json(summary, "bytes_dropped", "config")]
-            documents = folder / summary["documents_table"]["file"]
+            documents = inside(folder, summary["documents_table"]["file"])
             verify_file(documents, summary["documents_table"]["sha256"])
             with self._database.connect() as connection:
                 if _known(connection, "SELECT 1 FROM snapshots WHERE snapshot_id = ?", snapshot_id):
@@ -94,7 +94,7 @@ class Catalog:
                     )
                     if _known(connection, "SELECT 1 FROM shards WHERE shard_id = ?", shard_id):
                         continue
-                    facts = processed_dir / shard["facts_file"]
+                    facts = inside(processed_dir, shard["facts_file"])
                     verify_file(facts, shard["facts_sha256"])
                     sizes = [shard[name] for name in ("tokens", "documents", "bytes", "file_bytes", "sha256")]
                     connection.execute(
