@@ -169,10 +169,17 @@ def _entries(directory: str, prefix: str, skipped: Counter[str]) -> Iterator[tup
             skipped["name_not_utf8"] += 1
         elif entry.is_dir(follow_symlinks=False):
             yield from _entries(entry.path, path + "/", skipped)
-        elif entry.is_dir():
+        elif _leads_to_folder(entry):
             skipped["link_to_folder"] += 1
         else:
             yield path, entry
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; `walk` counts it
+        return False
 
 
 def is_unicode(name: str) -> bool:

@@ -1,0 +1,198 @@
+"""What the program lets others do: run code, leave a folder, write its files, listen in. Nothing."""
+
+import ast
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dagster._cli.dev import dev_command
+from dagster_webserver.cli import dagster_webserver
+
+from llm_core.checkpoint import load_checkpoint
+from llm_core.corpus import load_snapshot, readers, take_snapshot
+from llm_core.errors import DataError
+from llm_core.files import read_json, sha256_file, write_json
+from llm_core.shards import load_manifest
+from llm_core.tokenizer import Tokenizer
+from pipeline.catalog.catalog import Catalog
+from pipeline.current import find_current
+from tests.llm_core.corpora import HALF, fill
+
+ROOT = Path(__file__).parent.parent.parent
+PRODUCT = sorted(path for package in ("llm_core", "pipeline") for path in (ROOT / package).rglob("*.py"))
+
+# Nothing executes what it reads
+
+
+def _calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
+def test_nothing_that_is_read_is_executed(path: Path) -> None:
+    for name, call in _calls(path):
+        assert name.split(".")[0] not in ("eval", "exec", "compile", "__import__", "marshal", "shelve"), name
+        assert not re.fullmatch(r"(pickle|dill|cloudpickle)\..*|os\.(system|popen)", name), name
+        assert not name.startswith("yaml.") or name.startswith("yaml.safe_"), name
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert keywords.get("shell", "False") == "False", name
+        assert "allow_pickle" not in keywords and "trust_remote_code" not in keywords, name
+        if name in ("torch.load", "load") and "map_location" in keywords:
+            assert keywords["weights_only"] == "True", path
+
+
+@pytest.mark.parametrize("path", [path for path in PRODUCT if path.parts[-2] == "catalog"], ids=lambda path: path.name)
+def test_values_reach_sql_as_bound_parameters_alone(path: Path) -> None:
+    """A statement is a constant; what is put into one is question marks, another constant or, where DuckDB binds none, quoted."""
+    allowed = {"_marks(row)", "values", "known", "quoted", "options"}
+    for name, call in _calls(path):
+        if name.split(".")[-1] not in ("execute", "executemany", "query", "sql") or not call.args:
+            continue
+        statement = call.args[0]
+        if isinstance(statement, ast.JoinedStr):
+            inserted = {ast.unparse(part.value) for part in statement.values if isinstance(part, ast.FormattedValue)}
+            assert inserted <= allowed, f"{path.name}:{call.lineno}: {inserted - allowed}"
+        else:
+            assert isinstance(statement, ast.Constant | ast.Name), f"{path.name}:{call.lineno}: {ast.unparse(statement)}"
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self._canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._canary),)
+
+
+def _manifest(checkpoint: Path, **changes: Any) -> None:
+    facts = {"checkpoint_id": "c", "run_id": "r", "step": 1, "tokens_seen": 1, "val_loss": None, "format_version": 1}
+    facts |= {"sha256": sha256_file(checkpoint), "bytes": checkpoint.stat().st_size, "file": checkpoint.name}
+    write_json(checkpoint.with_name(checkpoint.name + ".json"), facts | changes)
+
+
+@pytest.mark.parametrize("zipped", [True, False, None])
+def test_a_pickle_is_never_loaded_as_a_checkpoint(zipped: bool | None, tmp_path: Path) -> None:
+    path, evil = tmp_path / "checkpoint_step_1.pt", Evil(tmp_path / "CANARY")
+    if zipped is None:
+        path.write_bytes(pickle.dumps(evil))
+    else:
+        torch.save({"model": evil}, path, _use_new_zipfile_serialization=zipped)
+    _manifest(path)
+    with pytest.raises(DataError, match=r"checkpoint_step_1\.pt: not a readable checkpoint"):
+        load_checkpoint(path)
+    assert not (tmp_path / "CANARY").exists()
+    pickle.loads(pickle.dumps(evil))  # it is a real one
+    assert (tmp_path / "CANARY").exists()
+
+
+NO_JSON = ["pickle", b"[" * 1_000_000, b'{"a":' * 100_000, b'{"a": ' + b"9" * 10_000 + b"}", b"", b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("content", NO_JSON, ids=["pickle", "lists", "objects", "number", "empty", "bytes"])
+def test_a_manifest_or_tokenizer_that_is_none_is_named(content: Any, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(pickle.dumps(Evil(tmp_path / "CANARY")) if content == "pickle" else content)
+    for read in (read_json, Tokenizer.load):
+        with pytest.raises(DataError, match=r"tokenizer\.json: "):
+            read(path)
+    assert not (tmp_path / "CANARY").exists()
+
+
+# Nothing leaves its folder
+
+ELSEWHERE = ["../outside", "/etc/passwd", "a/../../outside", "..", "", "a\0b"]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_manifest_names_no_file_outside_of_its_folder(name: str, processed_dir: Path, tmp_path: Path) -> None:
+    home = tmp_path / "processed_data"
+    shutil.copytree(processed_dir, home)
+    whole = read_json(home / "metadata.json")
+    snapshot_id, shard = whole["snapshot_id"], whole["shards"][0]
+    for change in (
+        {"shards": [shard | {"file": name}]},
+        {"shards": [shard | {"facts_file": name}]},
+        {"tokenizer": whole["tokenizer"] | {"file": name}},
+        {"snapshot_id": name},
+    ):
+        write_json(home / "metadata.json", whole | change)
+        with pytest.raises(DataError, match=r"metadata\.json: not a dataset manifest"):
+            load_manifest(home)
+    summary = read_json(home / "snapshots" / f"{snapshot_id}.json")
+    table = summary["documents_table"] | {"file": name}
+    write_json(home / "snapshots" / f"{snapshot_id}.json", summary | {"documents_table": table})
+    for read in (load_snapshot, Catalog(tmp_path / "catalog.duckdb").record_snapshot):
+        with pytest.raises(DataError, match="does not name a file inside of its folder"):
+            read(home, snapshot_id)
+    write_json(tmp_path / "released.json", {"path": name})
+    with pytest.raises(DataError, match="does not name a file inside of its folder"):
+        find_current(tmp_path / "released.json")
+
+
+@pytest.mark.parametrize("name", ["../checkpoint_step_1.pt", "/etc/passwd", "..", "", 5, None, "checkpoint_step_2.pt"])
+def test_the_manifest_of_a_checkpoint_speaks_of_that_file_alone(name: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint_step_1.pt"
+    path.write_bytes(b"x")
+    _manifest(path, file=name)
+    with pytest.raises(DataError, match="it is the manifest of another file"):
+        load_checkpoint(path)
+
+
+def test_a_link_put_in_a_files_place_after_the_walk_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, secret = tmp_path / "raw", tmp_path / "secret.txt"
+    fill(raw)
+    secret.write_text("a secret outside of the folder")
+    original: Callable[..., Any] = readers._read_open_file
+
+    def swapping(*arguments: Any) -> Any:
+        (raw / "plain07.txt").unlink(missing_ok=True)
+        (raw / "plain07.txt").symlink_to(secret)
+        (raw / "plain08.txt").unlink(missing_ok=True)
+        (raw / "plain08.txt").symlink_to("plain01.txt")
+        monkeypatch.setattr(readers, "_read_open_file", original)
+        return original(*arguments)
+
+    monkeypatch.setattr(readers, "_read_open_file", swapping)
+    snapshot = take_snapshot(raw, tmp_path / "out", HALF)
+    status = dict(zip(snapshot.files["path"].to_pylist(), snapshot.files["status"].to_pylist(), strict=True))
+    assert status["plain07.txt"] == "unreadable"
+    rows = {row["path"]: row for row in snapshot.documents.to_pylist()}
+    assert rows["plain08.txt"]["document_id"] == rows["plain01.txt"]["document_id"], "a link that stays inside is read"
+    assert secret.stat().st_size not in snapshot.documents["bytes"].to_pylist()
+
+
+# Files
+
+
+def test_the_pipeline_keeps_others_from_writing_under_a_umask_that_lets_them() -> None:
+    code = "import os, pipeline.definitions; print(oct(os.umask(0)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, umask=0)
+    assert done.stdout.strip() == "0o22"
+
+
+# The network
+
+
+def test_every_web_server_that_the_documents_start_is_reached_from_this_machine_alone() -> None:
+    # Without an option `dagster dev` leaves the choice to the web server, and that one takes loopback.
+    assert dev_command.make_context("dev", []).params["host"] is None
+    assert dagster_webserver.make_context("dagster-webserver", []).params["host"] == "127.0.0.1"
+    commands = []
+    for document in [ROOT / "README.md", *(ROOT / "deploy").glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for line in document.read_text().splitlines():
+            commands += re.findall(r"^(?:.*&& )?(dagster dev.*|dagster-webserver.*)", line.strip())
+    assert len(commands) >= 2
+    for command in commands:
+        assert re.fullmatch(r"dagster dev", command.split(" #")[0].strip()) or "-h 127.0.0.1" in command, command
