@@ -109,6 +109,11 @@ def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evalua
     identifier = model_id(record.checkpoint_id)
     lineage = {"run_id": record.run_id, "checkpoint_id": record.checkpoint_id, "step": record.step}
     lineage |= {name: run[name] for name in ("dataset_id", "tokenizer_id", "code_version", "git_commit", "seed")}
+    lineage |= {"parent_run_id": run["parent_run_id"]} if run["parent_run_id"] is not None else {}
+    manifest = data_dir / "manifests" / f"{run['dataset_id']}.json"
+    if manifest.is_file():  # a model can be exported after its data is gone
+        dataset = read_json(manifest)
+        lineage |= {"snapshot_id": dataset["snapshot_id"], "training_tokens": dataset["splits"]["train"]["tokens"]}
     facts = {
         "format_version": 1,
         "model_id": identifier,

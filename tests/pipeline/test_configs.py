@@ -30,6 +30,8 @@ def test_there_is_one_for_each_preset_and_one_for_ci() -> None:
 def test_it_fits_the_job_and_names_the_command_it_is_for(path: Path) -> None:
     assert dg.validate_run_config(defs.resolve_job_def("pretrain"), dict(dg.config_from_files([str(path)])))
     assert f"dagster job execute -m pipeline.definitions -j pretrain -c configs/{path.name}\n" in path.read_text()
+    line = dg.config_from_files([str(path)]).get("resources", {}).get("storage", {}).get("config", {}).get("release_line")
+    assert line == (path.stem if path.stem != "smoke" else None), "sizes do not compete for one release"
     config = options(path)  # its bounds are checked here; the launchpad leaves them to the step
     assert config.model == (path.stem if path.stem != "smoke" else "tiny")
     assert config.batch_size % ((config.micro_batch_size or 1) * config.nproc_per_node) == 0
