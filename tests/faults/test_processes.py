@@ -41,6 +41,10 @@ def test_a_file_that_grows_is_read_whole_in_the_end(corpus_dir: Path, tmp_path: 
     assert_nothing_lost(concurrency.file_that_grows(corpus_dir, tmp_path, 1, SEED))
 
 
+def test_two_runs_of_one_home_four_writers_a_reader_and_the_sensor_get_along(corpus_dir: Path, tmp_path: Path) -> None:
+    assert_nothing_lost(concurrency.two_dagster_runs(corpus_dir, tmp_path, 1, SEED))
+
+
 def test_a_disk_that_refuses_the_catalog_leaves_the_state_before(corpus_dir: Path, tmp_path: Path) -> None:
     if not catalog_disk.can_trace():
         pytest.skip("needs the command strace")

@@ -13,6 +13,7 @@ from dagster._core.storage.tags import PARENT_RUN_ID_TAG
 from dagster._daemon.auto_run_reexecution.event_log_consumer import EventLogConsumerDaemon
 
 from llm_core.files import read_json
+from llm_core.runlog import read_metrics
 from pipeline.catalog.catalog import Catalog
 from tests.pipeline.conftest import TINY
 from tests.pipeline.dagster_dev import DagsterDev, dagster_dev
@@ -79,6 +80,19 @@ def test_a_killed_run_worker_is_resumed_by_a_retry(server: DagsterDev) -> None:
     worker.kill()
     check_finished_by_a_retry(server, number, dagster_id, run_dir)
     assert not psutil.wait_procs(family, timeout=30)[1], "no orphan trains on"
+
+
+def test_a_run_that_is_terminated_saves_and_leaves_no_process(server: DagsterDev) -> None:
+    number, dagster_id, run_dir = begin(server, seed=7)
+    family = server.worker(dagster_id).children(recursive=True)
+    server.terminate(dagster_id)
+    assert server.wait_for_run(number, 120).status == dg.DagsterRunStatus.CANCELED, server.log()
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    last_step = max(line["step"] for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train")
+    state = read_json(run_dir / "run.json")
+    assert (state["status"], state["steps_done"]) == ("preempted", last_step)
+    runs = Catalog(server.home / "catalog.duckdb").query("SELECT run_id FROM training_runs WHERE status = 'preempted'")
+    assert run_dir.name in {run["run_id"] for run in runs}
 
 
 def test_what_a_person_must_mend_is_not_tried_again(server: DagsterDev) -> None:
