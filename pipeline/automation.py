@@ -6,13 +6,14 @@ from pipeline.assets.checkpoint import checkpoint
 from pipeline.assets.evaluation import evaluation
 from pipeline.assets.raw_text import raw_text
 from pipeline.assets.released_model import released_model
+from pipeline.assets.run_comparison import run_comparison
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.assets.trained_tokenizer import trained_tokenizer
 from pipeline.retries import say_why_and_retry_only_what_may_go_away
 
 PREPARATION = [raw_text, trained_tokenizer, tokenized_shards]
-LINEAGE = [*PREPARATION, checkpoint, evaluation, released_model]
+LINEAGE = [*PREPARATION, checkpoint, evaluation, released_model, run_comparison]
 
 # The steps of one job follow each other, and the heavy one trains in processes of its own: a process per step would only add
 # seconds of start-up to each.

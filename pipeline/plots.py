@@ -6,6 +6,7 @@ matplotlib is loaded where something is drawn: a run that only reuses what is th
 import base64
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,63 @@ def bits_per_byte_bars(values: dict[str, float]) -> bytes:
     return _png(figure)
 
 
+@dataclass(frozen=True)
+class ComparedRun:
+    """One run in the picture of several."""
+
+    name: str
+    parameters: int
+    bits_per_byte: float
+    released: bool
+    tokens: Sequence[int]
+    losses: Sequence[float]
+
+
+def run_comparison(runs: Sequence[ComparedRun]) -> bytes:
+    """Training loss over tokens of each run beside bits per byte over model size, as a PNG; at most ten runs, one colour each."""
+    from matplotlib import color_sequences
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, NullLocator
+
+    sizes = EngFormatter(places=1)
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    loss, size = figure.subplots(1, 2, width_ratios=(3, 2))
+    for run, color in zip(runs, color_sequences["tab10"], strict=False):
+        label = f"{run.name}, {sizes(run.parameters)}{', released' if run.released else ''}"
+        loss.plot(run.tokens, run.losses, color=color, label=label)
+        size.plot(
+            run.parameters,
+            run.bits_per_byte,
+            color=color,
+            marker="*" if run.released else "o",
+            markersize=12 if run.released else 7,
+        )
+        size.annotate(run.name, (run.parameters, run.bits_per_byte), xytext=(7, 4), textcoords="offset points", fontsize=8)
+    loss.set_xlabel("training tokens")
+    loss.xaxis.set_major_formatter(EngFormatter())
+    loss.set_ylabel("training loss (nats per token)")
+    loss.legend(frameon=False, fontsize=8, loc="upper right")
+    size.set_xlabel("parameters")
+    size.set_xscale("log")
+    size.set_xticks(_apart([run.parameters for run in runs]))
+    size.xaxis.set_major_formatter(sizes)
+    size.xaxis.set_minor_locator(NullLocator())
+    size.set_ylabel("bits per byte (smaller is better)")
+    size.margins(x=0.25, y=0.15)
+    for part in (loss, size):
+        _plain(part)
+    return _png(figure)
+
+
+def _apart(sizes: Sequence[int]) -> list[int]:
+    """Sizes that can be written side by side on a logarithmic axis."""
+    kept: list[int] = []
+    for size in sorted(sizes):
+        if not kept or size > 1.3 * kept[-1]:
+            kept.append(size)
+    return kept
+
+
 def _figure(rows: int, heights: Sequence[int], height: float = 4.2) -> "tuple[Figure, Sequence[Axes]]":
     from matplotlib.figure import Figure
 
@@ -75,10 +133,14 @@ def _figure(rows: int, heights: Sequence[int], height: float = 4.2) -> "tuple[Fi
     figure = Figure(figsize=(7.5, height), layout="constrained")
     axes = figure.subplots(rows, 1, sharex=rows > 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for part in axes:
-        part.spines[["top", "right"]].set_visible(False)
-        part.grid(alpha=0.25)
-        part.set_axisbelow(True)
+        _plain(part)
     return figure, list(axes)
+
+
+def _plain(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
 
 
 def _smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:

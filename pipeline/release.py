@@ -37,6 +37,17 @@ def released_model(storage: Storage) -> dict[str, Any] | None:
     return None if directory is None else read_json(directory / "textmill.json")
 
 
+def released_lines(storage: Storage) -> dict[str, list[str]]:
+    """For each checkpoint that is released now the lines it is released in; the one without a name is "default"."""
+    lines: dict[str, list[str]] = {}
+    for pointer in sorted(storage.models.glob("released*.json")):
+        directory = find_current(pointer)
+        assert directory is not None
+        line = pointer.stem.removeprefix("released").removeprefix("_") or "default"
+        lines.setdefault(read_json(directory / "textmill.json")["checkpoint_id"], []).append(line)
+    return lines
+
+
 def released_checkpoint(storage: Storage, tokenizer_id: str) -> CheckpointRecord | None:
     """The checkpoint behind the released model; None before the first release, after its deletion, or with another tokenizer."""
     model = released_model(storage)

@@ -9,6 +9,7 @@ from llm_core.files import content_id
 from pipeline import checks
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.assets.common import MODEL, OWNERS, literal, rounded, table
+from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.current import set_current
 from pipeline.handover import Upstream
 from pipeline.harness import try_tasks
@@ -28,7 +29,7 @@ class EvaluationConfig(EvaluateConfig, HarnessConfig, dg.Config):
     )
 
 
-@dg.asset(deps=[checkpoint], kinds={"pytorch"}, group_name=MODEL, owners=OWNERS, check_specs=checks.EVALUATION)
+@dg.asset(deps=[tokenized_shards, checkpoint], kinds={"pytorch"}, group_name=MODEL, owners=OWNERS, check_specs=checks.EVALUATION)
 def evaluation(
     context: dg.AssetExecutionContext, config: EvaluationConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:

@@ -7,6 +7,7 @@ from llm_core.locks import preparing
 from llm_core.shards import build_dataset
 from pipeline import checks
 from pipeline.assets.common import DATA, OWNERS, rounded
+from pipeline.assets.raw_text import raw_text
 from pipeline.assets.trained_tokenizer import trained_tokenizer
 from pipeline.handover import Upstream
 from pipeline.resources import CatalogResource, Storage
@@ -16,7 +17,9 @@ class TokenizedShardsConfig(ShardConfig, dg.Config):
     """How token ids are stored and cut into windows."""
 
 
-@dg.asset(deps=[trained_tokenizer], kinds={"arrow"}, group_name=DATA, owners=OWNERS, check_specs=checks.TOKENIZED_SHARDS)
+@dg.asset(
+    deps=[raw_text, trained_tokenizer], kinds={"arrow"}, group_name=DATA, owners=OWNERS, check_specs=checks.TOKENIZED_SHARDS
+)
 def tokenized_shards(
     context: dg.AssetExecutionContext, config: TokenizedShardsConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:

@@ -1,4 +1,4 @@
-"""Records artifacts and answers where they came from.
+"""Records artifacts.
 
 Each `record_*` reads an artifact's own files and upserts what they say, in one transaction: recording twice is recording
 once, and a lost catalog is rebuilt by recording everything that is on disk.
@@ -15,24 +15,19 @@ import duckdb
 import pyarrow as pa
 
 from llm_core.checkpoint_files import CheckpointRecord, checkpoint_manifests
-from llm_core.errors import DataError, UserError
+from llm_core.errors import DataError
 from llm_core.files import inside, read_json, verify_file
 from llm_core.runlog import read_metrics
-from pipeline.catalog.database import Database
-
-Row = dict[str, Any]
+from pipeline.catalog.questions import Questions, Row
 
 
-class Catalog:
-    """The catalog of one textmill home.
+class Catalog(Questions):
+    """The catalog of one textmill home: what there is is recorded here, and the questions to it are inherited.
 
     Raises (every method):
         DataError: an artifact's file is damaged, missing or not what it should be; the message names it.
         CatalogError: the same of the catalog's own file, which a rebuild then replaces.
     """
-
-    def __init__(self, path: Path, wait_seconds: float = 60.0) -> None:
-        self._database = Database(path, wait_seconds)
 
     def create(self) -> None:
         """Makes an empty catalog, or brings the one there to the newest schema."""
@@ -148,63 +143,6 @@ class Catalog:
             row = [*ids, _utc(facts["released_at"]), facts["reason"], facts["metrics"]["bits_per_byte"]]
             with self._database.connect() as connection:
                 connection.execute(f"INSERT OR REPLACE INTO models VALUES ({_marks(row)})", row)
-
-    # Questions.
-
-    def query(self, sql: str, parameters: list[Any] | None = None) -> list[Row]:
-        """Rows of a read-only query, each a dict by column name."""
-        with self._database.connect(read_only=True) as connection:
-            cursor = connection.execute(sql, parameters or [])
-            names = [column[0] for column in cursor.description or []]
-            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
-
-    def runs(self) -> list[Row]:
-        """All training runs, the newest first, with their last checkpoint's judgement."""
-        return self.query(
-            """
-            SELECT r.run_id, r.status, r.steps_done, r.tokens_seen, r.parameters, r.dataset_id, r.started_at,
-                   max_by(c.checkpoint_id, c.step) AS checkpoint_id, min(e.value) AS bits_per_byte
-            FROM training_runs r
-            LEFT JOIN checkpoints c USING (run_id)
-            LEFT JOIN evaluations e ON e.checkpoint_id = c.checkpoint_id AND e.metric = 'bits_per_byte' AND e.source = 'all'
-            GROUP BY ALL ORDER BY r.started_at DESC
-            """
-        )
-
-    def lineage(self, checkpoint_id: str) -> list[Row]:
-        """Everything a checkpoint was made from: its own run (generation 0) and those whose weights it began with (1, 2, ...).
-
-        For each run a row for each place in a raw file whose text it has seen; one row without a document where it has seen none.
-
-        Raises:
-            UserError: there is no such checkpoint.
-        """
-        if not self.query("SELECT 1 FROM checkpoints WHERE checkpoint_id = ?", [checkpoint_id]):
-            raise UserError(f"checkpoint {checkpoint_id}: not in the catalog; `SELECT checkpoint_id FROM checkpoints` lists them")
-        return self.query(
-            "SELECT * FROM checkpoint_lineage WHERE checkpoint_id = ? ORDER BY generation, path, start_byte", [checkpoint_id]
-        )
-
-    def usage(self, document_or_path: str) -> list[Row]:
-        """The checkpoints that have seen a document, given by its id, or any document of a raw file, given by its path.
-
-        Raises:
-            UserError: the catalog knows neither such a document nor such a file.
-        """
-        known = "SELECT DISTINCT document_id FROM snapshot_documents WHERE document_id = ? OR path = ?"
-        if not self.query(known, [document_or_path, document_or_path]):
-            raise UserError(
-                f"{document_or_path}: neither a document id nor the path of a raw file (relative to the raw text folder)"
-            )
-        return self.query(
-            f"""
-            SELECT checkpoint_id, run_id, step, on_disk, count(DISTINCT document_id) AS documents,
-                   min_by(seen_by_run_id, first_step) AS seen_by_run_id, min(first_step) AS first_step
-            FROM document_usage WHERE document_id IN ({known})
-            GROUP BY ALL ORDER BY run_id, step
-            """,
-            [document_or_path, document_or_path],
-        )
 
 
 _CHECKPOINT = ("checkpoint_id", "run_id", "step", "tokens_seen", "sha256", "bytes", "val_loss")

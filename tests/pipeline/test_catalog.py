@@ -453,7 +453,8 @@ def test_rule_35_a_writer_killed_at_any_moment_leaves_a_whole_state(artifacts: A
 KILLED_IN_THE_MIDDLE = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.catalog import catalog as module
+from pipeline.catalog.catalog import Catalog
+from pipeline.catalog.database import Database
 victim, moment = sys.argv[3], int(sys.argv[4])
 calls = 0
 class Killer:
@@ -467,13 +468,13 @@ class Killer:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.connection.execute(*arguments)
 from contextlib import contextmanager
-connect = module.Database.connect
+connect = Database.connect
 @contextmanager
 def killing(self, read_only=False):
     with connect(self, read_only) as connection:
         yield Killer(connection)
-module.Database.connect = killing
-catalog = module.Catalog(Path(sys.argv[1]), 30)
+Database.connect = killing
+catalog = Catalog(Path(sys.argv[1]), 30)
 home = Path(sys.argv[2])
 if victim == "snapshot": catalog.record_snapshot(home / "processed_data", "snap")
 elif victim == "dataset": catalog.record_dataset(home / "processed_data", "data")

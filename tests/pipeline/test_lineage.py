@@ -198,6 +198,7 @@ def test_definitions_load_and_every_asset_can_be_read_by_a_person() -> None:
         "checkpoint",
         "evaluation",
         "released_model",
+        "run_comparison",
     }
     for spec in specs.values():
         assert spec.description
