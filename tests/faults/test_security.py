@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from dagster._cli.dev import dev_command
@@ -25,6 +27,7 @@ from llm_core.tokenizer import Tokenizer
 from pipeline.catalog.catalog import Catalog
 from pipeline.current import find_current
 from tests.llm_core.corpora import HALF, fill
+from tests.llm_core.training import SMALL
 
 ROOT = Path(__file__).parent.parent.parent
 PRODUCT = sorted(path for package in ("llm_core", "pipeline") for path in (ROOT / package).rglob("*.py"))
@@ -176,6 +179,23 @@ def test_a_link_put_in_a_files_place_after_the_walk_leads_nowhere(tmp_path: Path
 # Files
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("umask", "forbidden"), [(0o000, 0o022), (0o002, 0o002), (0o077, 0o077)])
+def test_nobody_else_may_write_what_the_tools_make(umask: int, forbidden: int, corpus_dir: Path, tmp_path: Path) -> None:
+    """Under a umask that lets everybody write, too; one that a group shares its folders by is kept."""
+    processed, run_dir = tmp_path / "processed", tmp_path / "runs" / "run"
+    prepare = {"input_dir": corpus_dir, "output_dir": processed, "vocab_size": 400, "max_length": 32, "num_workers": 1}
+    train = SMALL | {"data_dir": processed, "save_dir": run_dir, "max_steps": 2, "num_layers": 1, "device": "cpu"}
+    for module, options in (("data_prep_tool", prepare), ("train", train)):
+        arguments = [f"--{name}={value}" for name, value in options.items()]
+        subprocess.run([sys.executable, "-m", f"llm_core.{module}", *arguments], check=True, capture_output=True, umask=umask)
+    made = [path for folder in (processed, tmp_path / "runs") for path in (folder, *folder.rglob("*"))]
+    assert len(made) > 15
+    assert [path for path in made if path.stat().st_mode & forbidden] == []
+    if umask == 0o002:
+        assert run_dir.stat().st_mode & 0o020, "the group may write"
+
+
 def test_the_pipeline_keeps_others_from_writing_under_a_umask_that_lets_them() -> None:
     code = "import os, pipeline.definitions; print(oct(os.umask(0)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, umask=0)
@@ -196,3 +216,30 @@ def test_every_web_server_that_the_documents_start_is_reached_from_this_machine_
     assert len(commands) >= 2
     for command in commands:
         assert re.fullmatch(r"dagster dev", command.split(" #")[0].strip()) or "-h 127.0.0.1" in command, command
+
+
+@pytest.mark.slow
+def test_a_plain_torchrun_opens_its_own_meeting_point_and_the_ranks_talk_on_loopback(processed_dir: Path, tmp_path: Path) -> None:
+    """Only torchrun's store listens on every interface, which no option of torchrun changes; the pairs of gloo do not."""
+    options = SMALL | {"data_dir": processed_dir, "save_dir": tmp_path / "run", "max_steps": 1_000_000, "device": "cpu"}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    command = ["torchrun", "--nproc_per_node=2", "--master_port=0", "-m", "llm_core.train", *arguments]
+    command[0] = str(Path(sys.executable).with_name("torchrun"))
+    environment = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        family: list[psutil.Process] = []
+        for _ in range(900):
+            if (tmp_path / "run" / "metrics.jsonl").exists() or process.poll() is not None:
+                family = psutil.Process(process.pid).children(recursive=True)
+                break
+            time.sleep(0.1)
+        assert len(family) >= 2, (tmp_path / "log").read_text()
+        ours = [connection for member in family for connection in member.net_connections(kind="inet")]
+        listening = {connection.laddr.ip for connection in ours if connection.status == psutil.CONN_LISTEN}
+        assert listening <= {"127.0.0.1", "::1"}, listening
+    finally:
+        for member in [*family, psutil.Process(process.pid)]:
+            member.kill()
+        process.wait()
