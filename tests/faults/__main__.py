@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from tests.faults import cancel, catalog_disk, concurrency, damage, disk, forks, kills, silence, steps
+from tests.faults import cancel, catalog_disk, concurrency, damage, disk, forks, hostile, kills, silence, steps
 from tests.faults.report import Tally, table
 
 
@@ -55,6 +55,7 @@ def main() -> None:
             "damage_files": lambda at: damage.damage_files(home, at, many(6), options.seed),
             "fail_the_nth_call": lambda at: disk.fail_the_nth_call(folder / "corpus", at, every=every),
             "fail_the_catalog": lambda at: catalog_disk.fail_the_nth_call_of_the_catalog(home, at, every=every),
+            "hostile_input": lambda at: hostile.feed(at, many(1 << 30), options.seed, many(500)),
             "fill_the_disk": lambda at: disk.fill_the_disk(folder / "corpus", at),
         }
         if not disk.can_mount(folder / "probe"):

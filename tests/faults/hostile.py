@@ -1,0 +1,376 @@
+"""Input made to break: each kind of file is fed to the real preparation, in a process whose memory is measured.
+
+Whatever it holds, the preparation ends well, what stands beside it is prepared as ever, every byte is accounted for, nothing that
+the file says is done, and memory stays within a bound.
+"""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import random
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm_core.corpus import load_snapshot
+from llm_core.shards import load_manifest, open_tokens
+from pipeline.catalog.catalog import Catalog
+from tests.faults.report import Tally
+from tests.llm_core.corpora import fill, zstd
+
+MAX_MEMORY = 1 << 30
+"""Resident bytes that a preparation may reach; about a fifth of it are the libraries."""
+
+SPECIAL = "<|endoftext|><|pad|>[UNK][PAD]<|endoftext|>\n"
+
+Make = Callable[[Path, int], object]
+"""Puts a file or more into a folder; the number is how many bytes the large ones have."""
+
+
+def _line(text: str, rest: str = "") -> bytes:
+    return b'{"text": ' + json.dumps(text).encode() + rest.encode() + b"}\n"
+
+
+def _gzip(path: Path, block: bytes, size: int) -> None:
+    """A gzip file that `size` bytes of repeated blocks come out of, made without holding them."""
+    with gzip.open(path, "wb") as file:
+        for _ in range(0, size, len(block)):
+            file.write(block)
+
+
+def _zstd(path: Path, block: bytes, size: int) -> None:
+    with closing(pa.CompressedOutputStream(str(path), "zstd")) as file:
+        for _ in range(0, size, len(block)):
+            file.write(block)
+
+
+def _plain(path: Path, block: bytes, size: int, before: bytes = b"", after: bytes = b"") -> None:
+    with open(path, "wb") as file:
+        file.write(before)
+        for _ in range(0, size, len(block)):
+            file.write(block)
+        file.write(after)
+
+
+def _parquet(path: Path, text: Any, **options: Any) -> None:
+    pq.write_table(pa.table({"text": text}), path, **options)
+
+
+def _lying_footer(path: Path) -> None:
+    """A Parquet file whose footer claims to be longer than the file."""
+    _parquet(path, ["text"] * 50)
+    content = path.read_bytes()
+    path.write_bytes(content[:-8] + struct.pack("<I", 0x7FFFFFF0) + content[-4:])
+
+
+def _socket(path: Path) -> None:
+    with closing(socket.socket(socket.AF_UNIX)) as listener:
+        here = os.open(path.parent, os.O_RDONLY)  # the path itself may be too long for a socket
+        listener.bind(f"/proc/self/fd/{here}/{path.name}")
+        os.close(here)
+
+
+def _outside(folder: Path) -> Path:
+    """The folder that the corpus lies in."""
+    return next(parent for parent in (folder, *folder.parents) if parent.name == "raw").parent
+
+
+def _links(folder: Path) -> None:
+    outside = _outside(folder) / "outside"
+    outside.mkdir(exist_ok=True)
+    (outside / "secret.txt").write_text("a secret that stands outside of the folder\n" * 3)
+    (folder / "leaves.txt").symlink_to(outside / "secret.txt")
+    (folder / "leaves_relatively.txt").symlink_to(os.path.relpath(outside / "secret.txt", folder))
+    (folder / "leaves_as_folder").symlink_to(outside)
+    (folder / "loop.txt").symlink_to("loop.txt")
+    (folder / "there.txt").symlink_to("back.txt")
+    (folder / "back.txt").symlink_to("there.txt")
+    (folder / "into_itself").symlink_to(".")
+    (folder / "zero.txt").symlink_to("/dev/zero")
+
+
+def _special_files(folder: Path) -> None:
+    os.mkfifo(folder / "fifo.txt")
+    _socket(folder / "socket.jsonl")
+    with suppress(PermissionError):  # only root may
+        os.mknod(folder / "device.txt", 0o600 | 0o020000, os.makedev(1, 5))  # /dev/zero
+
+
+NAMES = [
+    "quote'.txt",
+    'double".txt',
+    "'; DROP TABLE documents; --.txt",
+    "a\nnew line.txt",
+    "\x1b[31mred\x07.txt",
+    "--output_dir.txt",
+    "-rf.txt",
+    "CON.txt",
+    "aux.jsonl.txt",
+    "star*question?.txt",
+    "percent%s%n {braces} $HOME `id`.txt",
+    "back\\slash.txt",
+    "key=value.txt",
+    " spaces .txt",
+    "\u202eright to left.txt",
+    "<img src=x onerror=alert(1)>[link](javascript:alert(1)).txt",
+    "n" * 251 + ".txt",
+]
+
+
+def _names(folder: Path) -> None:
+    for number, name in enumerate(NAMES):
+        (folder / name).write_text(f"A file with a name of its own, number {number}.\n" * 3)
+    with open(os.fsencode(folder) + b"/not \xff\xfe utf8.txt", "w") as file:
+        file.write("A file whose name is not UTF-8.\n")
+    deep = folder
+    for _ in range(40):
+        deep = deep / "deep"
+    deep.mkdir(parents=True)
+    (deep / "down.txt").write_text("A file far down in the folder.\n" * 3)
+
+
+def _evil(path: Path) -> bytes:
+    """A pickle that makes a file at `path` when it is loaded."""
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.system, (f"touch '{path}'",))
+
+    return pickle.dumps(Evil())
+
+
+def _pickles(folder: Path) -> None:
+    for suffix in ("txt", "jsonl", "parquet"):
+        (folder / f"pickle.{suffix}").write_bytes(_evil(_outside(folder) / "CANARY"))
+
+
+KINDS: dict[str, tuple[Make, dict[str, str | None]]] = {
+    # What is made, and the status of each file that is to have one; None where it is not even looked at.
+    "one line": (lambda at, size: _plain(at / "line.txt", b"x" * (1 << 20), size), {"line.txt": "kept"}),
+    "one line, gz": (lambda at, size: _gzip(at / "line.txt.gz", os.urandom(1 << 19).hex().encode(), size), {}),
+    "one line of jsonl": (
+        lambda at, size: _plain(at / "line.jsonl", b"x" * (1 << 20), max(size, 65 << 20), b'{"text": "', b'"}'),
+        {"line.jsonl": "line_too_long"},
+    ),
+    "gzip bomb": (lambda at, size: _gzip(at / "bomb.txt.gz", bytes(1 << 20), 2 * size), {"bomb.txt.gz": "binary"}),
+    "gzip bomb of text": (
+        lambda at, size: _gzip(at / "bomb.txt.gz", b"boom\n" * 200_000, max(size, 80 << 20)),
+        {"bomb.txt.gz": "too_compressed"},
+    ),
+    "zstd bomb": (
+        lambda at, size: _zstd(at / "bomb.txt.zst", b"boom\n" * 200_000, max(size, 80 << 20)),
+        {"bomb.txt.zst": "too_compressed"},
+    ),
+    "bomb of bombs": (
+        lambda at, size: (at / "bomb.txt.gz").write_bytes(gzip.compress(gzip.compress(bytes(size)))),
+        {"bomb.txt.gz": "binary"},
+    ),
+    "parquet in a bomb": (
+        lambda at, size: _gzip(at / "bomb.parquet.gz", bytes(1 << 20), max(size, 80 << 20)),
+        {"bomb.parquet.gz": "too_compressed"},
+    ),
+    "lines of nothing": (
+        lambda at, size: _gzip(at / "ones.jsonl.gz", b"1\n" * (1 << 18), size),
+        {"ones.jsonl.gz": "mostly_unusable"},
+    ),
+    "lines of nothing, not compressed": (
+        lambda at, size: _plain(at / "ones.jsonl", b"{}\n" * (1 << 18), size),
+        {"ones.jsonl": "mostly_unusable"},
+    ),
+    "rows of null": (
+        lambda at, size: _parquet(at / "null.parquet", pa.nulls(max(size // 16, 1 << 17), pa.string())),
+        {"null.parquet": "mostly_unusable"},
+    ),
+    "rows of one letter": (
+        lambda at, size: _parquet(at / "a.parquet", pa.array(["a"]).take(pa.array([0] * max(size // 64, 1 << 19)))),
+        {"a.parquet": "too_many_texts"},
+    ),
+    "line of empty objects": (
+        lambda at, size: (at / "dicts.jsonl").write_bytes(_line("text", ', "x": [' + "{}," * (size // 16) + "{}]")),
+        {},
+    ),
+    "deep nesting": (
+        lambda at, _: (at / "deep.jsonl").write_bytes(
+            _line("text", ', "x": ' + "[" * 500_000 + "]" * 500_000) + _line("Some text.")
+        ),
+        {"deep.jsonl": "kept"},
+    ),
+    "deep nesting, not closed": (
+        lambda at, _: (at / "open.jsonl").write_bytes(b'{"a":' * 200_000),
+        {"open.jsonl": "unreadable_json"},
+    ),
+    "huge numbers": (
+        lambda at, _: (at / "numbers.jsonl").write_bytes(
+            _line("text", ', "x": ' + "9" * 1_000_000) + _line("The number is infinite.", ', "x": 1e999999')
+        ),
+        {"numbers.jsonl": "kept"},
+    ),
+    "wrong types": (
+        lambda at, _: (at / "types.jsonl").write_bytes(
+            b'1\n"text"\n[]\nnull\ntrue\nNaN\n{"text": null}\n{"text": 1}\n{"text": ["a"]}\n{"text": {}}\n{"TEXT": "a"}\n'
+        ),
+        {"types.jsonl": "no_text_field"},
+    ),
+    "duplicate keys": (
+        lambda at, _: (at / "twice.jsonl").write_bytes(
+            b'{"text": 1, "text": "The last one counts, as JSON readers do.", "text": 1}\n'
+        ),
+        {"twice.jsonl": "no_text_field"},
+    ),
+    "lone surrogates, no newline": (
+        lambda at, _: (at / "half.jsonl").write_bytes(
+            b'{"text": "\\ud800"}\n{"text": "\\udc00\\ud800"}\n{"text": "\\ud83d\\ude42 is whole"}'
+        ),
+        {"half.jsonl": "kept"},
+    ),
+    "mixed encodings": (
+        lambda at, _: (at / "mixed.jsonl").write_bytes(
+            _line("good") + b'{"text": "caf\xe9"}\n' + '{"text": "x"}'.encode("utf-16")
+        ),
+        {"mixed.jsonl": "not_utf8"},
+    ),
+    "NULs": (lambda at, size: os.truncate(os.open(at / "hole.txt", os.O_CREAT | os.O_WRONLY), size), {"hole.txt": "binary"}),
+    "parquet cut off": (
+        lambda at, _: (_parquet(at / "cut.parquet", ["row"] * 50), os.truncate(at / "cut.parquet", 60)),
+        {"cut.parquet": "unreadable_parquet"},
+    ),
+    "parquet with a lying footer": (lambda at, _: _lying_footer(at / "lies.parquet"), {"lies.parquet": "unreadable_parquet"}),
+    "parquet of lists": (lambda at, _: _parquet(at / "nested.parquet", [["a"], []]), {"nested.parquet": "no_text_field"}),
+    "parquet of structures": (
+        lambda at, _: _parquet(at / "nested.parquet", [{"text": "a"}]),
+        {"nested.parquet": "no_text_field"},
+    ),
+    "parquet of decimals": (
+        lambda at, _: _parquet(at / "decimal.parquet", pa.array([1], pa.decimal128(38, 10))),
+        {"decimal.parquet": "no_text_field"},
+    ),
+    "parquet of bytes": (lambda at, _: _parquet(at / "binary.parquet", [b"\xff"]), {"binary.parquet": "no_text_field"}),
+    "parquet of two texts": (
+        lambda at, _: pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["text", "text"]), at / "two.parquet"),
+        {"two.parquet": "kept"},
+    ),
+    "special tokens": (lambda at, _: (at / "special.txt").write_text(SPECIAL * 100), {"special.txt": "kept"}),
+    "links": (lambda at, _: _links(at), {"leaves.txt": None, "leaves_relatively.txt": None, "loop.txt": None, "zero.txt": None}),
+    "special files": (lambda at, _: _special_files(at), {"fifo.txt": None, "socket.jsonl": None, "device.txt": None}),
+    "names": (lambda at, _: _names(at), dict.fromkeys(NAMES, "kept") | {"/".join([*["deep"] * 40, "down.txt"]): "kept"}),
+    "pickles": (lambda at, _: _pickles(at), {"pickle.jsonl": "binary", "pickle.parquet": "unreadable_parquet"}),
+}
+
+
+def feed(folder: Path, size: int, seed: int, random_files: int, tokenizer_type: str = "bpe", together: bool = False) -> Tally:
+    """Feeds every kind, in a corpus of its own or `together` in one, and files of random bytes under every ending.
+
+    size: bytes of the large files. random_files: how many of these, in corpora of 50.
+    """
+    tally = Tally("hostile input", seed)
+    if together:
+        # In folders of their own, in one corpus.
+        kinds: dict[str, tuple[Make, dict[str, str | None]]] = {"all kinds at once": (_all_kinds, _all_statuses())}
+    else:
+        kinds = dict(KINDS)
+    chosen = random.Random(seed)
+    for first in range(0, random_files, 50):
+        files = list(_random_files(chosen, min(50, random_files - first)))
+        kinds[f"random bytes from {first}"] = (
+            lambda at, _, files=files: [(at / name).write_bytes(data) for name, data in files],
+            {},
+        )
+    for number, (kind, (make, expected)) in enumerate(kinds.items()):
+        here = folder / str(number)
+        here.mkdir(parents=True)
+        fill(here / "raw")
+        make(here / "raw", size)
+        problem = _problem(here, expected, tokenizer_type)
+        tally.count(f"{kind}: {problem}" if problem else None)
+    return tally
+
+
+def _all_kinds(at: Path, size: int) -> None:
+    for number, (make, _) in enumerate(KINDS.values()):
+        (at / f"kind{number}").mkdir()
+        make(at / f"kind{number}", size)
+
+
+def _all_statuses() -> dict[str, str | None]:
+    return {
+        f"kind{number}/{name}": status for number, (_, expected) in enumerate(KINDS.values()) for name, status in expected.items()
+    }
+
+
+def _random_files(chosen: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
+    """Random bytes, and whole files with a few bytes changed."""
+    endings = [f"{kind}{pack}" for kind in ("txt", "md", "jsonl", "parquet") for pack in ("", ".gz", ".zst")]
+    table = io.BytesIO()
+    pq.write_table(pa.table({"text": [f"row {n} {chosen.random()}" for n in range(100)]}), table)
+    for number in range(count):
+        ending = chosen.choice(endings)
+        whole = table.getvalue() if ".parquet" in f".{ending}" else b"".join(_line(f"text {chosen.random()}") for _ in range(30))
+        data = bytearray(chosen.randbytes(chosen.randrange(2000)) if chosen.random() < 0.3 else whole)
+        if ending.endswith("gz"):
+            data = bytearray(gzip.compress(data))
+        elif ending.endswith("zst"):
+            data = bytearray(zstd(bytes(data)))
+        for _ in range(chosen.randrange(4) if data else 0):
+            data[chosen.randrange(len(data))] = chosen.randrange(256)
+        yield f"random{number}.{ending}", bytes(data[: chosen.randrange(len(data) + 1)] if chosen.random() < 0.2 else data)
+
+
+def _problem(here: Path, expected: dict[str, str | None], tokenizer_type: str) -> str | None:
+    """What was lost by preparing `here`/raw, None if nothing was."""
+    out = here / "home" / "processed_data"
+    options = {"input_dir": here / "raw", "output_dir": out, "tokenizer_type": tokenizer_type, "vocab_size": 270}
+    options |= {"max_length": 64, "num_workers": 1, "val_fraction": 0.3}
+    command = [sys.executable, "-m", "llm_core.data_prep_tool", *(f"--{name}={value}" for name, value in options.items())]
+    with open(here / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    output = (here / "log").read_bytes()
+    if process.returncode or b"Traceback" in output:
+        return f"code {process.returncode}: {output[-1000:].decode(errors='replace')}"
+    if used.ru_maxrss << 10 > MAX_MEMORY:
+        return f"{used.ru_maxrss >> 10} MiB of memory"
+    if b"\x1b" in output or b"\x07" in output:
+        return "a control character of a name reached the terminal"
+    if (here / "CANARY").exists():
+        return "a pickle was loaded"
+    manifest = load_manifest(out)
+    snapshot = load_snapshot(out, manifest.snapshot_id)
+    summary, files = snapshot.summary, {row["path"]: row for row in snapshot.files.to_pylist()}
+    if summary["bytes_read"] != summary["bytes_kept"] + sum(summary["bytes_dropped"].values()):
+        return f"bytes do not add up: {summary}"
+    found = {path: row["status"] for path, row in files.items()}
+    wanted = expected | {f"plain{number:02}.txt": "kept" for number in range(16)}
+    for path, status_wanted in wanted.items():
+        if found.get(path) != status_wanted:
+            return f"{path!r} is {found.get(path)}, not {status_wanted}"
+    if sum(totals.documents for totals in manifest.splits.values()) != summary["documents"]:
+        return "a document is missing in the dataset"
+    for shard in manifest.shards:
+        ends = int((open_tokens(out, shard) == manifest.tokenizer.eot_id).sum())
+        if ends != shard.documents:
+            return f"{ends} end-of-text tokens in {shard.documents} documents"
+    return _catalog_problem(here / "home", snapshot.kept_documents().to_pylist(), out, manifest)
+
+
+def _catalog_problem(home: Path, documents: list[dict[str, Any]], out: Path, manifest: Any) -> str | None:
+    """Whether the catalog takes in what was prepared and finds every file by its name."""
+    catalog = Catalog(home / "catalog.duckdb")
+    catalog.record_snapshot(out, manifest.snapshot_id)
+    catalog.record_dataset(out, manifest.dataset_id)
+    rows = catalog.query("SELECT DISTINCT path FROM snapshot_documents WHERE status = 'kept'")
+    if {row["path"] for row in rows} != {document["path"] for document in documents}:
+        return "the catalog has other names"
+    for name in {document["path"] for document in documents}:
+        catalog.usage(name)  # raises where it does not know the name
+    return None
