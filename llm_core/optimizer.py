@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW and Muon."""
+"""Parameter groups and their optimizers."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from llm_core.config import TrainConfig
+from llm_core.muon import Muon
 from llm_core.schedule import learning_rate
 
 
@@ -23,9 +24,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019) for everything, or Muon (Jordan et al. 2024) for the matrices inside the blocks.
+    """AdamW (Loshchilov and Hutter 2019) for everything, or Muon for the matrices inside the blocks.
 
-    Muon's update is scaled to AdamW's (Liu et al. 2025), so that one learning rate serves both.
+    Muon's update is scaled to AdamW's, so that one learning rate serves both.
     """
     decayed, plain = parameter_groups(model, config.weight_decay)
     groups = [decayed, plain]
@@ -35,15 +36,8 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
         matrices = [parameter for parameter in decayed["params"] if id(parameter) in inside]
         rest = [parameter for parameter in decayed["params"] if id(parameter) not in inside]
         groups = [decayed | {"params": rest}, plain] if rest else [plain]
-        optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=learning_rate(0, config),
-                momentum=config.muon_momentum,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        rate = learning_rate(0, config)
+        optimizers.append(Muon(matrices, rate, momentum=config.muon_momentum, weight_decay=config.weight_decay))
     adamw = torch.optim.AdamW(
         groups, lr=learning_rate(0, config), betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
     )

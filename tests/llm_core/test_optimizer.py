@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llm_core.config import TrainConfig
+from llm_core.muon import Muon, orthogonal
 from llm_core.optimizer import build_optimizers, parameter_groups
 from llm_core.schedule import learning_rate
 from tests.llm_core.test_model import build
@@ -64,3 +65,23 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest(tie_embedd
     assert all(name.startswith("blocks.") and "norm" not in name for name in taken[0])
     assert "embedding.weight" in taken[1]
     assert adamw.param_groups[-1]["weight_decay"] == 0
+
+
+def test_muon_moves_as_pytorchs_own_does_and_in_fp32_on_a_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(24, 40, generator=generator)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    mine = Muon([ours], lr=0.01, momentum=0.9, weight_decay=0.1)
+    pytorchs = torch.optim.Muon([theirs], lr=0.01, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        ours.grad = torch.randn(24, 40, generator=generator)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        pytorchs.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved  # PyTorch's iterates in bf16
+    for shape in ((24, 40), (40, 24)):
+        found = orthogonal(torch.randn(shape, generator=generator))
+        assert found.dtype == torch.float32
+        singular = torch.linalg.svdvals(found)
+        assert singular.min() > 0.6 and singular.max() < 1.3
