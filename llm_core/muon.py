@@ -14,8 +14,8 @@ _ITERATIONS = 5
 class Muon(torch.optim.Optimizer):
     """Decoupled weight decay, Nesterov momentum, and updates scaled to AdamW's root mean square (Liu et al. 2025).
 
-    What `torch.optim.Muon` does, but for the dtype of the iteration. There it is bf16 everywhere, for which a CPU without units for
-    it takes 24 times as long, already at 192 x 768; here it is fp32 on a CPU.
+    What `torch.optim.Muon` does, but for the dtype of the iteration. There it is bf16 everywhere, for which a CPU without units
+    for it takes 24 times as long, already at 192 x 768; here it is fp32 on a CPU.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
