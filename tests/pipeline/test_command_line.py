@@ -85,9 +85,10 @@ def test_a_part_of_the_lineage_is_run_alone(trained_home: tuple[Home, Any], clon
     assert chosen.returncode == 0, chosen.stderr
     assert re.findall(r"(\w+) - STEP_START", chosen.stderr) == ["checkpoint", "evaluation"]
     assert home.storage.current_evaluation.is_file()
-    part = dagster(home, "job", "execute", *MODULE, "-j", "pretrain", "-o", "raw_text+", raw_text={}, trained_tokenizer={})
+    prepared: dict[str, Any] = {"raw_text": {}, "trained_tokenizer": {}, "tokenized_shards": {}}
+    part = dagster(home, "job", "execute", *MODULE, "-j", "pretrain", "-o", "raw_text+", **prepared)
     assert part.returncode == 0, part.stderr
-    assert re.findall(r"(\w+) - STEP_START", part.stderr) == ["raw_text", "trained_tokenizer"]
+    assert re.findall(r"(\w+) - STEP_START", part.stderr) == list(prepared)
 
 
 def test_every_run_configuration_in_the_documents_fits_the_job() -> None:
