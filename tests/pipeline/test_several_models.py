@@ -90,6 +90,8 @@ def test_two_sizes_train_from_one_dataset_in_two_runs_at_once(
 ) -> None:
     home, first = clone(trained_home)
     (tmp_path / "dagster").mkdir()
+    with instance(tmp_path / "dagster") as made:  # two processes that make the same instance anew get into each other's way
+        assert not made.get_run_records() and not made.all_asset_keys()
     sizes = {64: 32, 48: 64}
     started = [
         subprocess.Popen([sys.executable, "-c", _RUN, str(home.storage.root), str(tmp_path / "dagster"), str(width), str(length)])
