@@ -5,21 +5,17 @@ and windows of 512 tokens, on text of the Python installation.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
-from benchmarks.data import found_texts, write_corpus
-from benchmarks.measure import CORES, Figure, keep, table
-from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
-from llm_core.corpus import take_snapshot
-from llm_core.shards import build_dataset
-from llm_core.tokenizer_training import prepare_tokenizer
+from benchmarks.data import prepare
+from benchmarks.measure import CORES, Figure, keep, logged, table
+from llm_core.config import ShardConfig, TokenizerConfig
+from llm_core.files import read_json
 
 MEGABYTES = 20
 STEPS = 12
@@ -35,15 +31,6 @@ class Run:
     saving: float  # seconds that the training waited for its checkpoints
 
 
-def prepare(corpus: Path | None, folder: Path) -> Path:
-    raw, out = folder / "raw", folder / "data"
-    write_corpus(found_texts(corpus), raw, MEGABYTES)
-    snapshot = take_snapshot(raw, out, CorpusConfig())
-    artifact = prepare_tokenizer(snapshot, raw, out, TokenizerConfig())
-    build_dataset(snapshot, artifact, raw, out, ShardConfig(max_length=512))
-    return out
-
-
 def run(data_dir: Path, run_dir: Path, ranks: int, *flags: str) -> Run:
     """Runs the command once, in a folder that it leaves behind."""
     module = ["-m", "llm_core.train"]
@@ -52,10 +39,9 @@ def run(data_dir: Path, run_dir: Path, ranks: int, *flags: str) -> Run:
     options = [f"--data_dir={data_dir}", f"--save_dir={run_dir}", f"--max_steps={STEPS}", "--eval_tokens=512", *flags]
     began = time.time()
     subprocess.run([sys.executable, *module, *options], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    train = [record for record in records if record["kind"] == "train"]
-    first, second = (datetime.fromisoformat(record["time"]).timestamp() for record in train[:2])
-    state = json.loads((run_dir / "run.json").read_text())
+    train = logged(run_dir)["train"]
+    first, second = (record["time"] for record in train[:2])
+    state = read_json(run_dir / "run.json")
     # A first step takes longer than the second: what is taken off for it is too little, if anything.
     return Run(first - (second - first) - began, train[-1]["tokens_per_second"], state["seconds_by_phase"]["save"])
 
@@ -92,7 +78,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        figures = measure(prepare(options.corpus, Path(name)), Path(name), options.rounds)
+        folder = Path(name)
+        data_dir = prepare(options.corpus, MEGABYTES, folder, TokenizerConfig(), ShardConfig(max_length=512))
+        figures = measure(data_dir, folder, options.rounds)
     print("\n" + table(["", "", ""], [(figure.name, figure, figure.unit) for figure in figures]))
     one, several, written, waits = (figure.median for figure in figures[2:])
     print(f"\n{CORES} ranks: {several / one:.2f}x of one rank with {CORES} threads")

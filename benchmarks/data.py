@@ -60,6 +60,15 @@ def write_corpus(texts: Iterator[str], folder: Path, megabytes: float) -> list[s
     return written
 
 
+def prepare(corpus: Path | None, megabytes: float, folder: Path, tokenizer: TokenizerConfig, shards: ShardConfig) -> Path:
+    """Prepared data of the corpus, for those that train on it."""
+    raw, out = folder / "raw", folder / "data"
+    write_corpus(found_texts(corpus), raw, megabytes)
+    snapshot = take_snapshot(raw, out, CorpusConfig())
+    build_dataset(snapshot, prepare_tokenizer(snapshot, raw, out, tokenizer), raw, out, shards)
+    return out
+
+
 def encoding(texts: list[str], artifact: TokenizerArtifact, raw: Path, out: Path, rounds: int) -> list[Figure]:
     """MB/s of text to ids, with all cores; last, of files to shards: read, clean, hash, encode, write."""
     tokenizer = artifact.tokenizer

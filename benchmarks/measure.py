@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llm_core.runlog import read_metrics
+
 RESULTS = Path(__file__).parent / "results"
 CORES = len(os.sched_getaffinity(0))
 
@@ -32,18 +34,27 @@ class Figure:
         return f"{_short(self.median)} ({_short(min(self.values))} to {_short(max(self.values))})"
 
 
-def in_turns(rounds: int, work: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds that each piece of work takes, all of them once per round, after one round that does not count."""
+def in_turns(rounds: int, work: Mapping[str, Callable[[], Any]], uncounted: int = 1) -> dict[str, list[float]]:
+    """Seconds that each piece of work takes, all of them once per round, after `uncounted` rounds that warm them up."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(rounds + 1):
+    for number in range(-uncounted, rounds):
         for name, call in work.items():
             began = time.perf_counter()
             call()
-            if number:
+            if number >= 0:
                 seconds[name].append(time.perf_counter() - began)
             print(".", end="", flush=True)
     print()
     return seconds
+
+
+def logged(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """What a training logged by kind ("train", "eval", ...), with the time of each line in seconds."""
+    records: dict[str, list[dict[str, Any]]] = {}
+    for record in read_metrics(run_dir / "metrics.jsonl"):
+        seconds = datetime.fromisoformat(record["time"]).timestamp()
+        records.setdefault(record["kind"], []).append(record | {"time": seconds})
+    return records
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -99,14 +98,7 @@ def training(home: Path, rounds: int, steps: int) -> list[Figure]:
         BARE: lambda: timed(BARE, lambda: _run(bare, home)),
         ASSET: lambda: timed(ASSET, lambda: _materialize(home, {"checkpoint": options})),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds):  # without a round that does not count: a training is long, and warms itself up
-        for name, start in work.items():
-            began = time.perf_counter()
-            start()
-            seconds[name].append(time.perf_counter() - began)
-            print(".", end="", flush=True)
-    print()
+    seconds = in_turns(rounds, work, uncounted=0)  # a training is long, and warms itself up
     return [
         *(Figure(name, "s", values) for name, values in seconds.items()),
         *(Figure(name, "tokens/s", values) for name, values in speeds.items()),

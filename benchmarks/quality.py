@@ -15,17 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data import found_texts, write_corpus
-from benchmarks.measure import CORES, RESULTS, Figure, keep, table
-from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig, TrainConfig
-from llm_core.corpus import take_snapshot
-from llm_core.shards import build_dataset, load_manifest
-from llm_core.tokenizer_training import prepare_tokenizer
+from benchmarks.data import prepare
+from benchmarks.measure import CORES, RESULTS, Figure, keep, logged, table
+from llm_core.config import ShardConfig, TokenizerConfig, TrainConfig
+from llm_core.shards import load_manifest
 
 SHAPE: dict[str, Any] = {"hidden_size": 192, "num_layers": 4, "num_heads": 6}
 RECIPE: dict[str, Any] = {"batch_size": 4, "learning_rate": 1.5e-3}
@@ -54,28 +51,16 @@ class Pace:
         return EVALUATIONS * max(1, math.floor(each))
 
 
-def prepare(corpus: Path | None, megabytes: float, folder: Path) -> Path:
-    """The windows that everyone reads."""
-    raw, out = folder / "raw", folder / "data"
-    write_corpus(found_texts(corpus), raw, megabytes)
-    snapshot = take_snapshot(raw, out, CorpusConfig())
-    artifact = prepare_tokenizer(snapshot, raw, out, TokenizerConfig(vocab_size=VOCABULARY))
-    build_dataset(snapshot, artifact, raw, out, ShardConfig(max_length=LENGTH))
-    return out
-
-
 def train_textmill(data_dir: Path, run_dir: Path, steps: int, interval: int, eval_tokens: int) -> tuple[list[float], Curve]:
     """Runs the command; returns the seconds at the end of each step, since the first began, and the curve."""
     options = SHAPE | RECIPE | {"max_steps": steps, "eval_interval": interval, "eval_tokens": eval_tokens, "save_interval": 0}
     flags = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "llm_core.train", f"--data_dir={data_dir}", f"--save_dir={run_dir}", *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        record["time"] = datetime.fromisoformat(record["time"]).timestamp()
-    ends = [record["time"] for record in records if record["kind"] == "train"]
+    records = logged(run_dir)
+    ends = [record["time"] for record in records["train"]]
     began = ends[0] - (ends[-1] - ends[0]) / max(1, len(ends) - 1)
-    curve = [(record["time"] - began, record["val_bits_per_byte"]) for record in records if record["kind"] == "eval"]
+    curve = [(record["time"] - began, record["val_bits_per_byte"]) for record in records["eval"]]
     return [end - began for end in ends], curve
 
 
@@ -223,7 +208,8 @@ def main() -> None:
     done: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        manifest = load_manifest(prepare(options.corpus, options.megabytes, folder))
+        tokenizer, shards = TokenizerConfig(vocab_size=VOCABULARY), ShardConfig(max_length=LENGTH)
+        manifest = load_manifest(prepare(options.corpus, options.megabytes, folder, tokenizer, shards))
         print(f"{manifest.splits['train'].tokens:,} training tokens", flush=True)
         for contender in CONTENDERS:
             command = [sys.executable, "-m", "benchmarks.quality", "--contend", contender, "--folder", name]

@@ -33,9 +33,10 @@ def harness_id(checkpoint_id: str, config: HarnessConfig) -> str:
         harness = version("lm_eval")
     except PackageNotFoundError:
         harness = "not installed"
-    folder = None if config.lm_eval_task_dir is None else Path(config.lm_eval_task_dir)
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder is not None else []
-    own = [(str(path.relative_to(folder)), sha256_file(path)) for path in files if folder is not None]
+    own: list[tuple[str, str]] = []
+    if config.lm_eval_task_dir is not None:
+        folder = Path(config.lm_eval_task_dir)
+        own = [(str(path.relative_to(folder)), sha256_file(path)) for path in sorted(folder.rglob("*")) if path.is_file()]
     return content_id("harness", HARNESS_VERSION, checkpoint_id, harness, own, config.identity())
 
 

@@ -89,7 +89,7 @@ class TorchrunProcess:
     """One torchrun with its ranks. Leaving the `with` block ends whatever is still running; an interrupt waits until then."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log_path: Path, grace_seconds: float) -> None:
-        self.command = [sys.executable, "-m", "pipeline.torchrun", *arguments]
+        self.command = [sys.executable, "-m", "pipeline.child", "torch.distributed.run", *arguments]
         self.log_path = log_path
         self._environment = dict(environment)
         self._grace_seconds = grace_seconds

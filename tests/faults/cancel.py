@@ -10,9 +10,8 @@ from pathlib import Path
 
 from llm_core.checkpoint_files import newest_valid
 from llm_core.runlog import read_metrics
-from tests.faults.forks import outcome
-from tests.faults.kills import RANKS_OPTIONS, torchrun, uninterrupted
-from tests.faults.processes import Command, wait_until
+from tests.faults.kills import problem_of_resuming, torchrun, uninterrupted
+from tests.faults.processes import Command, wait_for_a_step, wait_until
 from tests.faults.report import Tally
 from tests.faults.steps import DagsterHome, differences, uninterrupted_home
 
@@ -44,12 +43,7 @@ def cancel_torchrun(data_dir: Path, folder: Path, trials: int, seed: int) -> Tal
         with torchrun(data_dir, run_dir, environment=environment) as command:
             problem = _cancel(command, target, twice, run_dir, chosen)
         if problem is None:
-            with torchrun(data_dir, run_dir) as command:
-                code = command.wait()
-            if code != 0:
-                problem = f"resumed, it ends with {code}: {command.output()[-1000:]}"
-            elif outcome(run_dir, RANKS_OPTIONS["max_steps"]) != whole:
-                problem = "the weights or the logged losses differ"
+            problem = problem_of_resuming(data_dir, run_dir, whole)
         tally.count(problem and f"{target}{', twice' * twice}{', slow disk' * bool(environment)}: {problem}")
     return tally
 
@@ -81,8 +75,7 @@ def cancel_dagster_steps(corpus_dir: Path, folder: Path, trials: int, seed: int)
 
 def _cancel(command: Command, target: str, twice: bool, run_dir: Path, chosen: random.Random) -> str | None:
     """Sends the signals once the training has made a step. Returns what was not in order, None if all was."""
-    metrics = run_dir / "metrics.jsonl"
-    if not wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, command):
+    if not wait_for_a_step(command, run_dir):
         return f"it did not begin: {command.output()[-2000:]}"
     time.sleep(chosen.uniform(0, 0.5))
     command.signal(chosen.choice([signal.SIGINT, signal.SIGTERM]), target)
@@ -96,7 +89,7 @@ def _cancel(command: Command, target: str, twice: bool, run_dir: Path, chosen: r
     if state["status"] == "finished":  # the last step was made before the signal arrived
         return None
     newest, _ = newest_valid(run_dir)
-    last_step = max(line["step"] for line in read_metrics(metrics) if line["kind"] == "train")
+    last_step = max(line["step"] for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train")
     if state["status"] != "preempted" or newest is None or newest.step != last_step:
         saved = newest.step if newest else None
         return f"state {state['status']}, saved step {saved} of {last_step}: {command.output()[-2000:]}"

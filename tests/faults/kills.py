@@ -102,6 +102,15 @@ def torchrun(
     return Command(arguments, log or run_dir.with_suffix(".log"), environment)
 
 
+def problem_of_resuming(data_dir: Path, run_dir: Path, whole: object) -> str | None:
+    """Gives the command again; what was lost by then, None if it ends as the undisturbed one did."""
+    with torchrun(data_dir, run_dir) as command:
+        code = command.wait()
+    if code != 0:
+        return f"resumed, it ends with {code}: {command.output()[-1000:]}"
+    return None if outcome(run_dir, RANKS_OPTIONS["max_steps"]) == whole else "the weights or the logged losses differ"
+
+
 def _kill_torchrun(data_dir: Path, run_dir: Path, target: str, moment: float) -> tuple[int | None, list[str]]:
     """Runs the command and kills `target` after `moment` seconds.
 

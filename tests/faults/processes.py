@@ -17,7 +17,7 @@ PATIENCE = 600.0
 _MARK = "TORCH_FAULTS_TRIAL"
 """Environment variable that every process of a command has; the prefix lets it through to a training under Dagster."""
 
-_TORCHRUN = ("torch.distributed.run", "pipeline.torchrun")
+_TORCHRUN = "torch.distributed.run"
 _RANK = ("llm_core.train", "pipeline.training_rank")
 
 
@@ -99,9 +99,15 @@ def wait_until(happened: Callable[[], bool], command: Command, seconds: float = 
     return True
 
 
+def wait_for_a_step(command: Command, run_dir: Path) -> bool:
+    """Waits until the training of a run directory has logged a step; False if it ended or the time was over before."""
+    metrics = run_dir / "metrics.jsonl"
+    return wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, command)
+
+
 def _levels(process: psutil.Process) -> list[str]:
     arguments = _arguments(process)
-    if any(module in arguments for module in _TORCHRUN):
+    if _TORCHRUN in arguments:
         return ["torchrun"]
     if any(module in arguments for module in _RANK):
         with suppress(psutil.Error):

@@ -7,9 +7,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.faults.forks import outcome
-from tests.faults.kills import RANKS_OPTIONS, torchrun, uninterrupted
-from tests.faults.processes import wait_until
+from tests.faults.kills import problem_of_resuming, torchrun, uninterrupted
+from tests.faults.processes import wait_for_a_step
 from tests.faults.report import Tally
 from tests.llm_core.two_nodes import STATIC, TwoNodes
 
@@ -27,22 +26,17 @@ def stop_a_rank(data_dir: Path, folder: Path, trials: int, seed: int) -> Tally:
     whole, _ = uninterrupted(data_dir)
     for trial in range(trials):
         run_dir, stopped = folder / f"run{trial}", f"rank {trial % 2}"
-        metrics = run_dir / "metrics.jsonl"
         with torchrun(data_dir, run_dir, shutdown_timeout=5, collective_timeout=TIMEOUT) as command:
-            wait_until(lambda metrics=metrics: metrics.exists() and metrics.stat().st_size > 0, command)
+            wait_for_a_step(command, run_dir)
             time.sleep(chosen.uniform(0, 0.3))
             command.signal(signal.SIGSTOP, stopped)
             code, left = command.wait(TIMEOUT + GRACE), command.left(GRACE)
         said = command.output()
-        problem = None
         if code in (None, 0) or left or f"{TIMEOUT}000ms" not in said:
-            problem = f"{stopped} stopped: ended with {code}, left {left}: {said[-1000:]}"
+            problem: str | None = f"ended with {code}, left {left}: {said[-1000:]}"
         else:
-            with torchrun(data_dir, run_dir) as command:
-                code = command.wait()
-            if code != 0 or outcome(run_dir, RANKS_OPTIONS["max_steps"]) != whole:
-                problem = f"{stopped} stopped: resumed, it ends with {code} or another result: {command.output()[-1000:]}"
-        tally.count(problem)
+            problem = problem_of_resuming(data_dir, run_dir, whole)
+        tally.count(problem and f"{stopped} stopped: {problem}")
     return tally
 
 

@@ -22,14 +22,19 @@ with held(Path(sys.argv[1]), print):
 """
 
 
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A process that has the folder."""
+def hold(folder: Path) -> "subprocess.Popen[str]":
+    """A process that has the folder until its input ends."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "has it\n"
+    return process
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    process = hold(tmp_path)
     yield process
     process.kill()
     process.wait()

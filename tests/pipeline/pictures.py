@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from playwright.sync_api import sync_playwright
-
 from pipeline.automation import QUICKSTART_CONFIG
+from tests.pipeline.browser import LOCATION, opened_page
 from tests.pipeline.dagster_dev import ROOT, dagster_dev
-from tests.pipeline.test_web_ui import _QUIET, CHROMIUM, LOCATION
 
 DOCS = ROOT / "docs"
 GROUPS = "global@global:data,global@global:model"
@@ -58,13 +56,8 @@ def main() -> None:
     options.home.mkdir(parents=True)
     dagster_home = Path(tempfile.mkdtemp())
     try:
-        with dagster_dev(options.home, dagster_home) as server, sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=CHROMIUM, args=_QUIET)
-            page = browser.new_page(viewport={"width": 1400, "height": 1000}, base_url=server.address)
-            page.set_default_timeout(120_000)
-            page.add_locator_handler(page.get_by_role("button", name="Skip"), lambda button: button.click())
+        with dagster_dev(options.home, dagster_home) as server, opened_page(server.address, timeout_seconds=120) as page:
             take_pictures(page, options.steps)
-            browser.close()
     finally:
         shutil.rmtree(options.home, ignore_errors=True)
         shutil.rmtree(dagster_home, ignore_errors=True)

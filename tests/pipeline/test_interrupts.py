@@ -15,15 +15,7 @@ from pipeline import launcher
 from pipeline.interrupts import postponed_interrupts
 from pipeline.launcher import TorchrunProcess
 from pipeline.training import _wait_for_an_earlier_attempt
-
-_HOLDER = """
-import sys
-from pathlib import Path
-from llm_core.locks import held
-with held(Path(sys.argv[1]), print):
-    print("has it", flush=True)
-    sys.stdin.read()
-"""
+from tests.llm_core.test_locks import hold
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -82,11 +74,7 @@ def test_a_folder_in_which_another_training_goes_on_is_refused_after_a_while(tmp
     class Context:
         log = type("Log", (), {"info": staticmethod(print)})
 
-    other = subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout is not None and other.stdin is not None
-    other.stdout.readline()
+    other = hold(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}: process {other.pid} is training in this folder"):
         _wait_for_an_earlier_attempt(Context, tmp_path, seconds=0.5)  # type: ignore[arg-type]
     subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {other.pid}"])

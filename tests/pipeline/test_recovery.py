@@ -68,7 +68,7 @@ def check_finished_by_a_retry(server: DagsterDev, number: int, dagster_id: str, 
 def test_a_killed_rank_is_resumed_by_a_retry(server: DagsterDev) -> None:
     number, dagster_id, run_dir = begin(server, seed=1)
     family = server.worker(dagster_id).children(recursive=True)
-    (rank,) = [p for p in family if "pipeline.training_rank" in p.cmdline() and "pipeline.torchrun" not in p.cmdline()]
+    (rank,) = [p for p in family if "pipeline.training_rank" in p.cmdline() and "torch.distributed.run" not in p.cmdline()]
     rank.kill()
     check_finished_by_a_retry(server, number, dagster_id, run_dir)
 

@@ -12,27 +12,15 @@ from urllib.parse import urlencode
 import pytest
 
 from pipeline.catalog.catalog import Catalog
+from tests.pipeline.browser import CHROMIUM, LOCATION, opened_page
 from tests.pipeline.conftest import TINY
 from tests.pipeline.dagster_dev import dagster_dev
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
-LOCATION = "/locations/pipeline.definitions"
 STEPS = 400  # a few seconds of training: long enough to watch
-
-# Without these a browser looks for its maker's servers at every start.
-_QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +41,8 @@ def address(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 @pytest.fixture(scope="module")
 def page(address: str) -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=_QUIET)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000}, base_url=address)
-        page.set_default_timeout(60_000)
-        # The first visit is greeted by an invitation to Dagster's community, at a moment of its own choice.
-        page.add_locator_handler(page.get_by_role("button", name="Skip"), lambda button: button.click())
+    with opened_page(address, timeout_seconds=60) as page:
         yield page
-        browser.close()
 
 
 @dataclass(frozen=True)
