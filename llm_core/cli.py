@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+from unicodedata import category
 
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
@@ -49,10 +50,21 @@ def run_tool(main: Callable[[], None], prog: str) -> None:
     try:
         main()
     except TextmillError as error:
-        print(f"{prog}: error: " + "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
+        print(error_message(error, prog), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 
-def printable(text: str) -> str:
-    """A text for the terminal. A file's name may hold anything: no control character of it may act there."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+def error_message(error: TextmillError, prog: str) -> str:
+    """What a tool says of an error before it ends."""
+    return f"{prog}: error: " + printable(str(error), keep="\n")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text for the terminal. A file's name or a model's words may hold anything: no control character may act there.
+
+    Spaces of every script stay as they are, and so do the characters in `keep`.
+    """
+    return "".join(
+        character if character.isprintable() or character in keep or category(character) == "Zs" else repr(character)[1:-1]
+        for character in text
+    )

@@ -191,7 +191,7 @@ class TrainConfig(StageConfig):
         None, description="Width inside SwiGLU; default: 8/3 of hidden_size, rounded up to a multiple of 64."
     )
     tie_embeddings: bool = Field(False, description="Share one matrix between the embedding and the output head.")
-    rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary position angles.")
+    rope_theta: float = Field(10000.0, ge=1, description="Base of the rotary position angles.")
     norm_eps: float = Field(1e-5, gt=0, lt=1e-2, description="Epsilon of RMSNorm.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the residual branches; 0 suits a single pass over the data.")
 
@@ -222,7 +222,7 @@ class TrainConfig(StageConfig):
     )
 
     # Optimisation.
-    batch_size: PositiveInt = Field(8, description="Windows per optimizer step, over all ranks.")
+    batch_size: int = Field(8, gt=0, le=1 << 24, description="Windows per optimizer step, over all ranks.")
     micro_batch_size: PositiveInt | None = Field(
         None, description="Windows per rank and forward pass; default: the whole share of the rank. Accumulation is derived."
     )
@@ -430,6 +430,15 @@ class ModelConfig(StageConfig):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters, a tied matrix counted once, the padding rows of the vocabulary included."""
+        kv_size = self.num_kv_heads * self.head_dim
+        attention = 2 * self.hidden_size * (self.hidden_size + kv_size)
+        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        ends = self.padded_vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2) + self.hidden_size
+        return ends + self.num_layers * block
 
     @property
     def padded_vocab_size(self) -> int:

@@ -102,7 +102,7 @@ def explain(config: TrainConfig, data: TrainingData, ranks: Ranks) -> dict[str, 
     micro = micro_batch_size(config, ranks.world_size)
     with torch.device("meta"):
         model = Transformer(ModelConfig.of(config, data.tokenizer.vocab_size))
-    parameters, flops = model.num_parameters(), model.flops_per_token()
+    parameters, flops = model.config.num_parameters, model.flops_per_token()
     memory = estimate_memory(config, data.tokenizer.vocab_size, micro, precision, ranks.world_size, ranks.device.type)
     tokens_per_step = config.batch_size * data.train.max_length
     tokens = tokens_per_step * config.max_steps

@@ -16,7 +16,7 @@ from llm_core.cli import parse_options, run_tool
 from llm_core.config import ModelConfig, StageConfig
 from llm_core.errors import UserError
 from llm_core.evaluation_file import read_evaluation
-from llm_core.files import atomic_writer, fsync_directory, read_json, says_when_the_disk_is_full, sha256_file, write_json
+from llm_core.files import atomic_writer, fsync_directory, inside, read_json, says_when_the_disk_is_full, sha256_file, write_json
 from llm_core.identity import model_id
 from llm_core.model import Transformer
 from llm_core.model_card import model_card
@@ -103,14 +103,14 @@ def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evalua
     model, state = load_model(checkpoint)
     record = CheckpointRecord.read(manifest_path(checkpoint))
     run = read_json(checkpoint.parent / "run.json")
-    tokenizer = Tokenizer.load(data_dir / "tokenizers" / f"{state['tokenizer_id']}.json")
+    tokenizer = Tokenizer.load(inside(data_dir / "tokenizers", f"{state['tokenizer_id']}.json"))
     judged = read_evaluation(evaluation) if evaluation is not None else None
     metrics = {m["metric"]: m["value"] for m in judged["metrics"] if m["source"] == "all"} if judged else {}
     identifier = model_id(record.checkpoint_id)
     lineage = {"run_id": record.run_id, "checkpoint_id": record.checkpoint_id, "step": record.step}
     lineage |= {name: run[name] for name in ("dataset_id", "tokenizer_id", "code_version", "git_commit", "seed")}
     lineage |= {"parent_run_id": run["parent_run_id"]} if run["parent_run_id"] is not None else {}
-    manifest = data_dir / "manifests" / f"{run['dataset_id']}.json"
+    manifest = inside(data_dir / "manifests", f"{run['dataset_id']}.json")
     if manifest.is_file():  # a model can be exported after its data is gone
         dataset = read_json(manifest)
         lineage |= {"snapshot_id": dataset["snapshot_id"], "training_tokens": dataset["splits"]["train"]["tokens"]}
@@ -123,8 +123,8 @@ def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evalua
         "metrics": metrics,
     }
     sample = judged["samples"][0] if judged else None
-    card = model_card(identifier, model.num_parameters(), metrics, lineage, run["config"], sample)
-    with says_when_the_disk_is_full(output_dir / "model.safetensors", 4 * model.num_parameters()):
+    card = model_card(identifier, model.config.num_parameters, metrics, lineage, run["config"], sample)
+    with says_when_the_disk_is_full(output_dir / "model.safetensors", 4 * model.config.num_parameters):
         _write_directory(model, tokenizer, output_dir, card, lineage | facts)
 
 

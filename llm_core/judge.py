@@ -8,7 +8,7 @@ from pydantic import Field
 
 from llm_core.checkpoint import load_model
 from llm_core.checkpoint_files import CheckpointRecord, manifest_path
-from llm_core.cli import parse_options, run_tool
+from llm_core.cli import parse_options, printable, run_tool
 from llm_core.config import EvaluateConfig
 from llm_core.corpus import load_snapshot
 from llm_core.dataset import TokenStream, Windows
@@ -121,9 +121,9 @@ def main() -> None:
     if table := by_source(result):
         print(f"\n{'source':<22} {'bits per byte':>13} {'loss':>8} {'bytes':>14}")
         for row in table:
-            print(f"{row['source']:<22} {row['bits_per_byte']:13.4f} {row['loss']:8.4f} {row['bytes']:14,.0f}")
+            print(f"{printable(row['source']):<22} {row['bits_per_byte']:13.4f} {row['loss']:8.4f} {row['bytes']:14,.0f}")
     for sample in result["samples"]:
-        print(f"\n{sample['prompt']}{sample['continuation']}")
+        print("\n" + printable(sample["prompt"] + sample["continuation"], keep="\n\t"))
 
 
 def _samples(model: Transformer, tokenizer: Tokenizer, config: EvaluateConfig) -> list[Sample]:

@@ -218,10 +218,6 @@ class Transformer(nn.Module):
         self.on_phase("loss head")
         return loss
 
-    def num_parameters(self) -> int:
-        """Trainable parameters, a tied matrix counted once, padding rows included."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
     def flops_per_token(self) -> int:
         """Training FLOPs per token: 6 per matmul parameter (head included, embedding look-up excluded) plus attention.
 

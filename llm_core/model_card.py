@@ -1,5 +1,6 @@
 """The README.md of a released model: what it is, what it was made from, how good it is."""
 
+import html
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ def model_card(
     """The card as markdown; the mappings become tables in their order, without metrics or sample their parts are left out."""
     prompt = sample["prompt"] if sample is not None else "Once"
     written = prompt + sample["continuation"] if sample is not None else ""
-    quoted = "\n".join(f"> {line}" for line in written.splitlines())
+    code = "\n".join(f"    {line}" for line in written.splitlines())  # the model's words are no markup
     return _CARD.format(
         model_id=model_id,
         parameters=parameters,
@@ -56,7 +57,7 @@ def model_card(
         metrics=_part("Held-out text", _table("metric", "value", metrics)) if metrics else "",
         lineage=_table("what", "id", lineage),
         config=_table("option", "value", config),
-        sample=_part("A sample", quoted) if quoted else "",
+        sample=_part("A sample", code) if code else "",
     )
 
 
@@ -64,9 +65,14 @@ def _part(title: str, body: str) -> str:
     return f"## {title}\n\n{body}\n\n"
 
 
+def _cell(text: str) -> str:
+    """Text as a cell shows it: an option may hold the name of a folder, which may hold anything."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("[", "\\[")
+
+
 def _table(left: str, right: str, rows: Mapping[str, Any]) -> str:
     lines = [f"| {left} | {right} |", "|---|---|"]
     for name, value in rows.items():
         shown = f"{value:.4f}" if isinstance(value, float) and 0.001 < abs(value) < 1e6 else str(value)
-        lines.append(f"| {name} | {shown} |")
+        lines.append(f"| {_cell(name)} | {_cell(shown)} |")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from llm_core.config import ShardConfig
 from llm_core.corpus import InputDir, Snapshot, iter_texts
 from llm_core.encoding import encode_all
 from llm_core.errors import DataError, UserError
-from llm_core.files import InnerPath, content_id, read_json, write_json
+from llm_core.files import InnerPath, content_id, inside, read_json, write_json
 from llm_core.shard_file import ShardEntry, ShardWriter, mend_facts, open_tokens, read_facts
 from llm_core.tables import iter_rows
 from llm_core.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ def load_manifest(processed_dir: Path, dataset_id: str | None = None, snapshot_i
     content = read_json(path)
     if dataset_id is not None:
         windows = {name: content.get(name) for name in ("max_length", "stride")}
-        path = processed_dir / "manifests" / f"{dataset_id}.json"
+        path = inside(processed_dir / "manifests", f"{dataset_id}.json")
         if not path.is_file():
             raise UserError(f"--dataset_id {dataset_id}: no such dataset in {path.parent}; leave it out to take the current one")
         content = read_json(path) | windows | ({"snapshot_id": snapshot_id} if snapshot_id is not None else {})

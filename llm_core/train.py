@@ -21,7 +21,7 @@ from pydantic import Field
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from llm_core.checkpoint import TrainingState, load_checkpoint
-from llm_core.cli import parse_options
+from llm_core.cli import error_message, parse_options
 from llm_core.config import TrainConfig
 from llm_core.distributed import Ranks, StopRequest, join_ranks, run_rank
 from llm_core.errors import Preempted, TextmillError
@@ -158,7 +158,7 @@ def _announce(
             "steps_done": trainer.step,
             "tokens_seen": trainer.tokens_seen,
             "skipped_steps": trainer.skipped_steps,
-            "parameters": model.num_parameters(),
+            "parameters": model.config.num_parameters,
             "flops_per_token": model.flops_per_token(),
             "world_size": ranks.world_size,
             "threads": ranks.threads,
@@ -174,7 +174,7 @@ def _announce(
     windows = len(data.train)
     epochs = config.max_steps * config.batch_size / windows
     log.say(
-        f"run {trainer.run_id}: {model.num_parameters():,} parameters, {windows:,} windows of {config.max_length} tokens, "
+        f"run {trainer.run_id}: {model.config.num_parameters:,} parameters, {windows:,} windows of {config.max_length} tokens, "
         f"{config.max_steps} steps of {config.batch_size} windows ({epochs:.2f} epochs)\n"
         f"{ranks.world_size} rank(s) on {ranks.device.type} with {ranks.threads} thread(s), {trainer.precision}, "
         f"attention {model.backend}, micro batch {trainer.micro_batch_size} x {accumulation}"
@@ -234,7 +234,7 @@ def main(listener: Listener | None = None) -> None:
     except TextmillError as error:
         # One message per machine: what is missing may be missing on one of them alone.
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{PROG}: error: {error}", file=sys.stderr, flush=True)
+            print(error_message(error, PROG), file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
 
 

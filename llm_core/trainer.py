@@ -15,6 +15,7 @@ from llm_core.checkpoint import Facts, TrainingState, require_same
 from llm_core.config import ModelConfig, TrainConfig
 from llm_core.distributed import Ranks, StopRequest
 from llm_core.errors import DataError, UserError
+from llm_core.memory import require_memory
 from llm_core.model import Transformer
 from llm_core.optimizer import build_optimizers
 from llm_core.order import Indices, rank_micro_batches
@@ -50,7 +51,9 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(config, ranks.world_size)
         self.precision = resolve_precision(config, ranks.device)
 
-        self.model = Transformer(ModelConfig.of(config, data.tokenizer.vocab_size), data.tokenizer.eot_id)
+        model_config = ModelConfig.of(config, data.tokenizer.vocab_size)
+        require_memory(config, model_config, self.micro_batch_size, ranks)
+        self.model = Transformer(model_config, data.tokenizer.eot_id)
         self.model.init_weights(config.seed)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.model.backend = choose_backend(config.attention, ranks.device, DTYPES[self.precision], self.model.config.head_dim)

@@ -54,7 +54,7 @@ def released_checkpoint(storage: Storage, tokenizer_id: str) -> CheckpointRecord
     if model is None or model["tokenizer_id"] != tokenizer_id:
         return None
     try:
-        return CheckpointRecord.read(manifest_path(storage.checkpoints / model["run_id"] / model["checkpoint_file"]))
+        return CheckpointRecord.read(manifest_path(inside(storage.checkpoints, f"{model['run_id']}/{model['checkpoint_file']}")))
     except DataError:
         return None
 

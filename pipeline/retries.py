@@ -9,7 +9,7 @@ from dagster._core.errors import DagsterAssetCheckFailedError
 from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, MAX_RETRIES_TAG, WILL_RETRY_TAG
 from pydantic import ValidationError
 
-from llm_core.cli import describe_invalid
+from llm_core.cli import describe_invalid, printable
 from llm_core.errors import UserError
 
 ASKED_AGAIN_TAG = "textmill/retry_asked_again"
@@ -35,7 +35,7 @@ def say_why_and_retry_only_what_may_go_away(context: dg.HookContext) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"\n{text}", file=sys.stderr)  # as stderr is by then, not as it was in the step
+    print("\n" + printable(text, keep="\n"), file=sys.stderr)  # as stderr is by then, not as it was in the step
 
 
 def _reason(error: BaseException | None) -> str:

@@ -1,5 +1,6 @@
 """Text and prepared data that many tests read; nobody writes to them."""
 
+import signal
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -10,6 +11,9 @@ from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.corpus import take_snapshot
 from llm_core.shards import build_dataset
 from llm_core.tokenizer_training import prepare_tokenizer
+
+# A shell's background job and a worker of xdist ignore it, and so would every program that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

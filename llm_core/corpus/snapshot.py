@@ -138,7 +138,7 @@ def load_snapshot(processed_dir: Path, snapshot_id: str) -> Snapshot:
         DataError: one of its files is missing or damaged.
     """
     folder = processed_dir / "snapshots"
-    path = folder / f"{snapshot_id}.json"
+    path = inside(folder, f"{snapshot_id}.json")
     summary = read_json(path)
     if summary.get("format_version") != FORMAT_VERSION:
         raise DataError(f"{path}: format version {summary.get('format_version')}, this program reads {FORMAT_VERSION}")

@@ -3,9 +3,10 @@
 import dagster as dg
 
 from llm_core.checkpoint_files import CheckpointRecord, checkpoint_path, manifest_path
+from llm_core.cli import printable
 from llm_core.config import ReleaseConfig
 from llm_core.evaluation_file import metric, read_evaluation
-from llm_core.files import read_json
+from llm_core.files import inside, read_json
 from llm_core.shards import load_manifest
 from pipeline.assets.common import MODEL, OWNERS, rounded
 from pipeline.assets.evaluation import evaluation
@@ -30,7 +31,7 @@ def released_model(
     """
     evaluation_file = Upstream(context, storage).evaluation()
     result = read_evaluation(evaluation_file)
-    record = CheckpointRecord.read(manifest_path(checkpoint_path(storage.checkpoints / result["run_id"], result["step"])))
+    record = CheckpointRecord.read(manifest_path(checkpoint_path(inside(storage.checkpoints, result["run_id"]), result["step"])))
     run, manifest = read_json(record.path.parent / "run.json"), load_manifest(storage.processed, result["dataset_id"])
     with one_at_a_time(context, storage):
         before = judge_released(context, storage, catalog, result, manifest.tokenizer.tokenizer_id)
@@ -53,7 +54,7 @@ def released_model(
         "bits per byte": metric(result, "bits_per_byte"),
         "unigram bits per byte": metric(result, "unigram_bits_per_byte"),
         "released": f"{'yes' if verdict.promoted else 'no'}: {verdict.reason}",
-        "sample": (sample["prompt"] + sample["continuation"]).replace("\n", " ")[:100],
+        "sample": printable((sample["prompt"] + sample["continuation"]).replace("\n", " "))[:100],
         **locations(storage),
         "released model": storage.models / released["model_id"],
     }

@@ -9,9 +9,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,11 +34,25 @@ OPTIONS: dict[str, Any] = SMALL | {
     "threads_per_process": 1,
 }
 
+HUNG = 300.0
+"""Seconds after which a child that nobody was to kill is."""
+
+T = TypeVar("T")
+
 
 def prepare() -> None:
     """What a parent does once: no threads that a fork would lose, and no measuring of the machine in each child."""
     torch.set_num_threads(1)
     loop.measure_peak_flops = lambda *_: 1e9
+
+
+def in_new_process(scenario: Callable[..., T], *arguments: Any) -> T:
+    """What `scenario` returns, run in a process that may be forked.
+
+    One that has computed with several threads may not: OpenMP lets its child wait for them forever.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=prepare) as executor:
+        return executor.submit(scenario, *arguments).result()
 
 
 @dataclass(frozen=True)
@@ -47,10 +63,10 @@ class Ended:
     output: str
 
 
-def run_forked(work: Callable[[], object], log: Path, kill_after: float | None = None) -> Ended:
+def run_forked(work: Callable[[], object], log: Path, kill_after: float = HUNG) -> Ended:
     """Runs `work` in a child; errors of ours print their message and give their exit code, as the tools do.
 
-    kill_after: seconds after which the child is killed, if it still runs then.
+    kill_after: seconds after which the child is killed, if it still runs then; by default those after which it must hang.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -72,19 +88,18 @@ def run_forked(work: Callable[[], object], log: Path, kill_after: float | None =
         finally:
             sys.stderr.flush()
             os._exit(code)
-    if kill_after is not None:
-        deadline = time.monotonic() + kill_after
-        while time.monotonic() < deadline:
-            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                break
-            time.sleep(0.001)
-        else:
-            os.kill(child, signal.SIGKILL)
+    deadline = time.monotonic() + kill_after
+    while time.monotonic() < deadline:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+        time.sleep(0.001)
+    else:
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return Ended(os.waitstatus_to_exitcode(status), log.read_text(errors="replace") if log.exists() else "")
 
 
-def train_forked(data_dir: Path, run_dir: Path, kill_after: float | None = None, **options: Any) -> Ended:
+def train_forked(data_dir: Path, run_dir: Path, kill_after: float = HUNG, **options: Any) -> Ended:
     """Trains, or goes on training, in `run_dir`."""
     config = TrainConfig(**(OPTIONS | options))
     return run_forked(lambda: train(config, data_dir, run_dir, resume="auto"), run_dir.with_suffix(".log"), kill_after)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import cancel, catalog_disk, concurrency, damage, silence, steps
+from tests.faults.forks import in_new_process
 from tests.faults.test_faults import assert_nothing_lost
 
 pytestmark = pytest.mark.slow
@@ -48,6 +49,6 @@ def test_two_runs_of_one_home_four_writers_a_reader_and_the_sensor_get_along(cor
 def test_a_disk_that_refuses_the_catalog_leaves_the_state_before(corpus_dir: Path, tmp_path: Path) -> None:
     if not catalog_disk.can_trace():
         pytest.skip("needs the command strace")
-    damage.prepare_home(corpus_dir, tmp_path / "home")
+    in_new_process(damage.prepare_home, corpus_dir, tmp_path / "home")
     (tmp_path / "trials").mkdir()
     assert_nothing_lost(catalog_disk.fail_the_nth_call_of_the_catalog(tmp_path / "home", tmp_path / "trials", every=2))

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,8 +83,6 @@ def test_an_interrupt_ends_the_waiting(holder: "subprocess.Popen[str]", tmp_path
     def interrupt(pid: str) -> None:
         subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -INT {os.getpid()}"])
 
-    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), held(tmp_path, interrupt):
         pytest.fail("two processes have one folder")
-    assert time.monotonic() - began < 30
     assert holder.poll() is None

@@ -74,6 +74,10 @@ def test_help_explains_every_flag() -> None:
         ({"max_steps": 0}, "--max_steps 0: Input should be greater than 0"),
         ({"attention": "flash"}, "--attention flash: device is cpu, not cuda"),
         ({"stride": 64}, "--stride 64 must be smaller than --max_length 64"),
+        ({"hidden_size": 10**9}, "--hidden_size 1000000000 --num_layers 2: "),
+        ({"num_layers": 10**9}, "parameters and a micro-batch of 8 windows of 64 tokens need at least "),
+        ({"max_length": 2**40}, "choose a smaller model, --micro_batch_size or --max_length"),
+        ({"batch_size": 10**12}, "--batch_size 1000000000000: Input should be less than or equal to 16777216"),
         ({"no_such_flag": 1}, "unrecognized arguments: --no_such_flag"),
     ],
 )

@@ -135,6 +135,9 @@ def test_a_worse_model_is_not_released_and_the_old_one_stays(trained_home: tuple
     assert "the old release stays" in verdict["reason"]
     assert verdict["model_id"] == ids(home, first)["released_model"]
     assert len(list(home.storage.models.glob("*/textmill.json"))) == 1
+    shown, before = home.metadata(again, "evaluation"), home.metadata(first, "evaluation")
+    assert "released_bits_per_byte" not in before, "there was none to compare with"
+    assert shown["released_bits_per_byte"] == before["bits_per_byte"] < shown["bits_per_byte"]
 
 
 @pytest.mark.parametrize(

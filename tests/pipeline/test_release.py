@@ -1,6 +1,7 @@
 """The gate in front of a release, and what a release and the evaluation before it tell."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ import pytest
 from llm_core.config import ReleaseConfig
 from llm_core.evaluation_file import Evaluation, read_evaluation
 from llm_core.files import write_json
+from llm_core.model_card import model_card
 from pipeline.assets.released_model import released_model
 from pipeline.release import decide
 from tests.pipeline.conftest import Home
@@ -66,6 +68,17 @@ def test_the_evaluation_shows_samples_of_its_prompts_and_keeps_to_its_budget(tra
     assert 0 < shown["share_of_text"] < 1
     assert "sample 1:\n\n    The " in shown["samples"]
     assert "sample 2:\n\n    Return the " in shown["samples"]
+
+
+def test_nothing_in_a_model_card_is_markup_but_its_own() -> None:
+    markup = "<img src=x> | [a](javascript:x)\n# title"
+    sample = {"prompt": markup, "continuation": f"\r\n```\n{markup}"}
+    card = model_card("id", 5, {"loss": 1.5}, {"run_id": "r"}, {"source_weights": {markup: 1}, "init_from": markup}, sample)
+    written = card.split("## A sample\n\n")[1].rstrip("\n")
+    assert all(line.startswith("    ") for line in written.split("\n")), "a block of code"
+    rest = card.split("## Lineage")[1].split("## A sample")[0]
+    assert "<img" not in rest and not re.search(r"(?<!\\)\[", rest)
+    assert "| init_from | &lt;img src=x&gt; \\| \\[a](javascript:x) # title |" in rest, "one row, as it was"
 
 
 def test_the_model_card_tells_data_tokenizer_configuration_metrics_and_commit(trained_home: tuple[Home, Any]) -> None:

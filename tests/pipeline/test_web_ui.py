@@ -21,14 +21,20 @@ pytest.importorskip("playwright.sync_api", reason="the Python package playwright
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
 STEPS = 400  # a few seconds of training: long enough to watch
+MARKUP = "<img src=x onerror=alert(1)>[a](javascript:alert(2)) | <script>alert(3)<"
+"""What would do something where a page took it for markup."""
 
 
 @pytest.fixture(scope="module")
 def home(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A textmill home that holds raw text and nothing else; one of the files is not UTF-8."""
+    """A textmill home that holds raw text and nothing else; files and a folder have markup in their names, some are not UTF-8."""
     root = tmp_path_factory.mktemp("home")
     shutil.copytree(corpus_dir, root / "raw_text_data")
-    (root / "raw_text_data" / "latin1.txt").write_bytes("caf\xe9".encode("latin-1") * 100)
+    for name in ("latin1.txt", f"{MARKUP}.txt"):
+        (root / "raw_text_data" / name).write_bytes("caf\xe9".encode("latin-1") * 100)
+    (root / "raw_text_data" / MARKUP).mkdir()
+    for number, path in enumerate(sorted(corpus_dir.rglob("*.txt"))[:4]):
+        (root / "raw_text_data" / MARKUP / f"{number}.txt").write_text(f"{MARKUP}\n{path.read_text()}")
     return root
 
 
@@ -54,14 +60,19 @@ class WatchedRun:
     status: str
     run_id: str
     model_id: str
+    alerts: list[str]
+    """What any page said in a box that a script opens, from then on."""
 
 
 @pytest.fixture(scope="module")
 def run(page: Any, home: Path) -> WatchedRun:
     """The job `pretrain`, launched from its launchpad with a tiny configuration and watched to its end."""
     ops = {name: {"config": dict(options)} for name, options in TINY.items()}
+    ops["evaluation"]["config"] |= {"sample_prompts": ["Return the", MARKUP]}
     ops["checkpoint"]["config"] |= {"max_steps": STEPS, "eval_interval": STEPS // 4, "save_interval": STEPS}
     config = {"ops": ops, "resources": {"torchrun": {"config": {"report_seconds": 0.5}}}}
+    alerts: list[str] = []
+    page.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
     page.goto(f"{LOCATION}/jobs/pretrain/playground/setup?{urlencode({'config': json.dumps(config)})}")
     page.get_by_text("No errors").wait_for()
     page.get_by_role("button", name="Launch Run").click()
@@ -77,7 +88,7 @@ def run(page: Any, home: Path) -> WatchedRun:
     status.wait_for(timeout=300_000)  # as long as a busy machine takes
     catalog = Catalog(home / "catalog.duckdb")
     (trained,), (model,) = catalog.query("SELECT run_id FROM training_runs"), catalog.query("SELECT model_id FROM models")
-    return WatchedRun(seen, status.inner_text(), trained["run_id"], model["model_id"])
+    return WatchedRun(seen, status.inner_text(), trained["run_id"], model["model_id"], alerts)
 
 
 def test_the_graph_shows_the_lineage_in_two_groups(page: Any) -> None:
@@ -133,6 +144,26 @@ def test_the_released_model_page_names_the_model_and_its_directory(page: Any, ru
     assert _shown(page, "model_id") == run.model_id
     assert _shown(page, "promoted") == "true"
     assert _shown(page, "directory") == str(home / "models" / run.model_id)
+
+
+@pytest.mark.parametrize("asset", [*TINY, "released_model", "run_comparison"])
+def test_a_name_or_a_text_is_no_markup_on_any_page(asset: str, page: Any, run: WatchedRun) -> None:
+    page.goto(f"/assets/{asset}")
+    shown = page.get_by_text(MARKUP).first
+    if asset in ("raw_text", "evaluation"):
+        shown.wait_for()
+    for button in page.get_by_text("[Show Markdown]").all():
+        button.click()
+        page.get_by_role("button", name="Close").wait_for()
+        assert _made_of_markup(page) == 0
+        page.get_by_role("button", name="Close").click()
+    assert _made_of_markup(page) == 0
+    assert run.alerts == []
+
+
+def _made_of_markup(page: Any) -> int:
+    """Elements that only what stands in the names and texts can have made."""
+    return int(page.locator("img[src='x'], a[href^='javascript'], script:text('alert(3)')").count())
 
 
 def _metadata(page: Any, key: str) -> Any:
