@@ -25,7 +25,8 @@ from pipeline.launcher import option_list
 ROOT = Path(__file__).parent.parent
 DAGSTER = [sys.executable, "-m", "dagster"]
 REUSED, NOTHING = "pretrain, everything reused", "four assets that do nothing"
-SHAPE = "six assets with ten checks that do nothing"
+DEFAULT = "the same, a process for each step (Dagster's default)"
+SHAPE = "seven assets with ten checks that do nothing"
 BARE, ASSET = "torchrun -m llm_core.train", "the asset checkpoint"
 MINUTES = 5
 """Length of the training that the share of the orchestration is told for."""
@@ -49,11 +50,12 @@ def assets(names, checks):
 
 
 four = assets(["first", "second", "third", "fourth"], checks=0)
-shape = [*assets(["a", "b", "c", "d", "e"], checks=2), *assets(["f"], checks=0)]
+shape = [*assets(["a", "b", "c", "d", "e"], checks=2), *assets(["f", "g"], checks=0)]
 jobs = [
     dg.define_asset_job(name, selection=chosen, executor_def=dg.in_process_executor)
     for name, chosen in {"four": four, "shape": shape}.items()
 ]
+jobs.append(dg.define_asset_job("default", selection=four))
 defs = dg.Definitions(assets=[*four, *shape], jobs=jobs)
 """
 PREPARATION: dict[str, dict[str, Any]] = {
@@ -65,13 +67,14 @@ TRAINING = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "batch_size": 4
 
 
 def reruns(home: Path, rounds: int) -> list[Figure]:
-    """Seconds of a rerun that changes nothing, of a small job that does nothing, and of one with as many assets and checks."""
+    """Seconds of a rerun that changes nothing, of small jobs that do nothing, and of one with as many assets and checks."""
     module = home / "nothing.py"
     module.write_text(NOTHING_TO_DO)
     pretrain = [*DAGSTER, "job", "execute", "-m", "pipeline.definitions", "-j", "pretrain", "-c", "configs/smoke.yaml"]
     work: dict[str, Callable[[], object]] = {
         REUSED: lambda: _run(pretrain, home),
         NOTHING: lambda: _run([*DAGSTER, "job", "execute", "-f", str(module), "-j", "four"], home),
+        DEFAULT: lambda: _run([*DAGSTER, "job", "execute", "-f", str(module), "-j", "default"], home),
         SHAPE: lambda: _run([*DAGSTER, "job", "execute", "-f", str(module), "-j", "shape"], home),
     }
     _run(pretrain, home)
