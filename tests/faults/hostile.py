@@ -33,6 +33,14 @@ MAX_MEMORY = 1 << 30
 
 SPECIAL = "<|endoftext|><|pad|>[UNK][PAD]<|endoftext|>\n"
 
+# Started by a small process: what a program is told to have held at most includes what the one that started it held.
+_MEASURED = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[2:]).returncode
+open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10))
+sys.exit(code)
+"""
+
 Make = Callable[[Path, int], object]
 """Puts a file or more into a folder; the number is how many bytes the large ones have."""
 
@@ -332,14 +340,13 @@ def _problem(here: Path, expected: dict[str, str | None], tokenizer_type: str) -
     options |= {"max_length": 64, "num_workers": 1, "val_fraction": 0.3}
     command = [sys.executable, "-m", "llm_core.data_prep_tool", *(f"--{name}={value}" for name, value in options.items())]
     with open(here / "log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+        measured = [sys.executable, "-c", _MEASURED, str(here / "memory"), *command]
+        code = subprocess.run(measured, stdout=log, stderr=log, stdin=subprocess.DEVNULL).returncode
     output = (here / "log").read_bytes()
-    if process.returncode or b"Traceback" in output:
-        return f"code {process.returncode}: {output[-1000:].decode(errors='replace')}"
-    if used.ru_maxrss << 10 > MAX_MEMORY:
-        return f"{used.ru_maxrss >> 10} MiB of memory"
+    if code or b"Traceback" in output:
+        return f"code {code}: {output[-1000:].decode(errors='replace')}"
+    if (memory := int((here / "memory").read_text())) > MAX_MEMORY:
+        return f"{memory >> 20} MiB of memory"
     if b"\x1b" in output or b"\x07" in output:
         return "a control character of a name reached the terminal"
     if (here / "CANARY").exists():
