@@ -34,6 +34,11 @@ class Figure:
         return f"{_short(self.median)} ({_short(min(self.values))} to {_short(max(self.values))})"
 
 
+def ratios(figure: Figure, to: Figure) -> Figure:
+    """Round by round, so that a machine that is slower for a while is so for both."""
+    return Figure(figure.name, "x", [value / other for value, other in zip(figure.values, to.values, strict=True)])
+
+
 def in_turns(rounds: int, work: Mapping[str, Callable[[], Any]], uncounted: int = 1) -> dict[str, list[float]]:
     """Seconds that each piece of work takes, all of them once per round, after `uncounted` rounds that warm them up."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
