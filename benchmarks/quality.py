@@ -3,17 +3,21 @@
 textmill's own command with the options of the README's recipe for CPUs, beside the Trainer of Hugging Face transformers with the
 same model (LlamaForCausalLM): once with the Trainer's own settings, once with textmill's batch, learning rate and schedule. All
 of them read the same windows, are validated on the same ones, and are given as many steps as fit into the time, so that every
-schedule comes to its end.
+schedule comes to its end. They take turns of some seconds, one at work and the others stopped, so that a machine that is slower
+for a while is so for all of them; what counts is the time at work.
 """
 
 import argparse
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,15 +31,16 @@ from llm_core.shards import load_manifest
 SHAPE: dict[str, Any] = {"hidden_size": 192, "num_layers": 4, "num_heads": 6}
 RECIPE: dict[str, Any] = {"batch_size": 4, "learning_rate": 1.5e-3}
 VOCABULARY, LENGTH = 4096, 256
-EVALUATIONS, EVAL_TOKENS = 20, 1 << 15
+EVALUATIONS, EVAL_TOKENS = 12, 1 << 15
 TRIAL_STEPS, TRIAL_EVAL_TOKENS = 60, 1 << 12
+TURN, TRIAL_TURN = 20.0, 3.0  # seconds
 SAFETY = 0.97  # of the time is planned: the rest is for a machine that slows down
 
 TEXTMILL, DEFAULTS, TUNED = "textmill", "transformers Trainer, its settings", "transformers Trainer, textmill's settings"
 CONTENDERS = [TEXTMILL, DEFAULTS, TUNED]
 
 Curve = list[tuple[float, float]]
-"""Seconds since the first step began, validation included, and bits per byte of the held-out text."""
+"""Seconds and bits per byte of the held-out text."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +56,36 @@ class Pace:
         return EVALUATIONS * max(1, math.floor(each))
 
 
-def train_textmill(data_dir: Path, run_dir: Path, steps: int, interval: int, eval_tokens: int) -> tuple[list[float], Curve]:
-    """Runs the command; returns the seconds at the end of each step, since the first began, and the curve."""
+@dataclass(frozen=True)
+class Progress:
+    """When each step and each validation ended: seconds of the clock or, `at_work`, of the contender's own."""
+
+    ends: list[float]
+    curve: Curve
+
+    def at_work(self, turns: Sequence[tuple[float, float]]) -> "Progress":
+        """Counts what lies within the turns, from the beginning of the first step on."""
+
+        def own(moment: float) -> float:
+            return sum(max(0.0, min(moment, end) - start) for start, end in turns)
+
+        ends = [own(moment) for moment in self.ends]
+        began = ends[0] - (ends[-1] - ends[0]) / max(1, len(ends) - 1)
+        return Progress([end - began for end in ends], [(own(moment) - began, value) for moment, value in self.curve])
+
+
+def train_textmill(data_dir: Path, run_dir: Path, steps: int, interval: int, eval_tokens: int) -> Progress:
+    """Runs the command."""
     options = SHAPE | RECIPE | {"max_steps": steps, "eval_interval": interval, "eval_tokens": eval_tokens, "save_interval": 0}
     flags = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "llm_core.train", f"--data_dir={data_dir}", f"--save_dir={run_dir}", *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     records = logged(run_dir)
-    ends = [record["time"] for record in records["train"]]
-    began = ends[0] - (ends[-1] - ends[0]) / max(1, len(ends) - 1)
-    curve = [(record["time"] - began, record["val_bits_per_byte"]) for record in records["eval"]]
-    return [end - began for end in ends], curve
+    curve = [(record["time"], record["val_bits_per_byte"]) for record in records["eval"]]
+    return Progress([record["time"] for record in records["train"]], curve)
 
 
-def train_transformers(data_dir: Path, tuned: bool, steps: int, interval: int, eval_tokens: int) -> tuple[list[float], Curve]:
+def train_transformers(data_dir: Path, tuned: bool, steps: int, interval: int, eval_tokens: int) -> Progress:
     """The same with the Trainer, in this process."""
     import numpy as np
     import torch
@@ -103,15 +124,10 @@ def train_transformers(data_dir: Path, tuned: bool, steps: int, interval: int, e
 
     ends: list[float] = []
     curve: Curve = []
-    began = 0.0
 
     class Watch(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            nonlocal began
-            began = began or time.perf_counter()
-
         def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter() - began)
+            ends.append(time.time())
             if state.global_step % interval == 0 or state.global_step == steps:
                 model.eval()
                 held_out = evaluate(
@@ -123,7 +139,7 @@ def train_transformers(data_dir: Path, tuned: bool, steps: int, interval: int, e
                     ranks=Ranks.alone("cpu", CORES),
                 )
                 model.train()
-                curve.append((time.perf_counter() - began, held_out.bits_per_byte))
+                curve.append((time.time(), held_out.bits_per_byte))
 
     settings: dict[str, Any] = {}
     if tuned:
@@ -141,25 +157,60 @@ def train_transformers(data_dir: Path, tuned: bool, steps: int, interval: int, e
             scratch, max_steps=steps, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, **settings
         )
         Trainer(model, arguments, train_dataset=Examples(), callbacks=[Watch()]).train()
-    return ends, curve
+    return Progress(ends, curve)
 
 
-def contend(contender: str, data_dir: Path, folder: Path, seconds: float) -> tuple[int, Curve]:
-    """Finds out how many steps fit into the time, and does them."""
-
-    def train(name: str, steps: int, interval: int, eval_tokens: int) -> tuple[list[float], Curve]:
-        if contender == TEXTMILL:
-            return train_textmill(data_dir, folder / name, steps, interval, eval_tokens)
-        return train_transformers(data_dir, contender == TUNED, steps, interval, eval_tokens)
-
-    pace = find_pace(lambda: train("trial", TRIAL_STEPS, TRIAL_STEPS, TRIAL_EVAL_TOKENS))
-    steps = pace.steps(seconds)
-    return steps, train("run", steps, steps // EVALUATIONS, EVAL_TOKENS)[1]
+def contend(contender: str, data_dir: Path, out: Path, steps: int, interval: int, eval_tokens: int) -> None:
+    """The process of a contender: trains and leaves its progress in a file."""
+    if contender == TEXTMILL:
+        progress = train_textmill(data_dir, out.with_suffix(""), steps, interval, eval_tokens)
+    else:
+        progress = train_transformers(data_dir, contender == TUNED, steps, interval, eval_tokens)
+    out.write_text(json.dumps([progress.ends, progress.curve]))
 
 
-def find_pace(trial: Callable[[], tuple[list[float], Curve]]) -> Pace:
+def in_turns(
+    folder: Path, stage: str, steps: Mapping[str, int], evaluations: int, eval_tokens: int, turn: float
+) -> dict[str, Progress]:
+    """Lets every contender do its steps, `turn` seconds at a time."""
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    turns: dict[str, list[tuple[float, float]]] = {}
+    for number, (contender, count) in enumerate(steps.items()):
+        options = {"contend": contender, "folder": folder, "out": folder / f"{stage}{number}.json", "steps": count}
+        options |= {"interval": count // evaluations, "eval_tokens": eval_tokens}
+        command = [sys.executable, "-m", "benchmarks.quality", *(f"--{name}={value}" for name, value in options.items())]
+        began = time.time()
+        running[contender] = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        turns[contender] = [(began, _stop_after(running[contender], turn))]
+    while any(process.poll() is None for process in running.values()):
+        for contender, process in running.items():
+            if process.poll() is None:
+                began = time.time()
+                os.killpg(process.pid, signal.SIGCONT)
+                turns[contender].append((began, _stop_after(process, turn)))
+                print(".", end="", flush=True)
+    print()
+    found = {}
+    for number, (contender, process) in enumerate(running.items()):
+        if process.returncode:
+            raise SystemExit(f"{contender} ended with code {process.returncode}")
+        ends, curve = json.loads((folder / f"{stage}{number}.json").read_text())
+        found[contender] = Progress(ends, [(at, value) for at, value in curve]).at_work(turns[contender])
+    return found
+
+
+def _stop_after(process: "subprocess.Popen[bytes]", seconds: float) -> float:
+    """Stops the process and those it started after so many seconds, or earlier where it ends; returns when that was."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+        return time.time()
+    os.killpg(process.pid, signal.SIGSTOP)
+    return time.time()
+
+
+def pace_of(trial: Progress) -> Pace:
     """From the second half of a short run."""
-    ends, curve = trial()
+    ends, curve = trial.ends, trial.curve
     half = len(ends) // 2
     validation = (curve[-1][0] - ends[-1]) * EVAL_TOKENS / TRIAL_EVAL_TOKENS
     return Pace((ends[-1] - ends[half - 1]) / (len(ends) - half), validation)
@@ -197,31 +248,30 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="a folder of .py, .txt, .md and .rst files; default: the Python installation")
     parser.add_argument("--megabytes", type=float, default=60, help="of text to take from it")
     parser.add_argument("--contend", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    for name, kind in {"folder": Path, "out": Path, "steps": int, "interval": int, "eval_tokens": int}.items():
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contend:
-        folder = options.folder
-        steps, curve = contend(options.contend, folder / "data", folder / "runs", 60 * options.minutes)
-        (folder / "curve.json").write_text(json.dumps([steps, curve]))
+        data_dir = options.folder / "data"
+        contend(options.contend, data_dir, options.out, options.steps, options.interval, options.eval_tokens)
         return
-    curves: dict[str, Curve] = {}
-    done: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer, shards = TokenizerConfig(vocab_size=VOCABULARY), ShardConfig(max_length=LENGTH)
         manifest = load_manifest(prepare(options.corpus, options.megabytes, folder, tokenizer, shards))
         print(f"{manifest.splits['train'].tokens:,} training tokens", flush=True)
-        for contender in CONTENDERS:
-            command = [sys.executable, "-m", "benchmarks.quality", "--contend", contender, "--folder", name]
-            subprocess.run([*command, "--minutes", str(options.minutes)], check=True)
-            done[contender], points = json.loads((folder / "curve.json").read_text())
-            curves[contender] = [(at, value) for at, value in points]
-            print(f"{contender}: {curves[contender][-1][1]:.4f} after {curves[contender][-1][0]:.0f} s", flush=True)
+        trials = in_turns(folder, "trial", dict.fromkeys(CONTENDERS, TRIAL_STEPS), 1, TRIAL_EVAL_TOKENS, TRIAL_TURN)
+        done = {contender: pace_of(trial).steps(60 * options.minutes) for contender, trial in trials.items()}
+        found = in_turns(folder, "run", done, EVALUATIONS, EVAL_TOKENS, TURN)
+    curves = {contender: progress.curve for contender, progress in found.items()}
     rows = []
     for contender, curve in curves.items():
         final = curve[-1][1]
         reached = seconds_to(curves[TEXTMILL], final)
-        share = "" if contender == TEXTMILL else f"{reached:.0f} s, {reached / curve[-1][0]:.0%} of its time"
+        if contender == TEXTMILL:
+            share = ""
+        else:
+            share = f"{reached:.0f} s, {reached / curve[-1][0]:.0%} of its time" if math.isfinite(reached) else "not in this time"
         rows.append((contender, f"{done[contender]:,}", f"{curve[-1][0]:.0f}", f"{final:.4f}", share))
     print("\n" + table(["", "steps", "seconds", "bits per byte", "textmill is there after"], rows))
     draw(curves, RESULTS / "quality.png")
