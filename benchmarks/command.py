@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.data import prepare
+from benchmarks.data import prepare_corpus
 from benchmarks.measure import CORES, Figure, keep, logged, table
 from llm_core.config import ShardConfig, TokenizerConfig
 from llm_core.files import read_json
@@ -79,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data_dir = prepare(options.corpus, MEGABYTES, folder, TokenizerConfig(), ShardConfig(max_length=512))
+        data_dir = prepare_corpus(options.corpus, MEGABYTES, folder, TokenizerConfig(), ShardConfig(max_length=512))
         figures = measure(data_dir, folder, options.rounds)
     print("\n" + table(["", "", ""], [(figure.name, figure, figure.unit) for figure in figures]))
     one, several, written, waits = (figure.median for figure in figures[2:])

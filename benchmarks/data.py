@@ -60,13 +60,16 @@ def write_corpus(texts: Iterator[str], folder: Path, megabytes: float) -> list[s
     return written
 
 
-def prepare(corpus: Path | None, megabytes: float, folder: Path, tokenizer: TokenizerConfig, shards: ShardConfig) -> Path:
-    """Prepared data of the corpus, for those that train on it."""
-    raw, out = folder / "raw", folder / "data"
-    write_corpus(found_texts(corpus), raw, megabytes)
+def prepare(raw: Path, out: Path, tokenizer: TokenizerConfig, shards: ShardConfig) -> None:
     snapshot = take_snapshot(raw, out, CorpusConfig())
     build_dataset(snapshot, prepare_tokenizer(snapshot, raw, out, tokenizer), raw, out, shards)
-    return out
+
+
+def prepare_corpus(corpus: Path | None, megabytes: float, folder: Path, tokenizer: TokenizerConfig, shards: ShardConfig) -> Path:
+    """Prepared data of the corpus, for those that train on it."""
+    write_corpus(found_texts(corpus), folder / "raw", megabytes)
+    prepare(folder / "raw", folder / "data", tokenizer, shards)
+    return folder / "data"
 
 
 def encoding(texts: list[str], artifact: TokenizerArtifact, raw: Path, out: Path, rounds: int) -> list[Figure]:
@@ -105,19 +108,17 @@ def incremental(raw: Path, out: Path, rounds: int) -> list[Figure]:
         (raw / f"{number:05}.txt").write_text(f"File number {number} says {number * number}. " * 20)
     added = 0
 
-    def prepare() -> None:
-        snapshot = take_snapshot(raw, out, CorpusConfig())
-        artifact = prepare_tokenizer(snapshot, raw, out, TokenizerConfig(vocab_size=300))
-        build_dataset(snapshot, artifact, raw, out, ShardConfig())
+    def rerun() -> None:
+        prepare(raw, out, TokenizerConfig(vocab_size=300), ShardConfig())
 
     def add_one() -> None:
         nonlocal added
         added += 1
         (raw / f"added{added}.txt").write_text(f"Something new came in, and it is text number {added}. " * 50)
-        prepare()
+        rerun()
 
-    prepare()
-    seconds = in_turns(rounds, {"rerun, nothing new": prepare, "rerun, one file added": add_one})
+    rerun()
+    seconds = in_turns(rounds, {"rerun, nothing new": rerun, "rerun, one file added": add_one})
     return [Figure(name, "s", taken) for name, taken in seconds.items()]
 
 

@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data import prepare
+from benchmarks.data import prepare_corpus
 from benchmarks.measure import CORES, RESULTS, Figure, keep, logged, table
 from llm_core.config import ShardConfig, TokenizerConfig, TrainConfig
 from llm_core.shards import load_manifest
@@ -160,8 +160,9 @@ def train_transformers(data_dir: Path, tuned: bool, steps: int, interval: int, e
     return Progress(ends, curve)
 
 
-def contend(contender: str, data_dir: Path, out: Path, steps: int, interval: int, eval_tokens: int) -> None:
-    """The process of a contender: trains and leaves its progress in a file."""
+def contend(contender: str, out: Path, steps: int, interval: int, eval_tokens: int) -> None:
+    """The process of a contender: trains on the data beside `out` and leaves its progress there."""
+    data_dir = out.parent / "data"
     if contender == TEXTMILL:
         progress = train_textmill(data_dir, out.with_suffix(""), steps, interval, eval_tokens)
     else:
@@ -169,19 +170,18 @@ def contend(contender: str, data_dir: Path, out: Path, steps: int, interval: int
     out.write_text(json.dumps([progress.ends, progress.curve]))
 
 
-def in_turns(
+def contest(
     folder: Path, stage: str, steps: Mapping[str, int], evaluations: int, eval_tokens: int, turn: float
 ) -> dict[str, Progress]:
     """Lets every contender do its steps, `turn` seconds at a time."""
     running: dict[str, subprocess.Popen[bytes]] = {}
-    turns: dict[str, list[tuple[float, float]]] = {}
+    turns: dict[str, list[tuple[float, float]]] = {contender: [] for contender in steps}
     for number, (contender, count) in enumerate(steps.items()):
-        options = {"contend": contender, "folder": folder, "out": folder / f"{stage}{number}.json", "steps": count}
+        options = {"contend": contender, "out": folder / f"{stage}{number}.json", "steps": count}
         options |= {"interval": count // evaluations, "eval_tokens": eval_tokens}
         command = [sys.executable, "-m", "benchmarks.quality", *(f"--{name}={value}" for name, value in options.items())]
-        began = time.time()
         running[contender] = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-        turns[contender] = [(began, _stop_after(running[contender], turn))]
+        os.killpg(running[contender].pid, signal.SIGSTOP)
     while any(process.poll() is None for process in running.values()):
         for contender, process in running.items():
             if process.poll() is None:
@@ -248,21 +248,20 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="a folder of .py, .txt, .md and .rst files; default: the Python installation")
     parser.add_argument("--megabytes", type=float, default=60, help="of text to take from it")
     parser.add_argument("--contend", choices=CONTENDERS, help=argparse.SUPPRESS)
-    for name, kind in {"folder": Path, "out": Path, "steps": int, "interval": int, "eval_tokens": int}.items():
+    for name, kind in {"out": Path, "steps": int, "interval": int, "eval_tokens": int}.items():
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contend:
-        data_dir = options.folder / "data"
-        contend(options.contend, data_dir, options.out, options.steps, options.interval, options.eval_tokens)
+        contend(options.contend, options.out, options.steps, options.interval, options.eval_tokens)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer, shards = TokenizerConfig(vocab_size=VOCABULARY), ShardConfig(max_length=LENGTH)
-        manifest = load_manifest(prepare(options.corpus, options.megabytes, folder, tokenizer, shards))
+        manifest = load_manifest(prepare_corpus(options.corpus, options.megabytes, folder, tokenizer, shards))
         print(f"{manifest.splits['train'].tokens:,} training tokens", flush=True)
-        trials = in_turns(folder, "trial", dict.fromkeys(CONTENDERS, TRIAL_STEPS), 1, TRIAL_EVAL_TOKENS, TRIAL_TURN)
+        trials = contest(folder, "trial", dict.fromkeys(CONTENDERS, TRIAL_STEPS), 1, TRIAL_EVAL_TOKENS, TRIAL_TURN)
         done = {contender: pace_of(trial).steps(60 * options.minutes) for contender, trial in trials.items()}
-        found = in_turns(folder, "run", done, EVALUATIONS, EVAL_TOKENS, TURN)
+        found = contest(folder, "run", done, EVALUATIONS, EVAL_TOKENS, TURN)
     curves = {contender: progress.curve for contender, progress in found.items()}
     rows = []
     for contender, curve in curves.items():

@@ -103,7 +103,7 @@ def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evalua
     model, state = load_model(checkpoint)
     record = CheckpointRecord.read(manifest_path(checkpoint))
     run = read_json(checkpoint.parent / "run.json")
-    tokenizer = Tokenizer.load(inside(data_dir / "tokenizers", f"{state['tokenizer_id']}.json"))
+    tokenizer = Tokenizer.stored(data_dir, state["tokenizer_id"])
     judged = read_evaluation(evaluation) if evaluation is not None else None
     metrics = {m["metric"]: m["value"] for m in judged["metrics"] if m["source"] == "all"} if judged else {}
     identifier = model_id(record.checkpoint_id)

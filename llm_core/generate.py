@@ -11,7 +11,6 @@ from llm_core.checkpoint import load_model
 from llm_core.cli import parse_options, printable, run_tool
 from llm_core.config import StageConfig
 from llm_core.errors import DataError
-from llm_core.files import inside
 from llm_core.model import KVCache, Transformer
 from llm_core.tokenizer import Tokenizer
 
@@ -83,7 +82,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 def main() -> None:
     options = parse_options(GenerateOptions, PROG)
     model, state = load_model(Path(options.checkpoint))
-    tokenizer = Tokenizer.load(inside(Path(options.data_dir) / "tokenizers", f"{state['tokenizer_id']}.json"))
+    tokenizer = Tokenizer.stored(Path(options.data_dir), state["tokenizer_id"])
     if tokenizer.vocab_size != model.config.vocab_size:
         raise DataError(f"--data_dir {options.data_dir}: its tokenizer has another vocabulary than the checkpoint")
     prompt = tokenizer.encode(options.prompt).tolist()

@@ -21,7 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from llm_core.errors import DataError
-from llm_core.files import ID_LENGTH, atomic_writer
+from llm_core.files import ID_LENGTH, atomic_writer, inside
 
 # Contractions are spelled out (U+017F, the long s, included): case-insensitive groups fold differently in the two engines.
 # No possessive quantifiers: after {1,3} Oniguruma reads "+" as "repeat".
@@ -119,6 +119,11 @@ class Tokenizer:
             return cls(path.read_bytes(), str(path))
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; make it with: python -m llm_core.data_prep_tool") from None
+
+    @classmethod
+    def stored(cls, processed_dir: Path, tokenizer_id: str) -> "Tokenizer":
+        """The tokenizer that prepared data keeps under this id; raises as `load` does, and where the id leads elsewhere."""
+        return cls.load(inside(processed_dir / "tokenizers", f"{tokenizer_id}.json"))
 
     def save(self, path: Path) -> None:
         """Writes the tokenizer.json atomically, byte for byte as it was loaded or trained."""

@@ -115,8 +115,10 @@ def load_tokenizer(processed_dir: Path, tokenizer_id: str | None = None) -> Toke
     Raises:
         DataError: there is none yet, or it is damaged.
     """
-    path = processed_dir / "tokenizer.json" if tokenizer_id is None else processed_dir / "tokenizers" / f"{tokenizer_id}.json"
-    tokenizer = Tokenizer.load(path)
+    if tokenizer_id is None:
+        tokenizer = Tokenizer.load(processed_dir / "tokenizer.json")
+    else:
+        tokenizer = Tokenizer.stored(processed_dir, tokenizer_id)
     report = read_json(processed_dir / "tokenizers" / f"{tokenizer.tokenizer_id}.report.json")
     return TokenizerArtifact(tokenizer, report, report["sha256"], reused=True)
 

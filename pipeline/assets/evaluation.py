@@ -51,10 +51,8 @@ def evaluation(
         "xz -9e": metric(result, "xz_bits_per_byte"),
     }
     released = judge_released(context, storage, catalog, result, manifest.tokenizer.tokenizer_id)
-    released_figure = {}
     if released is not None:
         compared["released model"] = metric(released, "bits_per_byte")
-        released_figure = {"released_bits_per_byte": rounded(compared["released model"])}
     tasks = try_tasks(context, storage, catalog, record, config.part(HarnessConfig))
     texts = [sample["prompt"] + sample["continuation"] for sample in result["samples"]]
     samples = "\n\n".join(f"sample {number}:\n\n{literal(text)}" for number, text in enumerate(texts, start=1))
@@ -69,7 +67,7 @@ def evaluation(
             "bits_per_byte": rounded(metric(result, "bits_per_byte")),
             "unigram_bits_per_byte": rounded(metric(result, "unigram_bits_per_byte")),
             "xz_bits_per_byte": rounded(metric(result, "xz_bits_per_byte")),
-            **released_figure,
+            **({"released_bits_per_byte": rounded(metric(released, "bits_per_byte"))} if released is not None else {}),
             "share_of_text": rounded(metric(result, "share_of_text")),
             "by_source": table(
                 [{name: value for name, value in row.items() if name != "perplexity"} for row in by_source(result)],

@@ -29,8 +29,12 @@ def test_ranks_and_torchrun_killed_at_random_leave_no_orphan_and_lose_nothing(pr
 
 
 def test_a_damaged_file_gives_the_right_result_or_a_refusal_that_names_it(corpus_dir: Path, tmp_path: Path) -> None:
-    in_new_process(damage.prepare_home, corpus_dir, tmp_path / "home")
-    assert_nothing_lost(in_new_process(damage.damage_files, tmp_path / "home", tmp_path / "trials", 1, SEED))
+    assert_nothing_lost(in_new_process(_damage_a_new_home, corpus_dir, tmp_path))
+
+
+def _damage_a_new_home(corpus_dir: Path, folder: Path) -> Tally:
+    damage.prepare_home(corpus_dir, folder / "home")
+    return damage.damage_files(folder / "home", folder / "trials", 1, SEED)
 
 
 def test_a_disk_that_refuses_leaves_the_state_before_and_the_next_run_succeeds(corpus_dir: Path, tmp_path: Path) -> None:

@@ -21,6 +21,10 @@ def build(vocab_size: int = 300, length: int = 32, **options: object) -> Transfo
     return model
 
 
+def count(model: Transformer) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 @pytest.fixture
 def tokens() -> Tensor:
     return torch.randint(0, 300, (2, 33), generator=torch.Generator().manual_seed(0))
@@ -31,7 +35,7 @@ def test_presets_have_the_parameter_counts_of_the_documentation(preset: str, mil
     with torch.device("meta"):
         config = TrainConfig(model=preset).resolved(2048, 0)  # type: ignore[arg-type]
         model = Transformer(ModelConfig.of(config, 32000))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = count(model)
     assert parameters == model.config.num_parameters, "as the shape alone tells"
     assert parameters == pytest.approx(millions * 1e6, rel=0.12)
 
@@ -102,7 +106,7 @@ def test_rule_11_padded_vocabulary_rows_never_take_part(tokens: Tensor) -> None:
 def test_rule_20_a_tied_matrix_is_one_parameter(tokens: Tensor) -> None:
     tied, untied = build(tie_embeddings=True), build()
     assert tied.head.weight is tied.embedding.weight
-    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (untied, tied)]
+    sizes = [count(untied), count(tied)]
     assert sizes == [untied.config.num_parameters, tied.config.num_parameters]
     assert sizes[0] - sizes[1] == 320 * 64
     again = build(tie_embeddings=True)

@@ -149,9 +149,8 @@ def test_the_released_model_page_names_the_model_and_its_directory(page: Any, ru
 @pytest.mark.parametrize("asset", [*TINY, "released_model", "run_comparison"])
 def test_a_name_or_a_text_is_no_markup_on_any_page(asset: str, page: Any, run: WatchedRun) -> None:
     page.goto(f"/assets/{asset}")
-    shown = page.get_by_text(MARKUP).first
     if asset in ("raw_text", "evaluation"):
-        shown.wait_for()
+        page.get_by_text(MARKUP).first.wait_for()
     for button in page.get_by_text("[Show Markdown]").all():
         button.click()
         page.get_by_role("button", name="Close").wait_for()
