@@ -38,7 +38,7 @@ class Catalog(Questions):
 
     def record_snapshot(self, processed_dir: Path, snapshot_id: str) -> None:
         folder = processed_dir / "snapshots"
-        path = folder / f"{snapshot_id}.json"
+        path = inside(folder, f"{snapshot_id}.json")
         with _artifact(path) as summary:
             taken_at = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).replace(tzinfo=None)
             counts = [summary[name] for name in ("files", "documents", "bytes_read", "bytes_kept")]
@@ -68,14 +68,14 @@ class Catalog(Questions):
                 )
 
     def record_tokenizer(self, processed_dir: Path, tokenizer_id: str) -> None:
-        with _artifact(processed_dir / "tokenizers" / f"{tokenizer_id}.report.json") as report:
+        with _artifact(inside(processed_dir / "tokenizers", f"{tokenizer_id}.report.json")) as report:
             names = ("tokenizer_type", "vocab_size", "snapshot_id", "train_bytes", "bytes_per_token", "tokens_per_word")
             row = [tokenizer_id, *(report[name] for name in (*names, "vocab_used", "sha256")), *_json(report, "config")]
             with self._database.connect() as connection:
                 connection.execute(f"INSERT OR REPLACE INTO tokenizers VALUES ({_marks(row)})", row)
 
     def record_dataset(self, processed_dir: Path, dataset_id: str) -> None:
-        with _artifact(processed_dir / "manifests" / f"{dataset_id}.json") as manifest:
+        with _artifact(inside(processed_dir / "manifests", f"{dataset_id}.json")) as manifest:
             tokenizer_id, dtype = manifest["tokenizer"]["tokenizer_id"], manifest["dtype"]
             totals = [manifest["splits"][split][name] for name in ("tokens", "documents") for split in ("train", "val")]
             row = [dataset_id, manifest["snapshot_id"], tokenizer_id, manifest["parent_dataset_id"], *totals, dtype]

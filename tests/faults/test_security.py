@@ -24,6 +24,7 @@ from llm_core.errors import DataError
 from llm_core.files import read_json, sha256_file, write_json
 from llm_core.shards import load_manifest
 from llm_core.tokenizer import Tokenizer
+from llm_core.tokenizer_training import load_tokenizer
 from pipeline.catalog.catalog import Catalog
 from pipeline.current import find_current
 from tests.llm_core.corpora import HALF, fill
@@ -142,6 +143,16 @@ def test_a_manifest_names_no_file_outside_of_its_folder(name: str, processed_dir
     write_json(tmp_path / "released.json", {"path": name})
     with pytest.raises(DataError, match="does not name a file inside of its folder"):
         find_current(tmp_path / "released.json")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../outside", "a\0b"])
+def test_an_id_leads_to_no_file_outside_of_its_folder(name: str, processed_dir: Path, tmp_path: Path) -> None:
+    """Ids come from run.json, from checkpoints and from the command line."""
+    catalog = Catalog(tmp_path / "catalog.duckdb")
+    records = (catalog.record_snapshot, catalog.record_tokenizer, catalog.record_dataset)
+    for read in (load_manifest, load_snapshot, load_tokenizer, Tokenizer.stored, *records):
+        with pytest.raises(DataError, match="does not name a file inside of its folder"):
+            read(processed_dir, name)
 
 
 @pytest.mark.parametrize("name", ["../checkpoint_step_1.pt", "/etc/passwd", "..", "", 5, None, "checkpoint_step_2.pt"])

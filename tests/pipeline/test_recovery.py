@@ -20,6 +20,8 @@ from tests.pipeline.dagster_dev import DagsterDev, dagster_dev
 
 pytestmark = pytest.mark.slow
 
+STEPS = 1000
+
 
 @pytest.fixture(scope="module")
 def server(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev]:
@@ -33,7 +35,7 @@ def server(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def config(**checkpoint: Any) -> dict[str, Any]:
     """The tiny lineage with a training of some seconds that saves often."""
     ops = {name: {"config": dict(options)} for name, options in TINY.items()}
-    ops["checkpoint"]["config"] |= {"max_steps": 3000, "eval_interval": 1000, "save_interval": 100} | checkpoint
+    ops["checkpoint"]["config"] |= {"max_steps": STEPS, "eval_interval": STEPS, "save_interval": 50} | checkpoint
     return {"ops": ops}
 
 
@@ -59,8 +61,8 @@ def check_finished_by_a_retry(server: DagsterDev, number: int, dagster_id: str, 
     assert retried.status == dg.DagsterRunStatus.SUCCESS, server.log()
     assert retried.tags[PARENT_RUN_ID_TAG] == dagster_id
     state = read_json(run_dir / "run.json")
-    assert (state["status"], state["steps_done"]) == ("finished", 3000)
-    assert state["resumed_from_step"] >= 100
+    assert (state["status"], state["steps_done"]) == ("finished", STEPS)
+    assert state["resumed_from_step"] >= 50
     runs = Catalog(server.home / "catalog.duckdb").query("SELECT * FROM training_runs WHERE status = 'finished'")
     assert run_dir.name in {run["run_id"] for run in runs}
 

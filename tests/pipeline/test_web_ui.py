@@ -47,7 +47,7 @@ def address(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 @pytest.fixture(scope="module")
 def page(address: str) -> Iterator[Any]:
-    with opened_page(address, timeout_seconds=60) as page:
+    with opened_page(address, timeout_seconds=180) as page:
         yield page
 
 
