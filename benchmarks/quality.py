@@ -79,7 +79,9 @@ def train_textmill(data_dir: Path, run_dir: Path, steps: int, interval: int, eva
     options = SHAPE | RECIPE | {"max_steps": steps, "eval_interval": interval, "eval_tokens": eval_tokens, "save_interval": 0}
     flags = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "llm_core.train", f"--data_dir={data_dir}", f"--save_dir={run_dir}", *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
     records = logged(run_dir)
     curve = [(record["time"], record["val_bits_per_byte"]) for record in records["eval"]]
     return Progress([record["time"] for record in records["train"]], curve)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -78,9 +77,7 @@ def test_a_folder_in_which_another_training_goes_on_is_refused_after_a_while(tmp
     with pytest.raises(UserError, match=f"{tmp_path}: process {other.pid} is training in this folder"):
         _wait_for_an_earlier_attempt(Context, tmp_path, seconds=0.5)  # type: ignore[arg-type]
     subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {other.pid}"])
-    began = time.monotonic()
     _wait_for_an_earlier_attempt(Context, tmp_path, seconds=60)  # type: ignore[arg-type]
-    assert time.monotonic() - began < 50
     with held(tmp_path, pytest.fail):
         pass
     other.communicate()

@@ -1,0 +1,181 @@
+"""The catalog made anew from the files, which are the truth."""
+
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.catalog.catalog import Catalog
+from pipeline.catalog.database import CatalogBusyError, CatalogError, Database
+from pipeline.catalog.rebuild import rebuild
+from tests.pipeline.catalog.artifacts import TABLES, Artifacts, contents, document_id, leave_a_log, python
+
+
+def test_a_rebuilt_catalog_has_the_same_rows(catalog: Catalog, artifacts: Artifacts) -> None:
+    before = contents(catalog)
+    assert rebuild(artifacts.home, artifacts.home / "catalog.duckdb") == []
+    assert contents(catalog) == before
+    assert sorted(path.name for path in artifacts.home.glob("catalog*")) == [
+        "catalog.duckdb",
+        "catalog.duckdb.lock",
+        "catalog.duckdb.queue",
+    ]
+
+
+def test_the_catalog_of_a_real_lineage_is_rebuilt_with_the_same_rows(trained_home: Any, clone: Any) -> None:
+    home, _ = clone(trained_home)
+    before = contents(home.catalog)
+    assert all(before[table] for table in TABLES)
+    assert rebuild(home.storage.root, home.storage.root / "catalog.duckdb") == []
+    assert contents(home.catalog) == before
+
+
+@pytest.mark.parametrize("suffix", ["", ".wal"])
+def test_a_damaged_file_is_named_with_its_remedy_and_the_remedy_works(
+    suffix: str, catalog: Catalog, artifacts: Artifacts
+) -> None:
+    before = contents(catalog)
+    path = artifacts.home / "catalog.duckdb"
+    leave_a_log(path)
+    damaged = path.with_name(path.name + suffix)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2 if suffix else 8] ^= 1  # the middle of the log, the file's magic number
+    damaged.write_bytes(content)
+    for question in (lambda: catalog.query("SELECT 1"), catalog.create):
+        with pytest.raises(CatalogError) as caught:
+            question()
+        assert str(path) in str(caught.value)
+        assert "textmill catalog rebuild" in str(caught.value)
+    assert rebuild(artifacts.home, path) == []
+    assert contents(catalog) == before
+
+
+def test_a_flipped_bit_anywhere_is_harmless_or_a_message_of_ours(catalog: Catalog, artifacts: Artifacts) -> None:
+    artifacts.snapshot("large", [f"file {number} {document_id(str(number))}" for number in range(5_000)])
+    catalog.record_snapshot(artifacts.processed, "large")
+    path = artifacts.home / "catalog.duckdb"
+    before, sound = contents(catalog), path.read_bytes()
+    chance, refused = random.Random(1), []
+    for _ in range(25):
+        damaged = bytearray(sound)
+        damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert contents(catalog) == before
+        except CatalogError as error:
+            refused.append(str(error))
+    assert len(refused) > 2
+    assert all("textmill catalog rebuild" in message for message in refused)
+
+
+def test_rebuild_leaves_out_what_is_damaged_and_names_it(catalog: Catalog, artifacts: Artifacts) -> None:
+    (artifacts.home / "models" / "model" / "textmill.json").write_text("{")
+    (artifacts.home / "checkpoints" / "run" / "metrics.jsonl").write_text("\0\0\0\n")
+    problems = rebuild(artifacts.home, artifacts.home / "catalog.duckdb")
+    assert [problem.split(":")[0].split("/")[-1] for problem in problems] == ["metrics.jsonl", "textmill.json"]
+    assert len(catalog.query("SELECT * FROM snapshots")) == 1
+
+
+def test_a_rebuild_killed_at_any_moment_loses_nothing(catalog: Catalog, artifacts: Artifacts) -> None:
+    before = contents(catalog)
+    path = artifacts.home / "catalog.duckdb"
+    program = """
+import sys
+from pathlib import Path
+from pipeline.catalog.rebuild import rebuild
+print("ready", flush=True)
+while True:
+    rebuild(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+    chance = random.Random(8)
+    for _ in range(8):
+        process = python(program, artifacts.home, path)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(chance.uniform(0.0, 0.6))
+        process.kill()
+        process.communicate()
+        assert contents(catalog) == before
+    assert rebuild(artifacts.home, path) == []
+    assert not list(artifacts.home.glob("*.rebuild*"))
+
+
+def test_a_rebuild_that_ends_before_its_last_rename_leaves_the_old_catalog_with_its_log(
+    catalog: Catalog, artifacts: Artifacts, monkeypatch: Any
+) -> None:
+    path = artifacts.home / "catalog.duckdb"
+    leave_a_log(path)
+    before = contents(catalog)
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(target) == path:
+            raise OSError("power cut")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="power cut"):
+        rebuild(artifacts.home, path)
+    assert contents(catalog) == before
+
+
+def test_a_second_rebuild_waits_before_it_touches_anything(catalog: Catalog, artifacts: Artifacts, monkeypatch: Any) -> None:
+    before = contents(catalog)
+    path = artifacts.home / "catalog.duckdb"
+    program = """
+import sys
+from pathlib import Path
+import pipeline.catalog.rebuild as module
+print("ready", flush=True)
+module.rebuild(*map(Path, sys.argv[1:]))
+"""
+    record_model = Catalog.record_model
+
+    def record_last(catalog: Catalog, model_dir: Path) -> None:
+        second = python(program, artifacts.home, path)
+        assert second.stdout is not None
+        assert second.stdout.readline() == "ready\n"
+        time.sleep(1)
+        second.kill()
+        second.communicate()
+        record_model(catalog, model_dir)
+
+    monkeypatch.setattr(Catalog, "record_model", record_last)
+    assert rebuild(artifacts.home, path) == []
+    assert contents(catalog) == before
+
+
+def test_rebuilds_and_records_at_once_do_not_disturb_each_other(catalog: Catalog, artifacts: Artifacts) -> None:
+    before = contents(catalog)
+    path = artifacts.home / "catalog.duckdb"
+    program = """
+import sys
+from pathlib import Path
+from pipeline.catalog.catalog import Catalog
+from pipeline.catalog.rebuild import rebuild
+home, path = map(Path, sys.argv[1:])
+for _ in range(4):
+    assert rebuild(home, path) == []
+    Catalog(path).record_run(home / "checkpoints" / "run")
+"""
+    processes = [python(program, artifacts.home, path) for _ in range(3)]
+    while any(process.poll() is None for process in processes):
+        assert contents(catalog) == before, "at every moment: a later rebuild would mend what an earlier one broke"
+    for process in processes:
+        process.communicate()
+    assert [process.returncode for process in processes] == [0] * 3
+    assert contents(catalog) == before
+
+
+def test_rebuild_does_not_pull_the_file_from_under_the_duckdb_command(shell: Any, catalog: Catalog, monkeypatch: Any) -> None:
+    path = catalog._database.path
+    before = contents(catalog)
+    process = shell(path)
+    monkeypatch.setattr("pipeline.catalog.rebuild.Database", lambda path: Database(path, wait_seconds=1))
+    with pytest.raises(CatalogBusyError, match="has it open"):
+        rebuild(path.parent, path)
+    process.communicate()
+    assert contents(catalog) == before
