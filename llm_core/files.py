@@ -76,6 +76,11 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def free_bytes(path: Path) -> int:
+    """What is left of the disk that `path` lies on, or would lie on."""
+    return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
+
+
 @contextmanager
 def says_when_the_disk_is_full(path: Path, needed: int) -> Iterator[None]:
     """Turns the system's error into one with a remedy; needed: bytes of the file at `path` so far, the pending ones included."""
@@ -84,10 +89,9 @@ def says_when_the_disk_is_full(path: Path, needed: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
         raise DataError(
-            f"{path}: disk full, it needs at least {needed:,} bytes and {free:,} are free; what was there before is untouched. "
-            "Free some space and run again"
+            f"{path}: disk full, it needs at least {needed:,} bytes and {free_bytes(path):,} are free; "
+            "what was there before is untouched. Free some space and run again"
         ) from None
 
 

@@ -4,6 +4,7 @@ DuckDB lets one process open a file for writing, and then nobody else at all. Si
 wait for each other in turn; against foreign ones, such as the duckdb command, opening is retried within the same bound.
 """
 
+import errno
 import fcntl
 import os
 import random
@@ -18,7 +19,7 @@ from typing import IO
 import duckdb
 
 from llm_core.errors import DataError, TextmillError, UserError
-from llm_core.files import fsync_directory
+from llm_core.files import free_bytes, fsync_directory
 
 STORAGE_VERSION = "v1.5.0"
 """Written so that DuckDB clients from 1.5 on can read the file."""
@@ -74,9 +75,7 @@ class Database:
                 connection.execute("COMMIT")
             except duckdb.Error as error:
                 if type(error) is duckdb.Error or isinstance(error, _FILE_ERRORS):
-                    raise CatalogError(
-                        f"{self.path}: not readable or writable ({error}); if there is room on the disk, {_REMEDY}"
-                    ) from None
+                    raise self._refused(error, "not readable or writable", f"if there is room on the disk, {_REMEDY}") from None
                 raise
             finally:
                 connection.close()  # rolls back what was not committed
@@ -112,7 +111,7 @@ class Database:
         try:
             connection.execute("CHECKPOINT")
         except duckdb.Error as error:
-            raise CatalogError(f"{self.path}: could not be written ({error})") from None
+            raise self._refused(error, "could not be written", "run again") from None
         finally:
             connection.close()
 
@@ -164,12 +163,18 @@ class Database:
             except duckdb.Error as error:
                 connection.close()
                 if "Could not set lock on file" not in str(error):
-                    raise CatalogError(f"{self.path}: damaged or not readable ({error}); {_REMEDY}") from None
+                    raise self._refused(error, "damaged or not readable", _REMEDY) from None
                 holder = re.search(r"held in (.*?\(PID \d+\))", str(error))
                 self._pause(deadline, f"{holder[1] if holder else 'another program'} has it open")
             except BaseException:
                 connection.close()
                 raise
+
+    def _refused(self, error: duckdb.Error, problem: str, remedy: str) -> CatalogError:
+        if os.strerror(errno.ENOSPC) in str(error):
+            problem = f"disk full, it needs more than the {free_bytes(self.path):,} bytes that are free"
+            remedy = "what was recorded before is untouched. Free some space and run again"
+        return CatalogError(f"{self.path}: {problem} ({error}); {remedy}")
 
     def _pause(self, deadline: float, reason: str) -> None:
         if time.monotonic() >= deadline:

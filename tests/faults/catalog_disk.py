@@ -51,6 +51,8 @@ def fail_the_nth_call_of_the_catalog(home: Path, folder: Path, every: int = 1) -
         said = broken.returncode == 0 or (broken.returncode == 3 and "catalog.duckdb" in broken.stderr)
         if not said or "Traceback" in broken.stderr:
             problem = f"ended with {broken.returncode}: {broken.stderr[-600:]}"
+        elif n % 2 and broken.returncode and "bytes that are free" not in broken.stderr:
+            problem = f"a full disk is not called one: {broken.stderr[-600:]}"
         elif between not in (before, expected) or (broken.returncode == 0 and between != expected):
             problem = "a part of the record is there, or nothing of one that was said to be"
         elif mended.returncode or catalog_rows(copy / "catalog.duckdb") != expected:
