@@ -64,8 +64,7 @@ def cancel_dagster_steps(corpus_dir: Path, folder: Path, trials: int, seed: int)
         if problem is None:
             with home.execute() as command:
                 code = command.wait()
-            # It has saved once more than others, at the step where it was cancelled.
-            problem = differences(whole.outcome, home.outcome(), leave_out="checkpoints")
+            problem = differences(whole.outcome, home.outcome())
             if code != 0:
                 problem = f"resumed, it ends with {code}: {command.output()[-1000:]}"
         tally.count(problem and f"{target}{', twice' * twice}{', slow disk' * bool(environment)}: {problem}")

@@ -1,6 +1,7 @@
 """`dagster job execute` from raw text to a released model, as the README has it: killed at any moment, and run again."""
 
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -133,14 +134,22 @@ def kill_dagster_steps(corpus_dir: Path, folder: Path, kills: int, seed: int) ->
     return tally
 
 
-def differences(expected: list[object], found: list[object], leave_out: str = "") -> str | None:
-    """What differs between two outcomes, None if nothing does; leave_out: a table of the catalog that may."""
+def differences(expected: list[object], found: list[object]) -> str | None:
+    """What differs between two outcomes, None if nothing does."""
     if found == expected:
         return None
     if len(found) != len(expected) or not isinstance(found[-1], dict) or not isinstance(expected[-1], dict):
         return f"{len(expected)} parts are expected: {str(found)[:500]}"
     if found[:-1] != expected[:-1]:
         return "the weights or the logged losses differ"
-    tables = [name for name in expected[-1] if name != leave_out and found[-1].get(name) != expected[-1][name]]
-    rows = {name: sorted(set(expected[-1][name]) ^ set(found[-1].get(name, [])))[:4] for name in tables}
+    rows = {table: _differing_rows(table, rows, found[-1].get(table, [])) for table, rows in expected[-1].items()}
+    rows = {table: differing for table, differing in rows.items() if differing}
     return f"the catalog's rows differ: {rows}" if rows else None
+
+
+def _differing_rows(table: str, expected: list[str], found: list[str]) -> list[str]:
+    if table == "checkpoints":
+        # A training that is asked to end, or whose command was killed, saves once more than others, and an old one makes room.
+        saved, saved_here = ({re.sub("'on_disk': (True|False), ", "", row) for row in rows} for rows in (expected, found))
+        return sorted(saved - saved_here)[:4]
+    return sorted(set(expected) ^ set(found))[:4]
