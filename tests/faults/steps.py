@@ -142,9 +142,9 @@ def differences(expected: list[object], found: list[object]) -> str | None:
         return f"{len(expected)} parts are expected: {str(found)[:500]}"
     if found[:-1] != expected[:-1]:
         return "the weights or the logged losses differ"
-    rows = {table: _differing_rows(table, rows, found[-1].get(table, [])) for table, rows in expected[-1].items()}
-    rows = {table: differing for table, differing in rows.items() if differing}
-    return f"the catalog's rows differ: {rows}" if rows else None
+    compared = {table: _differing_rows(table, rows, found[-1].get(table, [])) for table, rows in expected[-1].items()}
+    differing = {table: rows for table, rows in compared.items() if rows}
+    return f"the catalog's rows differ: {differing}" if differing else None
 
 
 def _differing_rows(table: str, expected: list[str], found: list[str]) -> list[str]:

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import random
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +219,25 @@ def python(program: str, *arguments: object, **options: Any) -> "subprocess.Pope
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, **options
     )
+
+
+def python_ready(program: str, *arguments: object) -> "subprocess.Popen[str]":
+    """A program once it has said that it is ready."""
+    process = python(program, *arguments)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def killed_at_random(program: str, *arguments: object, seed: int, within: float) -> Iterator[None]:
+    """Eight times: starts a program and kills it up to `within` seconds after it was ready."""
+    chance = random.Random(seed)
+    for _ in range(8):
+        process = python_ready(program, *arguments)
+        time.sleep(chance.uniform(0.0, within))
+        process.kill()
+        process.communicate()
+        yield
 
 
 def duckdb_command() -> str:

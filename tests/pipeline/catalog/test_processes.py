@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.database import CatalogBusyError, Database
-from tests.pipeline.catalog.artifacts import TABLES, duckdb_command, python
+from tests.pipeline.catalog.artifacts import TABLES, duckdb_command, python, python_ready
 
 WRITER = """
 import sys
@@ -36,10 +36,7 @@ print(reads, flush=True)
 def test_rule_36_writers_at_once_all_succeed_and_readers_keep_none_out(tmp_path: Path) -> None:
     path, end = tmp_path / "catalog.duckdb", tmp_path / "end"
     Catalog(path).create()
-    readers = [python(READER, path, end) for _ in range(4)]
-    for reader in readers:
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == "ready\n"
+    readers = [python_ready(READER, path, end) for _ in range(4)]
     writers = [python(WRITER, path, number, 8) for number in range(4)]
     for writer in writers:
         writer.communicate()
@@ -72,9 +69,7 @@ with Database(Path(sys.argv[1])).connect() as connection:
 @pytest.mark.parametrize("read_only", [False, True])
 def test_waiting_has_an_end_that_names_the_holder(read_only: bool, tmp_path: Path) -> None:
     path = tmp_path / "catalog.duckdb"
-    holder = python(HOLDER, path)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "ready\n"
+    holder = python_ready(HOLDER, path)
     busy = f"busy for 1 seconds: process {holder.pid} holds"
     with pytest.raises(CatalogBusyError, match=busy) as caught, Database(path, wait_seconds=1).connect(read_only):
         pass

@@ -11,7 +11,16 @@ import pytest
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.database import CatalogBusyError, CatalogError, Database
 from pipeline.catalog.rebuild import rebuild
-from tests.pipeline.catalog.artifacts import TABLES, Artifacts, contents, document_id, leave_a_log, python
+from tests.pipeline.catalog.artifacts import (
+    TABLES,
+    Artifacts,
+    contents,
+    document_id,
+    killed_at_random,
+    leave_a_log,
+    python,
+    python_ready,
+)
 
 
 def test_a_rebuilt_catalog_has_the_same_rows(catalog: Catalog, artifacts: Artifacts) -> None:
@@ -90,14 +99,7 @@ print("ready", flush=True)
 while True:
     rebuild(Path(sys.argv[1]), Path(sys.argv[2]))
 """
-    chance = random.Random(8)
-    for _ in range(8):
-        process = python(program, artifacts.home, path)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(chance.uniform(0.0, 0.6))
-        process.kill()
-        process.communicate()
+    for _ in killed_at_random(program, artifacts.home, path, seed=8, within=0.6):
         assert contents(catalog) == before
     assert rebuild(artifacts.home, path) == []
     assert not list(artifacts.home.glob("*.rebuild*"))
@@ -135,9 +137,7 @@ module.rebuild(*map(Path, sys.argv[1:]))
     record_model = Catalog.record_model
 
     def record_last(catalog: Catalog, model_dir: Path) -> None:
-        second = python(program, artifacts.home, path)
-        assert second.stdout is not None
-        assert second.stdout.readline() == "ready\n"
+        second = python_ready(program, artifacts.home, path)
         time.sleep(1)
         second.kill()
         second.communicate()

@@ -1,20 +1,18 @@
 """Rule 35: a record is in the catalog as a whole or not at all."""
 
-import random
 import resource
 import signal
-import time
 
 import pytest
 
 from pipeline.catalog.catalog import Catalog
-from tests.pipeline.catalog.artifacts import Artifacts, contents, document_id, leave_a_log, python
+from tests.pipeline.catalog.artifacts import Artifacts, contents, document_id, killed_at_random, leave_a_log, python
 
 KILLED_WRITER = """
-import sys, time
+import sys
 from pathlib import Path
 from pipeline.catalog.catalog import Catalog
-catalog, processed, run_dir = Catalog(Path(sys.argv[1]), 30), Path(sys.argv[2]), Path(sys.argv[3])
+catalog, run_dir = Catalog(Path(sys.argv[1]), 30), Path(sys.argv[2])
 print("ready", flush=True)
 while True:
     catalog.record_run(run_dir)
@@ -27,14 +25,7 @@ def test_rule_35_a_writer_killed_at_any_moment_leaves_a_whole_state(artifacts: A
     catalog = Catalog(path, wait_seconds=30)
     artifacts.record_all(catalog)
     expected = contents(catalog)
-    chance = random.Random(35)
-    for _ in range(8):
-        writer = python(KILLED_WRITER, path, artifacts.processed, run_dir)
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
-        time.sleep(chance.uniform(0.0, 0.15))
-        writer.kill()
-        writer.communicate()
+    for _ in killed_at_random(KILLED_WRITER, path, run_dir, seed=35, within=0.15):
         assert contents(catalog) == expected
 
 
