@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm_core.config import TrainConfig
-from llm_core.errors import UserError
+from llm_core.errors import TextmillError, UserError
 from llm_core.processes import die_with_parent
 
 T = TypeVar("T")
@@ -33,15 +33,13 @@ class Ranks:
 
     rank: int
     world_size: int
-    local_rank: int
-    local_world_size: int
     device: torch.device
     threads: int
 
     @classmethod
     def alone(cls, device: str = "auto", threads: int = 0, world_size: int = 1) -> "Ranks":
         """A process by itself, with its share of the machine's cores unless `threads` says otherwise."""
-        return cls(0, world_size, 0, 1, choose_device(device, 0), threads or _cores_of_each())
+        return cls(0, world_size, choose_device(device), threads or _cores_of_each())
 
     @property
     def is_main(self) -> bool:
@@ -53,10 +51,6 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on the main rank, on every rank; where it raises there, every rank fails.
@@ -116,7 +110,7 @@ class Ranks:
         """Lets every rank fail when the main rank failed at what it does alone, so that none waits for it forever."""
         failed = torch.tensor(float(error is not None), device=self.device)
         if self.sum(failed).item():
-            raise error if error is not None else RuntimeError("another rank failed; its message stands above")
+            raise error if error is not None else TextmillError("rank 0 failed; its own message says why")
 
 
 @dataclass(frozen=True)
@@ -139,17 +133,18 @@ def _taken_out(value: Any, tensors: list[Tensor]) -> Any:
     return value
 
 
-def choose_device(requested: str, local_rank: int) -> torch.device:
-    """Raises UserError where CUDA was asked for by name and there is none, or has no GPU for this rank."""
+def choose_device(requested: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
+    """The device of one of this machine's ranks.
+
+    Raises:
+        UserError: CUDA was asked for by name and there is none, or there are more ranks than GPUs; then on every rank.
+    """
     if requested == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable GPU; use --device auto or cpu")
     if requested == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"--nproc_per_node: rank {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; "
-            "start one process per GPU"
-        )
+    if local_world_size > (gpus := torch.cuda.device_count()):
+        raise UserError(f"--nproc_per_node {local_world_size}: this machine has {gpus} GPUs; start one process for each at most")
     return torch.device("cuda", local_rank)
 
 
@@ -158,7 +153,7 @@ def join_ranks(config: TrainConfig, run_dir: Path) -> Iterator[Ranks]:
     """Sets up device, threads and, under torchrun, the process group; leaves the group at the end."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    device = choose_device(config.device, local_rank)
+    device = choose_device(config.device, local_rank, local_world_size)
     # torchrun forces one thread per process; without a number of our own a machine's cores are shared evenly.
     threads = config.threads_per_process or _cores_of_each()
     torch.set_num_threads(threads)
@@ -184,7 +179,7 @@ def join_ranks(config: TrainConfig, run_dir: Path) -> Iterator[Ranks]:
         # them may be waiting: the process would hang. This reference outlives it; `run_rank` ends the process with it in hand.
         _groups.append(dist.group.WORLD)
     try:
-        yield Ranks(rank, world_size, local_rank, local_world_size, device, threads)
+        yield Ranks(rank, world_size, device, threads)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

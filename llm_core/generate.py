@@ -10,7 +10,6 @@ from torch import Tensor
 from llm_core.checkpoint import load_model
 from llm_core.cli import parse_options, printable, run_tool
 from llm_core.config import StageConfig
-from llm_core.errors import DataError
 from llm_core.model import KVCache, Transformer
 from llm_core.tokenizer import Tokenizer
 
@@ -79,12 +78,14 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def main() -> None:
-    options = parse_options(GenerateOptions, PROG)
+def continue_prompt(options: GenerateOptions) -> str:
+    """The prompt and what the model writes after it.
+
+    Raises:
+        DataError: the checkpoint or its tokenizer is missing or damaged.
+    """
     model, state = load_model(Path(options.checkpoint))
     tokenizer = Tokenizer.stored(Path(options.data_dir), state["tokenizer_id"])
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise DataError(f"--data_dir {options.data_dir}: its tokenizer has another vocabulary than the checkpoint")
     prompt = tokenizer.encode(options.prompt).tolist()
     tokens = generate(
         model,
@@ -95,7 +96,11 @@ def main() -> None:
         top_p=options.top_p,
         seed=options.seed,
     )
-    print(printable(tokenizer.decode([*prompt, *tokens]), keep="\n\t"))
+    return tokenizer.decode([*prompt, *tokens])
+
+
+def main() -> None:
+    print(printable(continue_prompt(parse_options(GenerateOptions, PROG)), keep="\n\t"))
 
 
 if __name__ == "__main__":

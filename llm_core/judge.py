@@ -54,7 +54,7 @@ def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig, data
     ranks = Ranks.alone()
     torch.set_num_threads(ranks.threads)
     model.to(ranks.device)
-    tokenizer = Tokenizer.load(data_dir / manifest.tokenizer.file)
+    tokenizer = Tokenizer.stored(data_dir, manifest.tokenizer.tokenizer_id)
     windows = Windows.open(data_dir, manifest, "val", model.config.max_length, 0)
     sizes = token_bytes(tokenizer, manifest)
     sources = parts_by_source(load_snapshot(data_dir, manifest.snapshot_id).kept_documents())

@@ -100,11 +100,12 @@ class TrainingLoop:
         """
         error: Exception | None = None
         state = self.trainer.state()
-        if self._writer is not None:
+        if self.log is not None and self._writer is not None:
             try:
                 validated = self._last_validation
                 val_loss = validated[1].loss if validated is not None and validated[0] == self.trainer.step else None
                 self._tell(self._writer.wait())
+                self.log.sync()
                 if wait:
                     self._tell(self._writer.write(state, val_loss))
                 else:

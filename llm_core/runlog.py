@@ -3,7 +3,9 @@
 import datetime
 import json
 import math
+import os
 import sys
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import IO, Any, NoReturn
 from tqdm import tqdm
 
 from llm_core.checkpoint_files import CheckpointRecord, sound_records
-from llm_core.errors import UserError
+from llm_core.errors import DataError, UserError
 from llm_core.files import atomic_writer, says_when_the_disk_is_full, write_json
 from llm_core.locks import held
 
@@ -40,7 +42,7 @@ class RunLog:
         for left_behind in run_dir.glob(".*.tmp"):  # by a process that was killed while it wrote; nobody else writes here now
             left_behind.unlink(missing_ok=True)
         self._state: Record = {}
-        self._metrics: IO[str] | None = None
+        self._metrics: IO[bytes] | None = None
         self._bar: tqdm[NoReturn] | None = None
 
     def _refuse(self, holder: str) -> NoReturn:
@@ -49,13 +51,26 @@ class RunLog:
     def begin(self, state: Record, step: int) -> None:
         """Starts at `step`: lines of later steps, written before an interruption, are dropped, since they will come again."""
         path = self.run_dir / "metrics.jsonl"
-        _drop_after(path, step)
+        if path.exists():
+            self._drop_after(path, step)
         told = {record["checkpoint_id"] for record in read_metrics(path) if record["kind"] == "checkpoint"}
-        self._metrics = open(path, "a", encoding="utf-8", buffering=1)
+        self._metrics = open(path, "ab")
         self.update(state)
         for checkpoint in reversed(sound_records(self.run_dir)):
             if checkpoint.checkpoint_id not in told:  # killed between the checkpoint and its line
                 self.record_checkpoint(checkpoint)
+
+    def _drop_after(self, path: Path, step: int) -> None:
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        with atomic_writer(path) as file:
+            file.write(b"".join(_sealed(record) for record in kept))
+        trained = {record["step"] for record in kept if record["kind"] == "train"}
+        # One that goes on in a new folder has no lines from before that.
+        if lost := set(range(min(trained, default=1), step + 1)) - trained:
+            self.say(
+                f"{path}: {len(lost)} of the steps before this one have no line in it, the first of them is step {min(lost)}; "
+                "what they logged is lost, what they trained is not"
+            )
 
     def update(self, changes: Record) -> None:
         """Changes fields of run.json."""
@@ -71,11 +86,18 @@ class RunLog:
         """Appends one line to metrics.jsonl and hands it to the listener; what is not finite becomes null, as JSON has no NaN."""
         record = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
         if self._metrics is not None:
-            line = json.dumps(record | {"time": now()}) + "\n"
+            line = _sealed(record | {"time": now()})
             with says_when_the_disk_is_full(self.run_dir / "metrics.jsonl", len(line)):
                 self._metrics.write(line)
+                self._metrics.flush()
         if self._listener is not None:
             self._listener(record)
+
+    def sync(self) -> None:
+        """Returns when the lines so far are on disk: no checkpoint may outlive those of its own steps."""
+        if self._metrics is not None:
+            with says_when_the_disk_is_full(self.run_dir / "metrics.jsonl", 1):
+                os.fsync(self._metrics.fileno())
 
     def record_checkpoint(self, checkpoint: CheckpointRecord) -> None:
         self.record({"kind": "checkpoint"} | {name: value for name, value in vars(checkpoint).items() if name != "path"})
@@ -105,18 +127,35 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The lines of metrics.jsonl; a last line that a killed process left torn is not one."""
+    """The lines of metrics.jsonl; a last line that a killed process left torn is not one.
+
+    Raises:
+        DataError: a line is not as it was written.
+    """
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            records.append(json.loads(line))
-    return records
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [_opened(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
 
 
-def _drop_after(path: Path, step: int) -> None:
-    records = read_metrics(path)
-    kept = [record for record in records if record["step"] <= step]
-    with atomic_writer(path) as file:
-        file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+_SEAL = b', "crc32": "'
+
+
+def _sealed(record: Record) -> bytes:
+    """A line of metrics.jsonl. Its last field is the CRC-32 of what stands before it: a flipped bit can leave readable JSON."""
+    content = json.dumps(record)[:-1].encode()
+    return content + _SEAL + b'%08x"}\n' % zlib.crc32(content)
+
+
+def _opened(line: bytes, place: str) -> Record:
+    """What `_sealed` made a line of; lines of older versions have no seal."""
+    content, seal, _ = line.rpartition(_SEAL)
+    try:
+        if seal and line + b"\n" != content + _SEAL + b'%08x"}\n' % zlib.crc32(content):
+            raise ValueError("it does not match its own checksum")
+        record: Record = json.loads(content + b"}" if seal else line)
+        if not isinstance(record["step"], int) or not isinstance(record["kind"], str):
+            raise ValueError("no kind or step in it")
+        return record
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{place} is damaged ({error}); delete that line to go on without it") from None

@@ -122,8 +122,19 @@ class Tokenizer:
 
     @classmethod
     def stored(cls, processed_dir: Path, tokenizer_id: str) -> "Tokenizer":
-        """The tokenizer that prepared data keeps under this id; raises as `load` does, and where the id leads elsewhere."""
-        return cls.load(inside(processed_dir / "tokenizers", f"{tokenizer_id}.json"))
+        """The tokenizer that prepared data keeps under this id.
+
+        Raises:
+            DataError: it is missing or damaged, or the id leads elsewhere.
+        """
+        path = inside(processed_dir / "tokenizers", f"{tokenizer_id}.json")
+        tokenizer = cls.load(path)
+        if tokenizer.tokenizer_id != tokenizer_id:
+            raise DataError(
+                f"{path}: damaged, its bytes are not those of this tokenizer; restore it, or prepare the data again: a whole copy"
+                " in tokenizer.json mends it"
+            )
+        return tokenizer
 
     def save(self, path: Path) -> None:
         """Writes the tokenizer.json atomically, byte for byte as it was loaded or trained."""

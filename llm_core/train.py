@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,9 @@ from llm_core.training_data import TrainingData
 from llm_core.version import code_version, git_commit
 
 PROG = "python -m llm_core.train"
+
+_FIRST_RANK_SPEAKS = 3.0
+"""Seconds in which torchrun notices for certain that a rank has ended."""
 
 
 class TrainOptions(TrainConfig):
@@ -84,9 +88,11 @@ def train(
         elif parent is not None and (path := parent.path) is not None:
             trainer.start_from(path, ranks.from_main(lambda: load_checkpoint(path)))
         set_aside = ranks.from_main(lambda: make_room(run_dir, trainer.run_id, trainer.step))
+        resumed = (found[0], found[1]["precision"]) if found is not None else None
+        found = None  # as large as the model and its optimizer
         if log is not None:
             usage = trainer.data.write_usage(run_dir, data_dir, config)
-            _announce(log, trainer, usage, found, set_aside)
+            _announce(log, trainer, usage, resumed, set_aside)
         finished = TrainingLoop(trainer, run_dir, log).run()
         if log is not None:
             seconds = trainer.phases.seconds
@@ -127,10 +133,10 @@ def _announce(
     log: RunLog,
     trainer: Trainer,
     usage: dict[str, str | None],
-    resumed: tuple[Path, TrainingState] | None,
+    resumed: tuple[Path, str] | None,
     set_aside: list[Path],
 ) -> None:
-    """Writes what this run is, to its files and to the console."""
+    """Writes what this run is, to its files and to the console; resumed: the checkpoint it goes on from, and its precision."""
     config, model, ranks, data = trainer.config, trainer.model, trainer.ranks, trainer.data
     mixture = data.mixture(config)
     write_json(log.run_dir / "config.json", config.model_dump(mode="json"))
@@ -185,10 +191,10 @@ def _announce(
         for part in mixture:
             log.say(f"{part['share']:7.1%} {part['part']}: {part['windows']:,} windows, {part['epochs']:.2f} epochs")
     if resumed is not None:
-        path, state = resumed
+        path, precision = resumed
         log.say(f"resumed from {path} at step {trainer.step}")
-        if state["precision"] != trainer.precision:
-            log.say(f"{path}: saved in {state['precision']}, goes on in {trainer.precision}: the losses will not be the same")
+        if precision != trainer.precision:
+            log.say(f"{path}: saved in {precision}, goes on in {trainer.precision}: the losses will not be the same")
     for path in set_aside:
         log.say(f"set aside, being of a later step: {path}")
 
@@ -232,9 +238,13 @@ def main(listener: Listener | None = None) -> None:
             listener=listener,
         )
     except TextmillError as error:
-        # One message per machine: what is missing may be missing on one of them alone.
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(error_message(error, PROG), file=sys.stderr, flush=True)
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            if isinstance(error, Preempted):  # all ranks are, always
+                raise SystemExit(error.exit_code) from None
+            # One message per machine is enough, but an error may be this rank's alone. Where the first rank has it too, torchrun
+            # ends the others before they speak.
+            time.sleep(_FIRST_RANK_SPEAKS)
+        print(error_message(error, PROG), file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
 
 

@@ -47,7 +47,7 @@ class TrainingData:
         if mixture is not None:
             windows = config.max_steps * config.batch_size
             order = WindowOrder(train.sizes, config.seed, final_shares(mixture, train.sizes, windows, config.max_source_epochs))
-        tokenizer = Tokenizer.load(data_dir / manifest.tokenizer.file)
+        tokenizer = Tokenizer.stored(data_dir, manifest.tokenizer.tokenizer_id)
         return cls(
             manifest=manifest,
             train=train,

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from llm_core import background
+from llm_core import background, train
 from llm_core import trainer as trainer_module
 from llm_core.checkpoint_files import checkpoint_path, manifest_path
 from llm_core.config import TrainConfig
 from llm_core.distributed import Ranks, StopRequest, join_ranks, run_rank
+from llm_core.errors import UserError
 from llm_core.loop import TrainingLoop
 from llm_core.runlog import RunLog
 from llm_core.shards import load_manifest
@@ -101,9 +102,24 @@ def notice_a_shutdown(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
     return {}
 
 
+def refuse_on_rank_1(data_dir: Path, run_dir: Path) -> None:
+    """The tool itself, where only rank 1 finds something wrong and rank 0 waits for it."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        if os.environ["RANK"] == "1":
+            raise UserError("something that only rank 1 cannot do")
+        time.sleep(60)
+
+    train.train = refuse
+    sys.argv = ["train", "--data_dir", str(data_dir), "--save_dir", str(run_dir)]
+    train.main()
+
+
 @record
 def main() -> None:
     scenario, data_dir, run_dir, options = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+    if scenario == "refuse_on_rank_1":
+        return refuse_on_rank_1(data_dir, run_dir)
     manifest = load_manifest(data_dir)
     config = TrainConfig(**(SMALL | {"threads_per_process": 1, "device": "cpu"} | options)).resolved(64, 0)
     with join_ranks(config, run_dir) as ranks, StopRequest() as stop:

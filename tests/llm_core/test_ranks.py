@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from llm_core.distributed import choose_device
+from llm_core.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +55,21 @@ def test_rule_27_an_error_on_another_rank_than_the_main_one_ends_the_job_with_it
     done = two_ranks("fail_on_rank_1", processed_dir, tmp_path)
     assert done.returncode != 0
     assert "something that only rank 1 knows of" in done.stderr
+
+
+def test_rule_27_what_only_another_rank_of_a_machine_refuses_is_said_by_that_rank(processed_dir: Path, tmp_path: Path) -> None:
+    done = two_ranks("refuse_on_rank_1", processed_dir, tmp_path)
+    assert done.returncode != 0
+    assert "error: something that only rank 1 cannot do" in done.stderr
+
+
+def test_rule_27_more_ranks_than_gpus_are_refused_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", local_rank=1, local_world_size=2) == torch.device("cuda", 1)
+    for local_rank in range(3):
+        with pytest.raises(UserError, match="--nproc_per_node 3: this machine has 2 GPUs"):
+            choose_device("auto", local_rank, local_world_size=3)
 
 
 def test_a_rank_ends_without_a_shutdown_that_its_groups_threads_could_abort(processed_dir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,22 @@ def test_a_checkpoint_without_its_manifest_is_refused_with_a_remedy(processed_di
         done = run_train(processed_dir, tmp_path / "else", check=False, checkpoint=tmp_path / "run" / name)
         assert done.returncode == 2
         assert reason in done.stderr
+
+
+def test_a_damaged_line_of_the_log_is_named_and_a_lost_one_is_told_of(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path, **SAVING)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for damaged in (whole.replace(b'"step": 3', b'"step": 7', 1), whole.replace(b'"kind"', b'"ki\xffd"', 1)):
+        path.write_bytes(damaged)
+        done = run_train(processed_dir, tmp_path, check=False, resume="auto", **SAVING)
+        assert done.returncode == 3
+        assert re.search(r"metrics\.jsonl: line \d+ is damaged", done.stderr) and "Traceback" not in done.stderr
+    path.write_bytes(b"".join(line for line in whole.splitlines(keepends=True) if b'"step": 3' not in line))
+    done = run_train(processed_dir, tmp_path, resume="auto", **SAVING)
+    assert "1 of the steps before this one have no line in it, the first of them is step 3" in done.stderr
+
+
+def test_a_log_of_an_older_version_is_read_without_its_checksums(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.5}\n{"kind": "tr')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "train", "step": 1, "loss": 2.5}]
