@@ -54,8 +54,6 @@ def final_shares(mixture: Mixture, sizes: list[int], windows: int, max_source_ep
         UserError: even so the run is longer than the text allows; the message has the numbers.
     """
     limits = [max_source_epochs * size / windows for size in sizes]
-    if OLD in mixture.parts.names and not any(sizes[1:]):
-        raise UserError("--replay_share: the parent has seen all of this text; leave the option out to train on it once more")
     shares = [0.0] * len(sizes)
     free = {part for part, limit in enumerate(limits) if limit and mixture.wanted[part]}
     left = 1.0

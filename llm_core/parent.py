@@ -76,15 +76,16 @@ def _known_documents(record: CheckpointRecord) -> pa.Array | None:
     verify_file(run_dir / DOCUMENT_STEPS, state["document_steps_sha256"])
     own = read_parquet(run_dir / DOCUMENT_STEPS)
     seen = own.filter(pc.less(own["first_step"], record.step))["document_id"]
-    inherited = pa.array([], pa.string()) if state["parent_run_id"] is None else _inherited(run_dir, state)
-    return None if inherited is None else pc.unique(pa.chunked_array([*seen.chunks, inherited], pa.string()))
+    inherited = pa.array([], pa.large_string()) if state["parent_run_id"] is None else _inherited(run_dir, state)
+    seen = seen.cast(pa.large_string())
+    return None if inherited is None else pc.unique(pa.chunked_array([*seen.chunks, inherited], pa.large_string()))
 
 
 def _inherited(run_dir: Path, state: dict[str, Any]) -> pa.Array | None:
     if state["known_documents_sha256"] is None:
         return None
     verify_file(run_dir / KNOWN_DOCUMENTS, state["known_documents_sha256"])
-    return read_parquet(run_dir / KNOWN_DOCUMENTS)["document_id"].combine_chunks()
+    return read_parquet(run_dir / KNOWN_DOCUMENTS)["document_id"].cast(pa.large_string()).combine_chunks()
 
 
 def _before_decay(run_dir: Path) -> CheckpointRecord | None:

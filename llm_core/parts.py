@@ -62,9 +62,12 @@ def kept_documents(
         facts, kinds = _kinds(processed_dir, shard, parts or ALL)
         for part in range(len(ids)):
             chosen = facts.filter(pa.array(kinds == part))
-            ids[part] += chosen["document_id"].chunks
+            ids[part] += chosen["document_id"].cast(pa.large_string()).chunks
             counts[part].append(chosen["token_count"].to_numpy())
-    return [(pa.chunked_array(chunks, pa.string()), np.concatenate(numbers)) for chunks, numbers in zip(ids, counts, strict=True)]
+    return [
+        (pa.chunked_array(chunks, pa.large_string()), np.concatenate(numbers))
+        for chunks, numbers in zip(ids, counts, strict=True)
+    ]
 
 
 def parts_by_source(documents: pa.Table, names: list[str] | None = None) -> Parts:

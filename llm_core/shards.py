@@ -193,13 +193,13 @@ def _reuse(
     processed_dir: Path, parent: DatasetManifest | None, split: str, wanted_ids: pa.ChunkedArray
 ) -> tuple[list[ShardEntry], pa.Array]:
     """Shards of the parent that hold wanted documents, the rows of others marked as removed; and all ids in these shards."""
-    shards, stored = [], [pa.array([], pa.string())]
+    shards, stored = [], [pa.array([], pa.large_string())]
     for shard in parent.shards if parent else []:
         if shard.split != split or not _is_whole(processed_dir / shard.file, shard.file_bytes):
             continue
         try:
             mend_facts(processed_dir, shard)
-            ids = read_facts(processed_dir, shard)["document_id"].combine_chunks()
+            ids = read_facts(processed_dir, shard)["document_id"].cast(pa.large_string()).combine_chunks()
         except DataError:  # its documents are encoded again
             continue
         removed = np.flatnonzero(~pc.is_in(ids, value_set=wanted_ids).to_numpy(zero_copy_only=False)).tolist()

@@ -53,15 +53,15 @@ def quarantine(files: pa.Table, documents: pa.Table) -> dict[str, Any]:
         {"path": row["path"], "reason": row["status"], "detail": row["detail"] or "no text in it"}
         for row in files.filter(pc.equal(files["documents"], 0)).to_pylist()
     ]
+    by_reason = Counter(entry["reason"] for entry in entries)
     harmless = pc.is_in(documents["status"], value_set=pa.array(sorted(HARMLESS)))
+    set_aside = documents.filter(pc.invert(harmless))
     entries += [
         {"path": row["path"], "reason": row["status"], "detail": _place(row)}
-        for row in documents.filter(pc.invert(harmless)).to_pylist()
+        for row in set_aside.slice(0, LISTED_QUARANTINES).to_pylist()
     ]
-    return {
-        "quarantined": entries[:LISTED_QUARANTINES],
-        "quarantined_by_reason": dict(Counter(entry["reason"] for entry in entries)),
-    }
+    by_reason.update({count["values"]: count["counts"] for count in pc.value_counts(set_aside["status"]).to_pylist()})
+    return {"quarantined": entries[:LISTED_QUARANTINES], "quarantined_by_reason": dict(by_reason)}
 
 
 def _place(row: dict[str, Any]) -> str:

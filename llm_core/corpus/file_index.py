@@ -36,7 +36,7 @@ def last_look(processed_dir: Path) -> tuple[str | None, dict[str, Stamp]]:
         return snapshot_id, {
             row["path"]: Stamp(row["size"], row["mtime_ns"], row["inode"], row["tag"]) for row in index.to_pylist()
         }
-    except (OSError, KeyError, TypeError, pa.ArrowException):
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
         return None, {}
 
 

@@ -28,7 +28,7 @@ _SHINGLE_WORDS = 5
 _WORD = re.compile(r"\w+")
 
 _FILE = Path("snapshots", "signatures.parquet")
-_SCHEMA = pa.schema([("document_id", pa.string()), ("signature", pa.binary(4 * _PERMUTATIONS))])
+_SCHEMA = pa.schema([("document_id", pa.large_string()), ("signature", pa.binary(4 * _PERMUTATIONS))])
 _METHOD = "datasketch 2 affine32, 128 permutations, 5 words, 1"
 """What a signature depends on besides the text; signatures made in another way are made again."""
 

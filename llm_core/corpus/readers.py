@@ -5,9 +5,10 @@ can only be quarantined; the rest of the corpus goes on.
 """
 
 import hashlib
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from operator import itemgetter
 from typing import IO
 
@@ -17,7 +18,7 @@ from llm_core.config import CorpusConfig
 from llm_core.corpus.content import Content, Meter, open_content, repaired
 from llm_core.corpus.folder import format_of
 from llm_core.corpus.parquet_format import ParquetTexts, parquet_documents
-from llm_core.corpus.records import HARMLESS, KEPT, UNREADABLE, Document, FileFacts, Quarantine
+from llm_core.corpus.records import DOCUMENTS_SCHEMA, HARMLESS, KEPT, UNREADABLE, Document, FileFacts, Quarantine, Rows
 from llm_core.corpus.source import InputDir, Source, open_source
 from llm_core.corpus.text_formats import jsonl_documents, jsonl_text, text_documents
 from llm_core.errors import DataError
@@ -25,8 +26,11 @@ from llm_core.tables import iter_rows
 
 _ATTEMPTS = 3
 
-BYTES_PER_TEXT = 4
-"""A file with more lines or rows than one for each of so many of its bytes was made to exhaust memory."""
+_AT_ONCE = 1 << 13
+"""Documents that are Python objects at any time."""
+
+BYTES_PER_TEXT = 16
+"""A file with more lines or rows than one for each of so many of its bytes was made to exhaust memory: a row takes about 150."""
 
 MAX_TEXTS_FREE = 1 << 18
 """Up to this many lines or rows the size of the file does not matter."""
@@ -35,8 +39,8 @@ MAX_UNUSABLE = 1 << 16
 """A file with more unusable lines or rows than this, and than usable ones, is set aside as a whole."""
 
 
-def read_file(source: Source, path: str, config: CorpusConfig) -> tuple[FileFacts, list[Document]]:
-    """Reads one file into documents; of one that cannot be read, the status says so.
+def read_file(source: Source, path: str, config: CorpusConfig) -> tuple[FileFacts, Rows]:
+    """Reads one file into rows of the documents table; of one that cannot be read, the status says so.
 
     Raises:
         DataError: the file kept changing while it was read, or the place it is in cannot be reached.
@@ -49,11 +53,12 @@ def read_file(source: Source, path: str, config: CorpusConfig) -> tuple[FileFact
                 if file.look() == before:
                     return facts, documents
         except OSError as error:
-            return FileFacts(path, 0, hashlib.sha256().hexdigest(), UNREADABLE, error.strerror or str(error), 0, 0, 0, 0), []
+            detail = error.strerror or str(error)
+            return FileFacts(path, 0, hashlib.sha256().hexdigest(), UNREADABLE, detail, 0, 0, 0, 0), Rows(DOCUMENTS_SCHEMA)
     raise DataError(f"{source.address(path)}: changed {_ATTEMPTS} times while it was read; run again when it is at rest")
 
 
-def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) -> tuple[FileFacts, list[Document]]:
+def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) -> tuple[FileFacts, Rows]:
     meter = Meter(size)
     byte_order_mark = jsonl_envelope = 0
     detail = ""
@@ -62,46 +67,63 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     try:
         byte_order_mark = content.skip_byte_order_mark() if content else 0
         if content is None:
-            documents = _collected(parquet_documents(raw, path, config, meter), size)
+            found = _Found.collect(parquet_documents(raw, path, config, meter), size)
         elif format == "text":
-            documents = text_documents(content, path, config)
+            found = _Found.collect(iter(text_documents(content, path, config)), size)
         else:
-            documents = _collected(jsonl_documents(content, path, config), size)
+            found = _Found.collect(jsonl_documents(content, path, config), size)
             # A rejected line counts whole, under its own reason; of every other line all but the text is envelope.
-            jsonl_envelope = meter.position - byte_order_mark - sum(document.bytes for document in documents)
-        kept = any(document.status == KEPT for document in documents)
-        status = KEPT if kept else documents[0].status if documents else "empty"
+            jsonl_envelope = meter.position - byte_order_mark - found.bytes
+        status = KEPT if found.kept else found.first.status if found.first else "empty"
     except Quarantine as quarantine:
         status, detail = quarantine.reason, quarantine.detail
-        documents, byte_order_mark = [], 0
+        found, byte_order_mark = _Found(), 0
         if content:
             content.drain()
-    replaced = meter.replaced if documents else 0
-    counts = (len(documents), byte_order_mark, jsonl_envelope, replaced)
+    replaced = meter.replaced if found.count else 0
+    counts = (found.count, byte_order_mark, jsonl_envelope, replaced)
     # A text that is one document has its hash already.
-    whole = format == "text" and len(documents) == 1 and documents[0].bytes == meter.position
-    sha256 = documents[0].document_id if whole else meter.sha256()
-    return FileFacts(path, meter.position, sha256, status, detail, *counts), documents
+    whole = format == "text" and found.count == 1 and found.bytes == meter.position
+    sha256 = found.first.document_id if whole and found.first else meter.sha256()
+    return FileFacts(path, meter.position, sha256, status, detail, *counts), found.rows
 
 
-def _collected(documents: Iterator[Document], size: int) -> list[Document]:
-    """The documents of a file of `size` bytes. Each takes memory, whatever it holds; a few bytes can stand for millions of rows.
+class _Found:
+    """The documents of one file, as they come. A few bytes can stand for millions of them."""
 
-    Raises:
-        Quarantine: they are more than such a file has a use for.
-    """
-    found: list[Document] = []
-    most, unusable = max(MAX_TEXTS_FREE, size // BYTES_PER_TEXT), 0
-    for document in documents:
-        found.append(document)
-        unusable += document.status == "blank" or document.status not in HARMLESS
-        if len(found) > most:
-            raise Quarantine("too_many_texts", f"more than {most} lines or rows in {size} bytes")
-        if unusable > MAX_UNUSABLE and 2 * unusable > len(found):
-            raise Quarantine(
-                "mostly_unusable", f"{unusable} of the first {len(found)} lines or rows, the last: {document.status}"
-            )
-    return found
+    def __init__(self) -> None:
+        self.rows = Rows(DOCUMENTS_SCHEMA)
+        self.first: Document | None = None
+        self.count = self.bytes = self.unusable = 0
+        self.kept = False
+
+    @classmethod
+    def collect(cls, documents: Iterator[Document], size: int) -> "_Found":
+        """The documents of a file of `size` bytes.
+
+        Raises:
+            Quarantine: they are more than such a file has a use for.
+        """
+        found = cls()
+        most = max(MAX_TEXTS_FREE, size // BYTES_PER_TEXT)
+        while some := list(itertools.islice(documents, _AT_ONCE)):
+            found._add(some)
+            if found.count > most:
+                raise Quarantine("too_many_texts", f"more than {most} lines or rows in {size} bytes")
+            if found.unusable > MAX_UNUSABLE and 2 * found.unusable > found.count:
+                raise Quarantine(
+                    "mostly_unusable", f"{found.unusable} of the first {found.count} lines or rows, the last: {some[-1].status}"
+                )
+        return found
+
+    def _add(self, documents: list[Document]) -> None:
+        self.rows.extend(documents)
+        self.first = self.first or documents[0]
+        self.count += len(documents)
+        self.bytes += sum(document.bytes for document in documents)
+        statuses = Counter(document.status for document in documents)
+        self.unusable += sum(count for status, count in statuses.items() if status == "blank" or status not in HARMLESS)
+        self.kept = self.kept or KEPT in statuses
 
 
 def iter_texts(input_dir: InputDir, rows: pa.Table, config: CorpusConfig) -> Iterator[str]:
@@ -112,7 +134,7 @@ def iter_texts(input_dir: InputDir, rows: pa.Table, config: CorpusConfig) -> Ite
     """
     source = open_source(input_dir)
     columns = ("document_id", "path", "start", "end", "text_start", "bytes")
-    for path, group in groupby(iter_rows(rows, *columns), key=itemgetter(1)):
+    for path, group in itertools.groupby(iter_rows(rows, *columns), key=itemgetter(1)):
         try:
             with source.open(path) as file, _texts_of(file.raw, path, config) as text_at:
                 text_at_start, text = -1, b""

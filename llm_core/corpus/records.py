@@ -38,8 +38,8 @@ FILES_SCHEMA = pa.schema(
 )
 DOCUMENTS_SCHEMA = pa.schema(
     [
-        ("document_id", pa.string()),
-        ("path", pa.string()),
+        ("document_id", pa.large_string()),  # of a plain string column, 2 GiB can be sorted or searched: 33 million ids
+        ("path", pa.large_string()),
         ("start", pa.int64()),
         ("end", pa.int64()),
         ("text_start", pa.int64()),
@@ -106,7 +106,13 @@ class Rows:
         self._batches: list[pa.RecordBatch] = []
         self._pending = list(rows)
 
-    def extend(self, rows: Iterable[tuple[Any, ...]]) -> None:
+    def extend(self, rows: "Iterable[tuple[Any, ...]] | Rows") -> None:
+        """Takes in rows, or those of another collection with the same schema."""
+        if isinstance(rows, Rows):
+            if rows._batches:
+                self._flush()
+                self._batches += rows._batches
+            rows = rows._pending
         self._pending.extend(rows)
         if len(self._pending) >= _ROWS_PER_BATCH:
             self._flush()

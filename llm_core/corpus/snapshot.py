@@ -147,7 +147,8 @@ def load_snapshot(processed_dir: Path, snapshot_id: str) -> Snapshot:
         table = inside(folder, entry["file"])
         verify_file(table, entry["sha256"])
         tables.append(read_parquet(table))
-    return Snapshot(summary, *tables)
+    files, documents = tables
+    return Snapshot(summary, files, documents.cast(DOCUMENTS_SCHEMA))  # older versions stored plain strings
 
 
 def _intact_snapshot(processed_dir: Path, snapshot_id: str) -> Snapshot | None:
