@@ -98,13 +98,18 @@ def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evalua
 
     Raises:
         DataError: the checkpoint, its run.json, its tokenizer or the evaluation is missing or damaged.
-        UserError: the output directory holds something else than an exported model.
+        UserError: the output directory holds something else than an exported model; the evaluation is of another checkpoint.
     """
     model, state = load_model(checkpoint)
     record = CheckpointRecord.read(manifest_path(checkpoint))
     run = read_json(checkpoint.parent / "run.json")
     tokenizer = Tokenizer.stored(data_dir, state["tokenizer_id"])
     judged = read_evaluation(evaluation) if evaluation is not None else None
+    if judged is not None and judged["checkpoint_id"] != record.checkpoint_id:
+        raise UserError(
+            f"--evaluation {evaluation}: judges checkpoint {judged['checkpoint_id']}, not the one to be exported, {record.checkpoint_id};"
+            " `python -m llm_core.judge` makes one"
+        )
     metrics = {m["metric"]: m["value"] for m in judged["metrics"] if m["source"] == "all"} if judged else {}
     identifier = model_id(record.checkpoint_id)
     lineage = {"run_id": record.run_id, "checkpoint_id": record.checkpoint_id, "step": record.step}
@@ -122,7 +127,7 @@ def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evalua
         "reason": reason,
         "metrics": metrics,
     }
-    sample = judged["samples"][0] if judged else None
+    sample = judged["samples"][0] if judged and judged["samples"] else None
     card = model_card(identifier, model.config.num_parameters, metrics, lineage, run["config"], sample)
     with says_when_the_disk_is_full(output_dir / "model.safetensors", 4 * model.config.num_parameters):
         _write_directory(model, tokenizer, output_dir, card, lineage | facts)
@@ -136,7 +141,9 @@ def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, 
     directory = directory.absolute()
     if directory.exists() and not (directory / "textmill.json").is_file() and any(directory.iterdir()):
         raise UserError(f"--output_dir {directory}: holds files that are not an exported model; name a new or an empty folder")
-    temporary = directory.with_name(f".{directory.name}.tmp")
+    temporary, replaced = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))
+    if replaced.exists() and not directory.exists():  # an earlier export was killed between its two renames
+        replaced.rename(directory)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     special = {"bos_token": tokenizer.special_tokens[0], "eos_token": tokenizer.special_tokens[0]}
@@ -162,7 +169,6 @@ def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, 
         file.write(card.encode())
     files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
     write_json(temporary / "textmill.json", dict(facts) | {"files": files})
-    replaced = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
     if directory.exists():
         directory.rename(replaced)

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from llm_core.config import EvaluateConfig
 from llm_core.errors import DataError, UserError
 from llm_core.export import _write_directory, export_checkpoint
 from llm_core.files import sha256_file
+from llm_core.judge import evaluate_checkpoint
 from llm_core.model import Transformer
 from llm_core.shards import load_manifest
 from llm_core.tokenizer import Tokenizer
@@ -86,3 +88,26 @@ def test_a_folder_that_holds_something_else_is_not_replaced(processed_dir: Path,
         export_checkpoint(checkpoint, processed_dir, folder, None, "test")
         assert (folder / "textmill.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"]
+
+
+def test_a_model_that_a_killed_export_had_moved_aside_comes_back(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = export(build(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    directory.rename(tmp_path / ".model.old")  # killed between its two renames
+    monkeypatch.setattr("llm_core.export.save", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(build(vocab_size=tokenizer.vocab_size), tokenizer, directory)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_the_evaluation_on_a_model_card_is_that_of_the_checkpoint(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path, max_steps=2, save_interval=1, keep_checkpoints=2)
+    one, two = (tmp_path / f"checkpoint_step_{step}.pt" for step in (1, 2))
+    evaluate_checkpoint(one, processed_dir, EvaluateConfig(max_eval_tokens=512, sample_tokens=2))
+    (judgement,) = tmp_path.glob("evaluation_step_1_*.json")
+    with pytest.raises(UserError, match=r"evaluation_step_1_.*judges checkpoint .* not "):
+        export_checkpoint(two, processed_dir, tmp_path / "model", judgement, "a test")
+    export_checkpoint(one, processed_dir, tmp_path / "model", judgement, "a test")
+    assert "| bits_per_byte |" in (tmp_path / "model/README.md").read_text()
