@@ -137,18 +137,29 @@ def targets_read(windows: Windows, max_tokens: int) -> Ids:
     return stream.read(1, stop)
 
 
+def reencoded(windows: Windows, tokenizer: Tokenizer, other: Tokenizer, max_tokens: int) -> tuple[Windows, Numbers]:
+    """The text that `evaluate` reads, in the tokens of another byte-level tokenizer: windows of as many tokens, and the tokens of
+    each document, end-of-text included.
+
+    windows: of one stream, in the tokens of `tokenizer`. A character that the budget cuts in two becomes U+FFFD.
+    """
+    (stream,) = windows.streams
+    ids = np.append(stream.read(0, 1), targets_read(windows, max_tokens))
+    documents = np.split(ids, np.flatnonzero(ids == tokenizer.eot_id))[1:]
+    begin = np.array([other.eot_id], dtype=other.dtype)
+    runs = [np.append(begin, found) for found in other.encode_batch([tokenizer.decode(document[1:]) for document in documents])]
+    return Windows([TokenStream(runs)], windows.max_length, 0, other.eot_id), np.array([run.size for run in runs])
+
+
 def xz_bits_per_byte(text: bytes) -> float:
     """What a strong compressor makes of the same text: xz at its highest setting, of the first `XZ_BYTES` bytes as one stream."""
     text = text[:XZ_BYTES]
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 
 
-def unigram_baseline(
-    train: TokenStream, windows: Windows, token_bytes: Tensor, max_tokens: int, count_tokens: int = 1 << 26
-) -> HeldOut:
-    """The same text predicted by token frequencies alone: add-one smoothed, of the first `count_tokens` training tokens."""
+def unigram_baseline(train: TokenStream, targets: Ids, token_bytes: Tensor, count_tokens: int = 1 << 26) -> HeldOut:
+    """Targets [targets] predicted by token frequencies alone: add-one smoothed, of the first `count_tokens` training tokens."""
     counts = np.bincount(train.read(0, count_tokens), minlength=len(token_bytes)).astype(np.float64) + 1
     cost = -np.log(counts / counts.sum())
-    targets = targets_read(windows, max_tokens)
     nll, size = cost[targets], token_bytes.numpy()[targets]
     return HeldOut(float(nll.sum()), len(targets), float(nll[size > 0].sum()), float(size.sum()))

@@ -107,7 +107,7 @@ def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evalua
     judged = read_evaluation(evaluation) if evaluation is not None else None
     if judged is not None and judged["checkpoint_id"] != record.checkpoint_id:
         raise UserError(
-            f"--evaluation {evaluation}: judges checkpoint {judged['checkpoint_id']}, not the one to be exported, {record.checkpoint_id};"
+            f"--evaluation {evaluation}: judges checkpoint {judged['checkpoint_id']}, not {record.checkpoint_id} of --checkpoint;"
             " `python -m llm_core.judge` makes one"
         )
     metrics = {m["metric"]: m["value"] for m in judged["metrics"] if m["source"] == "all"} if judged else {}

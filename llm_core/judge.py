@@ -14,7 +14,16 @@ from llm_core.corpus import load_snapshot
 from llm_core.dataset import TokenStream, Windows
 from llm_core.distributed import Ranks
 from llm_core.errors import UserError
-from llm_core.evaluate import HeldOut, evaluate_parts, targets_read, token_bytes, unigram_baseline, xz_bits_per_byte
+from llm_core.evaluate import (
+    XZ_BYTES,
+    HeldOut,
+    evaluate_parts,
+    reencoded,
+    targets_read,
+    token_bytes,
+    unigram_baseline,
+    xz_bits_per_byte,
+)
 from llm_core.evaluation_file import Evaluation, Sample, by_source, evaluation_path
 from llm_core.files import write_json
 from llm_core.generate import generate
@@ -22,7 +31,7 @@ from llm_core.identity import evaluation_id
 from llm_core.model import Transformer
 from llm_core.parts import kept_documents, kept_runs, parts_by_source
 from llm_core.runlog import now
-from llm_core.shards import load_manifest
+from llm_core.shards import DatasetManifest, load_manifest
 from llm_core.tokenizer import Tokenizer
 
 PROG = "python -m llm_core.judge"
@@ -39,48 +48,28 @@ class JudgeOptions(EvaluateConfig):
 def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig, dataset_id: str | None = None) -> Evaluation:
     """Evaluates one checkpoint on a dataset, the current one by default, and writes the result beside it, at `evaluation_path`.
 
+    A checkpoint with another tokenizer than the dataset's reads the same text in its own tokens.
+
     Raises:
-        DataError: the checkpoint or a shard is damaged.
-        UserError: the checkpoint was trained with another tokenizer than the dataset has.
+        DataError: the checkpoint, a tokenizer or a shard is missing or damaged.
+        UserError: the tokenizers differ, and one of the two is not byte-level.
     """
     record = CheckpointRecord.read(manifest_path(path))
     manifest = load_manifest(data_dir, dataset_id)
     model, state = load_model(path)
-    if state["tokenizer_id"] != manifest.tokenizer.tokenizer_id:
-        raise UserError(
-            f"{path}: trained with tokenizer {state['tokenizer_id']}, but {data_dir} has {manifest.tokenizer.tokenizer_id}; "
-            "prepare the data with the tokenizer of the checkpoint"
-        )
     ranks = Ranks.alone()
     torch.set_num_threads(ranks.threads)
     model.to(ranks.device)
-    tokenizer = Tokenizer.stored(data_dir, manifest.tokenizer.tokenizer_id)
-    windows = Windows.open(data_dir, manifest, "val", model.config.max_length, 0)
-    sizes = token_bytes(tokenizer, manifest)
-    sources = parts_by_source(load_snapshot(data_dir, manifest.snapshot_id).kept_documents())
-    ((documents, tokens),) = kept_documents(data_dir, manifest, "val")
-    held_out, *parts = evaluate_parts(
-        model,
-        windows,
-        sizes,
-        np.repeat(sources.part_of(documents), tokens),
-        len(sources.names),
-        max_tokens=config.max_eval_tokens,
-        batch_size=config.eval_batch_size,
-        ranks=ranks,
-    )
-    (train,) = kept_runs(data_dir, manifest, "train")
-    unigram = unigram_baseline(TokenStream(train), windows, sizes, config.max_eval_tokens)
-    targets = targets_read(windows, config.max_eval_tokens)
-    text = tokenizer.decode(targets[sizes.numpy()[targets] > 0]).encode()
-    baselines = {
-        "unigram_bits_per_byte": unigram.bits_per_byte,
-        "xz_bits_per_byte": xz_bits_per_byte(text),
-        "share_of_text": held_out.targets / (manifest.splits["val"].tokens - 1),
-    }
-    found = [("all", _figures(held_out) | baselines)]
-    if len(sources.names) > 1:
-        found += [(name, _figures(part)) for name, part in zip(sources.names, parts, strict=True) if part.text_bytes]
+    text = Windows.open(data_dir, manifest, "val", model.config.max_length, 0)
+    of_text = Tokenizer.stored(data_dir, manifest.tokenizer.tokenizer_id)
+    own = Tokenizer.stored(data_dir, state["tokenizer_id"])
+    if own.tokenizer_id != of_text.tokenizer_id and "wordpiece" in (own.tokenizer_type, of_text.tokenizer_type):
+        raise UserError(
+            f"{path}: trained with tokenizer {own.tokenizer_id}, but {data_dir} has {of_text.tokenizer_id}, and WordPiece does"
+            " not give the text back; prepare the data with the tokenizer of the checkpoint"
+        )
+    figures = _judged(model, own, text, of_text, data_dir, manifest, config, ranks)
+    figures[0][1].update(_baselines(text, of_text, data_dir, manifest, config.max_eval_tokens))
     result: Evaluation = {
         "format_version": 1,
         "evaluation_id": evaluation_id(record.checkpoint_id, manifest.dataset_id, config),
@@ -92,13 +81,61 @@ def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig, data
         "created_at": now(),
         "metrics": [
             {"metric": name, "split": "val", "source": source, "value": value}
-            for source, figures in found
-            for name, value in figures.items()
+            for source, found in figures
+            for name, value in found.items()
         ],
-        "samples": _samples(model, tokenizer, config),
+        "samples": _samples(model, own, config),
     }
     write_json(evaluation_path(record, manifest.dataset_id, config), result)
     return result
+
+
+def _judged(
+    model: Transformer,
+    own: Tokenizer,
+    text: Windows,
+    of_text: Tokenizer,
+    data_dir: Path,
+    manifest: DatasetManifest,
+    config: EvaluateConfig,
+    ranks: Ranks,
+) -> list[tuple[str, dict[str, float]]]:
+    """The figures of the whole text, and where it has several sources those of each.
+
+    own: the model's tokenizer. text: the windows in the tokens of `of_text`.
+    """
+    sources = parts_by_source(load_snapshot(data_dir, manifest.snapshot_id).kept_documents())
+    ((documents, counts),) = kept_documents(data_dir, manifest, "val")
+    windows, max_tokens = text, config.max_eval_tokens
+    if own.tokenizer_id != of_text.tokenizer_id:
+        (windows, counts), max_tokens = reencoded(text, of_text, own, max_tokens), 0
+    held_out, *parts = evaluate_parts(
+        model,
+        windows,
+        token_bytes(own, manifest),
+        np.repeat(sources.part_of(documents)[: len(counts)], counts),
+        len(sources.names),
+        max_tokens=max_tokens,
+        batch_size=config.eval_batch_size,
+        ranks=ranks,
+    )
+    figures = [("all", _figures(held_out))]
+    if len(sources.names) > 1:
+        figures += [(name, _figures(part)) for name, part in zip(sources.names, parts, strict=True) if part.text_bytes]
+    return figures
+
+
+def _baselines(text: Windows, of_text: Tokenizer, data_dir: Path, manifest: DatasetManifest, max_tokens: int) -> dict[str, float]:
+    """What needs no model: the same for every one that is judged on this text."""
+    sizes = token_bytes(of_text, manifest)
+    targets = targets_read(text, max_tokens)
+    (train,) = kept_runs(data_dir, manifest, "train")
+    beginning = targets[sizes.numpy()[targets] > 0][:XZ_BYTES]  # no token of text has less than a byte
+    return {
+        "unigram_bits_per_byte": unigram_baseline(TokenStream(train), targets, sizes).bits_per_byte,
+        "xz_bits_per_byte": xz_bits_per_byte(of_text.decode(beginning).encode()),
+        "share_of_text": len(targets) / (manifest.splits["val"].tokens - 1),
+    }
 
 
 def _figures(held_out: HeldOut) -> dict[str, float]:

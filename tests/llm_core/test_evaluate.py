@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from llm_core import data_prep_tool, judge
+from llm_core.config import EvaluateConfig
 from llm_core.corpus import load_snapshot, source_of
 from llm_core.dataset import TokenStream, Windows
 from llm_core.distributed import Ranks
-from llm_core.evaluate import evaluate, evaluate_parts, token_bytes, unigram_baseline, xz_bits_per_byte
+from llm_core.errors import UserError
+from llm_core.evaluate import evaluate, evaluate_parts, targets_read, token_bytes, unigram_baseline, xz_bits_per_byte
 from llm_core.evaluation_file import by_source, metric, read_evaluation
 from llm_core.shards import load_manifest
 from llm_core.tokenizer import Tokenizer
@@ -130,6 +132,38 @@ def test_a_checkpoint_is_judged_by_source_and_beside_xz(
     assert all(f"{source} " in printed for source in rows)
 
 
+def test_a_checkpoint_with_another_tokenizer_is_judged_on_the_same_text(tmp_path: Path) -> None:
+    raw, processed_dir = tmp_path / "raw", tmp_path / "processed"
+    for number, text in enumerate(islice(topics.values(), 40)):
+        path = raw / ("even" if number % 2 == 0 else "odd") / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text[:2000] + " naïve café 東京 <|endoftext|>")
+    prepare = ["--input_dir", str(raw), "--output_dir", str(processed_dir), "--max_length", "32", "--val_fraction", "0.4"]
+    data_prep_tool.main([*prepare, "--vocab_size", "300"])
+    run_train(processed_dir, tmp_path / "run", max_steps=4, save_interval=4)
+    checkpoint = tmp_path / "run" / "checkpoint_step_4.pt"
+    every = EvaluateConfig(max_eval_tokens=0, sample_tokens=2)
+    own = judge.evaluate_checkpoint(checkpoint, processed_dir, every)
+    data_prep_tool.main([*prepare, "--vocab_size", "400"])
+    other = judge.evaluate_checkpoint(checkpoint, processed_dir, every)
+    assert other["dataset_id"] != own["dataset_id"]
+    # The same documents in the same order, in the same tokens: to the bit what it was on its own dataset.
+    model = ("loss", "bits_per_byte", "tokens", "bytes")
+    assert [metric(other, name) for name in model] == [metric(own, name) for name in model]
+    assert by_source(other) == by_source(own)
+    assert other["samples"] == own["samples"]
+    # The baselines are those of the dataset: every model that is judged on it is seen beside the same ones.
+    assert metric(other, "xz_bits_per_byte") == metric(own, "xz_bits_per_byte")
+    assert metric(other, "unigram_bits_per_byte") != metric(own, "unigram_bits_per_byte")
+    budget = judge.evaluate_checkpoint(checkpoint, processed_dir, every.model_copy(update={"max_eval_tokens": 256}))
+    val = load_manifest(processed_dir).splits["val"]
+    assert metric(budget, "bytes") == pytest.approx(256 * val.bytes / val.tokens, rel=0.2)
+    assert metric(budget, "share_of_text") == pytest.approx(256 / val.tokens, rel=0.01)
+    data_prep_tool.main([*prepare, "--tokenizer_type", "wordpiece", "--vocab_size", "300"])
+    with pytest.raises(UserError, match="WordPiece does not give the text back"):
+        judge.evaluate_checkpoint(checkpoint, processed_dir, every)
+
+
 def test_a_budget_reads_the_first_windows() -> None:
     windows = Windows([TokenStream([stream_of(100)])], 16, 0, EOT)
     model, sizes = build(length=16), torch.ones(300).double()
@@ -141,7 +175,7 @@ def test_the_unigram_baseline_is_the_entropy_of_token_frequencies() -> None:
     windows = Windows([TokenStream([tokens])], 16, 0, EOT)
     sizes = torch.ones(300).double()
     sizes[EOT] = 0
-    found = unigram_baseline(windows.streams[0], windows, sizes, 0)
+    found = unigram_baseline(windows.streams[0], targets_read(windows, 0), sizes)
     counts = np.bincount(tokens, minlength=300) + 1
     cost = -np.log(counts / counts.sum())[tokens[1:]]
     assert found.loss == pytest.approx(cost.mean())
