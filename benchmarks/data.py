@@ -25,7 +25,7 @@ from llm_core.encoding import encode_all
 from llm_core.parts import kept_runs
 from llm_core.shards import build_dataset, load_manifest
 from llm_core.tokenizer import Tokenizer
-from llm_core.tokenizer_training import TokenizerArtifact, prepare_tokenizer
+from llm_core.tokenizer_store import TokenizerArtifact, prepare_tokenizer
 
 WINDOW = 1024
 MEMORY_BUDGET = ["--shard_bytes", str(8 << 20), "--tokenizer_train_bytes", str(8 << 20)]

@@ -127,7 +127,8 @@ def _canonical(value: Any) -> Any:
 def _require_space(run_dir: Path, state: TrainingState) -> None:
     moments = (value for saved in state["optimizers"] for entry in saved["state"].values() for value in entry.values())
     tensors = [tensor for tensor in (*state["model"].values(), *moments) if isinstance(tensor, torch.Tensor)]
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + (1 << 16)
+    once = {(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in tensors}  # a tied matrix is written once
+    needed = sum(once.values()) + (1 << 16)
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise DataError(

@@ -94,6 +94,8 @@ def sound_records(run_dir: Path) -> list[CheckpointRecord]:
 def prune_checkpoints(run_dir: Path, keep: int, keep_step: int | None = None) -> list[Path]:
     """Deletes all but the newest `keep` checkpoints, the best validated one and that of `keep_step`, manifests first.
 
+    What a deletion or a save left without a manifest, when it was killed, goes with them.
+
     Returns:
         What was deleted.
     """
@@ -107,4 +109,10 @@ def prune_checkpoints(run_dir: Path, keep: int, keep_step: int | None = None) ->
             fsync_directory(run_dir)
             record.path.unlink(missing_ok=True)
             deleted.append(record.path)
+    for path in run_dir.glob("checkpoint_step_*.pt"):
+        number = path.stem.rpartition("_")[2]
+        older = records and number.isdecimal() and int(number) < records[0].step
+        if older and path.is_file() and not manifest_path(path).exists():
+            path.unlink(missing_ok=True)
+            deleted.append(path)
     return deleted

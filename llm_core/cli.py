@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from unicodedata import category
 
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from llm_core.errors import TextmillError
 from llm_core.files import keep_others_from_writing
@@ -20,6 +20,9 @@ def describe_invalid(error: ValidationError, prefix: str = "--") -> str:
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            lines.append(f"{prefix}{name}: missing, it has no default")
+            continue
         lines.append(f"{prefix}{name} {problem['input']}: {message}" if name else message)
     return "\n".join(lines)
 
@@ -40,6 +43,10 @@ def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | 
         parsed = CliApp.run(Settings, list(sys.argv[1:] if arguments is None else arguments))
     except ValidationError as error:
         print(f"{prog}: error:\n{describe_invalid(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except SettingsError as error:
+        field, _, reason = str(error).removeprefix("Parsing error encountered for ").partition(": ")
+        print(f"{prog}: error:\n--{field}: not readable as JSON ({reason})", file=sys.stderr)
         raise SystemExit(2) from None
     return options.model_validate(parsed.model_dump())
 

@@ -126,6 +126,14 @@ class TokenizerConfig(StageConfig):
         "the text it was made for; default: never.",
     )
 
+    @model_validator(mode="after")
+    def _ranks_are_of_use(self) -> "TokenizerConfig":
+        if self.tiktoken_ranks is not None and self.tokenizer_type != "tiktoken":
+            raise ValueError(
+                f"tiktoken_ranks {self.tiktoken_ranks}: not with tokenizer_type {self.tokenizer_type}, only tiktoken"
+            )
+        return self
+
 
 class ShardConfig(StageConfig):
     """How token ids are stored and cut into windows."""

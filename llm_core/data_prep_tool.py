@@ -1,6 +1,6 @@
 """python -m llm_core.data_prep_tool: a folder of raw text becomes a tokenizer and token shards.
 
-Running it again does only what is new; see `corpus.snapshot`, `tokenizer_training` and `shards` for what that means.
+Running it again does only what is new; see `corpus.snapshot`, `tokenizer_store` and `shards` for what that means.
 """
 
 import sys
@@ -21,7 +21,7 @@ from llm_core.encoding import check_engine
 from llm_core.errors import DataError
 from llm_core.locks import preparing
 from llm_core.shards import DatasetManifest, build_dataset
-from llm_core.tokenizer_training import TokenizerArtifact, prepare_tokenizer
+from llm_core.tokenizer_store import TokenizerArtifact, prepare_tokenizer
 
 PROG = "python -m llm_core.data_prep_tool"
 

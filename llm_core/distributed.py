@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llm_core.config import TrainConfig
 from llm_core.errors import TextmillError, UserError
-from llm_core.processes import die_with_parent
+from llm_core.processes import available_cores, die_with_parent
 
 T = TypeVar("T")
 
@@ -210,7 +210,7 @@ def run_rank(main: Callable[[], object]) -> None:
 
 
 def _cores_of_each() -> int:
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def interface_towards(host: str) -> str:

@@ -4,7 +4,6 @@ Neither the engine nor the number of workers changes a result; how many texts ar
 """
 
 import importlib.util
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ from itertools import chain
 from typing import Literal, TypeVar
 
 from llm_core.errors import UserError
+from llm_core.processes import available_cores
 from llm_core.tokenizer import Ids, Tokenizer
 
 Engine = Literal["local", "ray"]
@@ -40,7 +40,7 @@ def encode_all(tokenizer: Tokenizer, texts: Iterable[str], workers: int, engine:
         from llm_core.ray_engine import encode_on_ray  # only who asks for Ray needs it
 
         return chain.from_iterable(encode_on_ray(tokenizer, runs, workers))
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or available_cores()
     if workers == 1:
         return chain.from_iterable(map(tokenizer.encode_batch, runs))
     return chain.from_iterable(_encode_on_threads(tokenizer, runs, workers))

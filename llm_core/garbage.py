@@ -31,7 +31,7 @@ class GarbageOptions(StageConfig):
     runs: list[str] = Field(
         ["checkpoints"], description="Folders that hold training runs, themselves or one level below; their datasets are kept."
     )
-    keep: int = Field(1, ge=1, description="Newest datasets to keep beside the current one and those of the runs.")
+    keep: int = Field(1, ge=1, description="Newest datasets to keep, the current one among them; those of the runs stay anyway.")
     min_age_hours: float = Field(
         1.0, ge=0, description="Younger files stay: they may belong to a preparation that is going on now."
     )
@@ -66,6 +66,7 @@ def find_garbage(processed_dir: Path, run_folders: list[Path], keep: int, min_ag
         "half-written files": ["**/.*.tmp"],
     }
     pointers = {processed_dir / "snapshots" / name for name in ("current.json", "file_index.parquet", "signatures.parquet")}
+    pointers.add(processed_dir / "tokenizers/frozen.json")
     found = {
         kind: [path for pattern in several for path in sorted(processed_dir.glob(pattern))] for kind, several in patterns.items()
     }

@@ -1,4 +1,7 @@
-"""Processes that end with the one that started them. Imported before PyTorch, which takes seconds to load."""
+"""The process beside others: its share of the machine, and an end with the one that started it.
+
+Imported before PyTorch, which takes seconds to load.
+"""
 
 import ctypes
 import os
@@ -6,6 +9,13 @@ import signal
 import sys
 
 _PARENT = os.getppid()
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
 
 
 def die_with_parent(sent: signal.Signals = signal.SIGTERM) -> None:

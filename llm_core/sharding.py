@@ -49,6 +49,14 @@ def gradient_sync(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
     return module.no_sync()
 
 
+def whole_weights(model: Transformer, keep: bool) -> dict[str, Tensor]:
+    """`whole` of a model's weights: what is one matrix under two names stays one."""
+    state = model.state_dict()
+    tied = {"head.weight": "embedding.weight"} if model.config.tie_embeddings else {}
+    found = {name: whole(tensor, keep) for name, tensor in state.items() if name not in tied}
+    return {name: found[name] if name in found else found[tied[name]].detach() for name in state}
+
+
 def whole(value: Any, keep: bool) -> Any:
     """A state with every shared tensor gathered; the ranks that do not `keep` it take part and get empty tensors."""
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """The dataset: which shards, and which of their rows, make up one version of the tokenized text.
 
     manifests/<dataset_id>.json  one dataset version: its tokenizer, its shards with their digests, its totals
-    metadata.json                the current version, with the window length and stride in use
+    metadata.json                the current version, with the window length and stride in use; the newest of each tokenizer
 
 New text makes new shards; text that has gone is listed in a shard's `removed_rows`. Manifests are written last: an interrupted
 build leaves the previous version valid. Windows are cut when shards are read: max_length and stride change no file of tokens.
@@ -25,7 +25,7 @@ from llm_core.files import InnerPath, content_id, inside, read_json, write_json
 from llm_core.shard_file import ShardEntry, ShardWriter, mend_facts, open_tokens, read_facts
 from llm_core.tables import iter_rows
 from llm_core.tokenizer import Tokenizer
-from llm_core.tokenizer_training import TokenizerArtifact
+from llm_core.tokenizer_store import TokenizerArtifact
 
 __all__ = [
     "DatasetManifest",
@@ -100,6 +100,8 @@ def load_manifest(processed_dir: Path, dataset_id: str | None = None, snapshot_i
             f" make it with: python -m llm_core.data_prep_tool --input_dir <your text> --output_dir {processed_dir}"
         )
     content = read_json(path)
+    if snapshot_id is not None and dataset_id is None:
+        raise UserError(f"--snapshot_id {snapshot_id}: only with --dataset_id, which says what dataset lies in that snapshot")
     if dataset_id is not None:
         windows = {name: content.get(name) for name in ("max_length", "stride")}
         path = inside(processed_dir / "manifests", f"{dataset_id}.json")
@@ -123,9 +125,9 @@ def build_dataset(
     config: ShardConfig,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DatasetManifest:
-    """Tokenizes what the current dataset lacks and publishes the next version; `on_progress` gets (done, all) bytes of text.
+    """Tokenizes what the newest dataset of this tokenizer lacks and publishes the next version.
 
-    Shards of the current dataset are kept if their tokenizer is the same. If nothing is new, nothing is written.
+    `on_progress` gets (done, all) bytes of text. If nothing is new, nothing is written.
 
     Raises:
         DataError: the text changed since the snapshot, or metadata.json is damaged.
@@ -133,7 +135,7 @@ def build_dataset(
     """
     tokenizer = artifact.tokenizer
     current = load_manifest(processed_dir) if (processed_dir / "metadata.json").is_file() else None
-    parent = current if current and current.tokenizer.tokenizer_id == tokenizer.tokenizer_id else None
+    parent = _newest_of(tokenizer.tokenizer_id, processed_dir, current)
 
     documents = snapshot.kept_documents()
     shards: list[ShardEntry] = []
@@ -175,6 +177,23 @@ def build_dataset(
     return _publish(processed_dir, manifest, current)
 
 
+def _newest_of(tokenizer_id: str, processed_dir: Path, current: DatasetManifest | None) -> DatasetManifest | None:
+    """The dataset whose shards a new one with this tokenizer takes over."""
+    if current is None or current.tokenizer.tokenizer_id == tokenizer_id:
+        return current
+    newest = _newest(processed_dir, current).get(tokenizer_id)
+    if newest is None or not inside(processed_dir / "manifests", f"{newest}.json").is_file():  # never made, or garbage since
+        return None
+    return load_manifest(processed_dir, newest)
+
+
+def _newest(processed_dir: Path, current: DatasetManifest | None) -> dict[str, str]:
+    """The newest dataset of each tokenizer that was used here, so that a run with another vocabulary starts nothing anew."""
+    if current is None:
+        return {}
+    return read_json(processed_dir / "metadata.json").get("newest", {}) | {current.tokenizer.tokenizer_id: current.dataset_id}
+
+
 def _publish(processed_dir: Path, manifest: DatasetManifest, current: DatasetManifest | None) -> DatasetManifest:
     """Writes the manifest and makes it current; a version that exists already keeps the manifest it has."""
     windows = {"max_length": manifest.max_length, "stride": manifest.stride}
@@ -185,7 +204,8 @@ def _publish(processed_dir: Path, manifest: DatasetManifest, current: DatasetMan
     else:
         write_json(path, manifest.model_dump(exclude=set(windows)))
     if manifest != current:
-        write_json(processed_dir / "metadata.json", manifest.model_dump())
+        newest = _newest(processed_dir, current) | {manifest.tokenizer.tokenizer_id: manifest.dataset_id}
+        write_json(processed_dir / "metadata.json", manifest.model_dump() | {"newest": newest})
     return manifest
 
 

@@ -21,7 +21,7 @@ from llm_core.optimizer import build_optimizers
 from llm_core.order import Indices, rank_micro_batches
 from llm_core.precision import DTYPES, autocast, resolve_precision
 from llm_core.schedule import learning_rate
-from llm_core.sharding import gradient_sync, load_model_state, load_optimizer_state, spread, whole
+from llm_core.sharding import gradient_sync, load_model_state, load_optimizer_state, spread, whole, whole_weights
 from llm_core.throughput import PhaseClock
 from llm_core.training_data import TrainingData
 
@@ -145,7 +145,7 @@ class Trainer:
         Keys are those of the bare model; a tied matrix is stored once. Under FSDP the main rank alone gets the tensors.
         """
         return {
-            "model": whole(self.model.state_dict(), self.ranks.is_main),
+            "model": whole_weights(self.model, self.ranks.is_main),
             "optimizers": [whole(optimizer.state_dict(), self.ranks.is_main) for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "precision": self.precision,

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from llm_core.corpus import InputDir, Snapshot, iter_texts
 from llm_core.evaluation_file import Evaluation, metric
 from llm_core.shards import DatasetManifest
-from llm_core.tokenizer_training import TokenizerArtifact
+from llm_core.tokenizer_store import TokenizerArtifact
 
 ROUND_TRIP_DOCUMENTS = 100
 MAX_DRIFT = 0.2

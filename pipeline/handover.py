@@ -12,7 +12,7 @@ import dagster as dg
 from llm_core.checkpoint_files import CheckpointRecord, manifest_path
 from llm_core.corpus import Snapshot, load_snapshot
 from llm_core.shards import DatasetManifest, load_manifest
-from llm_core.tokenizer_training import TokenizerArtifact, load_tokenizer
+from llm_core.tokenizer_store import TokenizerArtifact, load_tokenizer
 from pipeline.current import get_current
 from pipeline.resources import Storage
 

@@ -10,7 +10,7 @@ import pytest
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.corpus import take_snapshot
 from llm_core.shards import build_dataset
-from llm_core.tokenizer_training import prepare_tokenizer
+from llm_core.tokenizer_store import prepare_tokenizer
 
 # A shell's background job and a worker of xdist ignore it, and so would every program that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

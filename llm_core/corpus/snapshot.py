@@ -7,7 +7,7 @@ snapshots/file_index.parquet               what tells the files' versions at the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot's summary and its two tables."""
+    """A snapshot's summary and its two tables. What the summary tells of changes and of files passed over is of the last look."""
 
     summary: dict[str, Any]
     files: pa.Table
@@ -98,8 +98,16 @@ def take_snapshot(
 
     identity = [(facts.path, facts.sha256, facts.status) for facts in files]
     snapshot_id = content_id(FORMAT_VERSION, config.identity(), identity)
-    snapshot = _intact_snapshot(processed_dir, snapshot_id)
-    if snapshot is None:
+    files_table = Rows(FILES_SCHEMA, files).table()
+    look = {
+        "files_ignored": folder.ignored,
+        "files_skipped": dict(folder.skipped),
+        **file_changes(files_table, parent.files if parent else None),
+    }
+    snapshot = parent if parent and parent.snapshot_id == snapshot_id else _intact_snapshot(processed_dir, snapshot_id)
+    if snapshot is not None:
+        snapshot = replace(snapshot, summary=snapshot.summary | look)
+    else:
         tables = [fresh.table()]
         if parent:
             tables.append(parent.documents.filter(pc.is_in(parent.documents["path"], value_set=pa.array(known, pa.string()))))
@@ -108,17 +116,14 @@ def take_snapshot(
             documents_table = mark_near_duplicates(
                 documents_table, config.near_duplicates, processed_dir, lambda rows: iter_texts(input_dir, rows, config)
             )
-        files_table = Rows(FILES_SCHEMA, files).table()
         summary = {
             "format_version": FORMAT_VERSION,
             "snapshot_id": snapshot_id,
             "config": config.identity(),
             "parent_snapshot_id": parent.snapshot_id if parent else None,
             "files": files_table.num_rows,
-            "files_ignored": folder.ignored,
-            "files_skipped": dict(folder.skipped),
             "documents": pc.sum(pc.equal(documents_table["status"], KEPT)).as_py() or 0,
-            **file_changes(files_table, parent.files if parent else None),
+            **look,
             **byte_totals(files_table, documents_table),
             **quarantine(files_table, documents_table),
         }

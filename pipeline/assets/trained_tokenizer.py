@@ -4,7 +4,7 @@ import dagster as dg
 
 from llm_core.config import TokenizerConfig
 from llm_core.locks import preparing
-from llm_core.tokenizer_training import prepare_tokenizer
+from llm_core.tokenizer_store import prepare_tokenizer
 from pipeline import checks
 from pipeline.assets.common import DATA, OWNERS, rounded, table
 from pipeline.assets.raw_text import raw_text

@@ -15,7 +15,7 @@ from llm_core.files import sha256_file
 from llm_core.generate import GenerateOptions, continue_prompt
 from llm_core.judge import evaluate_checkpoint
 from llm_core.shards import build_dataset
-from llm_core.tokenizer_training import prepare_tokenizer
+from llm_core.tokenizer_store import prepare_tokenizer
 from llm_core.train import train
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.database import Database

@@ -24,7 +24,7 @@ from llm_core.errors import DataError
 from llm_core.files import read_json, sha256_file, write_json
 from llm_core.shards import load_manifest
 from llm_core.tokenizer import Tokenizer
-from llm_core.tokenizer_training import load_tokenizer
+from llm_core.tokenizer_store import load_tokenizer
 from pipeline.catalog.catalog import Catalog
 from pipeline.current import find_current
 from tests.llm_core.corpora import HALF, fill

@@ -128,6 +128,16 @@ def test_retention_keeps_the_newest_and_the_best(trainer: Trainer, tmp_path: Pat
     assert [path.name.split("_")[2] for path in checkpoint_manifests(tmp_path)] == ["5.pt.json", "4.pt.json", "2.pt.json"]
 
 
+def test_what_a_killed_deletion_left_goes_with_the_next(trainer: Trainer, tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(trainer, tmp_path, step)
+    for step in (1, 4):
+        (tmp_path / f"checkpoint_step_{step}.pt.json").unlink()
+    prune_checkpoints(tmp_path, keep=2)
+    left = sorted(path.name for path in tmp_path.glob("*.pt"))
+    assert left == ["checkpoint_step_2.pt", "checkpoint_step_3.pt", "checkpoint_step_4.pt"], "the newest may be a save under way"
+
+
 def test_a_malicious_pickle_is_refused_and_nothing_runs(trainer: Trainer, tmp_path: Path) -> None:
     path = save(trainer, tmp_path, 1)
 

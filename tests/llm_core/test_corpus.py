@@ -131,6 +131,19 @@ def test_only_new_and_changed_files_are_opened(raw: Path, out: Path, opened: lis
     assert scratch.documents.equals(second.documents)
 
 
+def test_what_a_look_found_is_told_of_that_look_though_the_snapshot_is_an_older_one(raw: Path, out: Path) -> None:
+    first = take_snapshot(raw, out, HALF)
+    (raw / "picture.png").write_bytes(b"not text")
+    (raw / "new.txt").write_text("something new")
+    take_snapshot(raw, out, HALF)
+    (raw / "new.txt").unlink()
+    again = take_snapshot(raw, out, HALF)
+    assert again.snapshot_id == first.snapshot_id
+    assert again.summary["files_ignored"] == first.summary["files_ignored"] + 1
+    assert (again.summary["files_added"], again.summary["files_removed"]) == (0, 1)
+    assert take_snapshot(raw, out, HALF).summary["files_removed"] == 0
+
+
 def test_a_change_of_content_that_keeps_the_size_is_seen(raw: Path, out: Path) -> None:
     first = take_snapshot(raw, out, HALF)
     (raw / "plain02.txt").write_text("That is text number 2.\n" * 3)

@@ -219,7 +219,7 @@ def test_retrain_tokenizer(tmp_path: Path) -> None:
         (["--vocab_size", "90000"], "--vocab_size 90000: the text yields"),
         (["--special_tokens", '["the"]'], "--special_tokens 'the': ordinary text could be taken for it"),
         (["--tokenizer_type", "tiktoken", "--tiktoken_encoding", "gpt9"], "--tiktoken_encoding gpt9: unknown"),
-        (["--tokenizer_type", "tiktoken", "--tiktoken_ranks", "/nowhere"], "--tiktoken_ranks /nowhere: No such file"),
+        (["--tokenizer_type", "tiktoken", "--tiktoken_ranks", "/nowhere"], "--tiktoken_ranks /nowhere: no such file"),
         (["--input_dir", "/nowhere"], "--input_dir /nowhere: no such folder"),
         (["--val_fraction", "0.0000001"], "--val_fraction 1e-07: none of the"),
     ],

@@ -15,7 +15,7 @@ from llm_core.files import write_json
 from llm_core.garbage import collect, find_garbage
 from llm_core.parts import kept_runs
 from llm_core.shards import DatasetManifest, build_dataset, load_manifest
-from llm_core.tokenizer_training import prepare_tokenizer
+from llm_core.tokenizer_store import prepare_tokenizer
 
 
 class Place:

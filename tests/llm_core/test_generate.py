@@ -59,3 +59,6 @@ def test_the_tool_continues_a_prompt(processed_dir: Path, tmp_path: Path) -> Non
     missing = subprocess.run([*command[:3], "--checkpoint", str(tmp_path / "none.pt")], capture_output=True, text=True)
     assert missing.returncode == 3
     assert "none.pt" in missing.stderr
+    nothing = subprocess.run(command[:3], capture_output=True, text=True)
+    assert nothing.returncode == 2
+    assert "--checkpoint: missing" in nothing.stderr

@@ -18,7 +18,7 @@ from llm_core.mixture import Mixture, final_shares
 from llm_core.order import SHARE_UNITS
 from llm_core.parts import Parts, kept_documents, parts_by_source
 from llm_core.shards import build_dataset, load_manifest
-from llm_core.tokenizer_training import prepare_tokenizer
+from llm_core.tokenizer_store import prepare_tokenizer
 from llm_core.training_data import TrainingData
 from tests.llm_core.training import SMALL, make_trainer, run_train
 

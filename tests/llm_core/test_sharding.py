@@ -63,5 +63,7 @@ def test_a_checkpoint_goes_on_however_its_model_was_shared(
 def test_fsdp_goes_together_with(options: dict[str, Any], processed_dir: Path, tmp_path: Path) -> None:
     for sharding in ("ddp", "fsdp"):
         run_train(processed_dir, tmp_path / sharding, ranks=2, sharding=sharding, max_steps=4, adam_eps=1e-3, **options)
+    ddp, fsdp = ((tmp_path / sharding / "checkpoint_step_4.pt").stat().st_size for sharding in ("ddp", "fsdp"))
+    assert fsdp == pytest.approx(ddp, rel=0.01), "a tied matrix is stored once"
     tolerance = 2e-2 if "precision" in options else 1e-4
     assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), rel=tolerance)

@@ -22,7 +22,7 @@ from llm_core.files import read_json, write_json
 from llm_core.parts import kept_documents, kept_runs
 from llm_core.shards import DatasetManifest, build_dataset, load_manifest, open_tokens, read_facts
 from llm_core.tokenizer import Tokenizer
-from llm_core.tokenizer_training import prepare_tokenizer
+from llm_core.tokenizer_store import prepare_tokenizer
 
 CORPUS = CorpusConfig(max_document_bytes=2048, val_fraction=0.2)
 TOKENIZER = TokenizerConfig(vocab_size=300)
@@ -288,6 +288,21 @@ def test_another_tokenizer_makes_other_shards_and_the_old_ones_stay(raw: Path, o
     assert load_manifest(out, first.dataset_id).tokenizer == first.tokenizer
 
 
+def test_a_run_with_another_vocabulary_in_between_starts_nothing_anew(raw: Path, out: Path) -> None:
+    other = TokenizerConfig(vocab_size=310)
+    prepare(raw, out)
+    (raw / "second.txt").write_text("Text that came after the tokenizer was made.\n" * 40)
+    first = prepare(raw, out)
+    assert len(first.shards) > 2, "of two preparations"
+    between = prepare(raw, out, other)
+    assert prepare(raw, out) == first
+    (raw / "third.txt").write_text("And text that came after both.\n" * 40)
+    second = prepare(raw, out)
+    assert second.tokenizer == first.tokenizer
+    assert {shard.shard_id for shard in first.shards} < {shard.shard_id for shard in second.shards}
+    assert {shard.shard_id for shard in between.shards} < {shard.shard_id for shard in prepare(raw, out, other).shards}
+
+
 def test_rule_30_an_old_manifest_stays_readable(raw: Path, out: Path) -> None:
     first = prepare(raw, out)
     before = decoded(out, first, "train")
@@ -298,7 +313,8 @@ def test_rule_30_an_old_manifest_stays_readable(raw: Path, out: Path) -> None:
     assert old == first != second
     assert decoded(out, old, "train") == before
     stored = read_json(out / "manifests" / f"{second.dataset_id}.json")
-    assert stored | {"max_length": 64, "stride": 0} == read_json(out / "metadata.json")
+    newest = {second.tokenizer.tokenizer_id: second.dataset_id}
+    assert stored | {"max_length": 64, "stride": 0, "newest": newest} == read_json(out / "metadata.json")
     assert "stride" not in stored
 
 

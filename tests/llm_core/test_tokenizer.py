@@ -32,7 +32,8 @@ from llm_core.files import read_json
 from llm_core.sample_corpus import write_sample_corpus
 from llm_core.tiktoken_ranks import PATTERNS, merges_of
 from llm_core.tokenizer import CL100K_PATTERN, GPT2_PATTERN, Tokenizer, byte_characters, id_dtype
-from llm_core.tokenizer_training import TokenizerArtifact, prepare_tokenizer, tokenizer_identity, train_tokenizer
+from llm_core.tokenizer_store import TokenizerArtifact, prepare_tokenizer, tokenizer_identity
+from llm_core.tokenizer_training import train_tokenizer
 
 TEXTS = list(islice(topics.values(), 25))
 HOSTILE = f"a {END_OF_TEXT} b{END_OF_TEXT}{END_OF_TEXT}[UNK]\n<|pad|>"
@@ -343,6 +344,14 @@ def test_a_bad_ranks_file_names_the_option(content: bytes | None, problem: str, 
         train(tokenizer_type="tiktoken", tiktoken_ranks=str(path))
 
 
+def test_a_ranks_file_that_would_not_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"tiktoken_ranks my\.tiktoken: not with tokenizer_type bpe"):
+        TokenizerConfig(tiktoken_ranks="my.tiktoken")
+    mistyped = TokenizerConfig(tokenizer_type="tiktoken", tiktoken_ranks=str(tmp_path / "mine.tiktoken"))
+    with pytest.raises(UserError, match=r"--tiktoken_ranks .*mine\.tiktoken: no such file"):
+        tokenizer_identity(mistyped)
+
+
 def test_ranks_that_are_no_byte_pair_encoding_are_refused() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"abc": 256}
     with pytest.raises(UserError, match="token 256 cannot be merged from tokens of lower rank"):
@@ -426,8 +435,11 @@ def test_the_tokenizer_is_frozen_until_its_configuration_changes_or_it_is_asked_
     assert not other.reused
     assert Tokenizer.load(tmp_path / "tokenizer.json").tokenizer_id == other.tokenizer_id
     assert Tokenizer.load(tmp_path / first.file).vocab_size == 300
-    back = make(grown(snapshot))
-    assert back.tokenizer_id == first.tokenizer_id == Tokenizer.load(tmp_path / "tokenizer.json").tokenizer_id
+    later = Snapshot(snapshot.summary | {"snapshot_id": "1" * 16}, snapshot.files, snapshot.documents)
+    back = make(later)
+    assert back.reused, "each configuration has its own frozen tokenizer, whichever was made last"
+    assert back.tokenizer_id == retrained.tokenizer_id == Tokenizer.load(tmp_path / "tokenizer.json").tokenizer_id
+    assert make(later, vocab_size=310).tokenizer_id == other.tokenizer_id
 
 
 def test_the_current_tokenizer_stays_when_old_text_comes_back(make: Callable[..., TokenizerArtifact], snapshot: Snapshot) -> None:

@@ -78,6 +78,8 @@ def test_help_explains_every_flag() -> None:
         ({"num_layers": 10**9}, "parameters and a micro-batch of 8 windows of 64 tokens need at least "),
         ({"max_length": 2**40}, "choose a smaller model, --micro_batch_size or --max_length"),
         ({"batch_size": 10**12}, "--batch_size 1000000000000: Input should be less than or equal to 16777216"),
+        ({"source_weights": '{"books": 3'}, "--source_weights: not readable as JSON"),
+        ({"snapshot_id": "abc"}, "--snapshot_id abc: only with --dataset_id"),
         ({"no_such_flag": 1}, "unrecognized arguments: --no_such_flag"),
     ],
 )

@@ -10,7 +10,7 @@ from llm_core.evaluation_file import read_evaluation
 from llm_core.files import read_json
 from llm_core.runlog import read_metrics
 from llm_core.shards import load_manifest
-from llm_core.tokenizer_training import load_tokenizer
+from llm_core.tokenizer_store import load_tokenizer
 from pipeline import checks
 from pipeline.assets.raw_text import raw_text
 from pipeline.assets.trained_tokenizer import trained_tokenizer
