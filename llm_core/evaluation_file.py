@@ -7,6 +7,7 @@ from llm_core.checkpoint_files import CheckpointRecord
 from llm_core.config import EvaluateConfig, HarnessConfig
 from llm_core.files import read_json
 from llm_core.identity import evaluation_id, harness_id
+from llm_core.shards import DatasetManifest
 
 
 class Metric(TypedDict):
@@ -26,7 +27,10 @@ class Sample(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """One checkpoint judged on the held-out text of one dataset, or by tasks of the harness, whose dataset_id is "lm_eval"."""
+    """One checkpoint judged on the held-out text of one dataset.
+
+    Or by tasks of the harness: its dataset_id is "lm_eval", and there is no snapshot.
+    """
 
     format_version: int
     evaluation_id: str
@@ -34,15 +38,16 @@ class Evaluation(TypedDict):
     run_id: str
     step: int
     dataset_id: str
+    snapshot_id: str
     config: dict[str, Any]
     created_at: str
     metrics: list[Metric]
     samples: list[Sample]
 
 
-def evaluation_path(record: CheckpointRecord, dataset_id: str, config: EvaluateConfig) -> Path:
+def evaluation_path(record: CheckpointRecord, manifest: DatasetManifest, config: EvaluateConfig) -> Path:
     """Where the judgement of a checkpoint on a dataset is kept: beside the checkpoint, named by all it depends on."""
-    return record.path.with_name(f"evaluation_step_{record.step}_{evaluation_id(record.checkpoint_id, dataset_id, config)}.json")
+    return record.path.with_name(f"evaluation_step_{record.step}_{evaluation_id(record.checkpoint_id, manifest, config)}.json")
 
 
 def harness_path(record: CheckpointRecord, config: HarnessConfig) -> Path:

@@ -111,15 +111,19 @@ def collect(processed_dir: Path, run_folders: list[Path], keep: int, min_age_hou
 def _kept(processed_dir: Path, run_folders: list[Path], keep: int) -> Iterator[DatasetManifest]:
     yield load_manifest(processed_dir)
     manifests = sorted((processed_dir / "manifests").glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    wanted = {path.stem for path in manifests[:keep]}
+    wanted: set[tuple[str, str | None]] = {(path.stem, None) for path in manifests[:keep]}
     for folder in run_folders:
         if not folder.is_dir():
             raise UserError(f"--runs {folder}: no such folder; name the ones that hold training runs, or [] if there are none")
         for state in [folder / "run.json", *folder.glob("*/run.json")]:
             if state.is_file():
-                wanted.add(read_json(state)["dataset_id"])
-    for dataset_id in sorted(wanted & {path.stem for path in manifests}):
-        yield load_manifest(processed_dir, dataset_id)
+                run = read_json(state)
+                # The same documents can lie in other files than when the dataset was made; older versions did not record it.
+                wanted |= {(run["dataset_id"], None), (run["dataset_id"], run.get("snapshot_id"))}
+    present = {path.stem for path in manifests}
+    for dataset_id, snapshot_id in wanted:
+        if dataset_id in present:
+            yield load_manifest(processed_dir, dataset_id, snapshot_id)
 
 
 def _files_of(processed_dir: Path, manifest: DatasetManifest) -> Iterator[Path]:

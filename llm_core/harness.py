@@ -80,6 +80,7 @@ def evaluate_tasks(model_dir: Path, config: HarnessConfig) -> Evaluation:
         "run_id": facts["run_id"],
         "step": facts["step"],
         "dataset_id": "lm_eval",
+        "snapshot_id": "",
         "config": config.model_dump(mode="json"),
         "created_at": now(),
         "metrics": list(_metrics(found)),

@@ -9,7 +9,7 @@ from llm_core.shards import DatasetManifest
 
 # Each is raised when the same inputs begin to give another result.
 TRAINING_VERSION = 1
-EVALUATION_VERSION = 2
+EVALUATION_VERSION = 3
 HARNESS_VERSION = 1
 EXPORT_VERSION = 1
 
@@ -22,9 +22,10 @@ def run_id(manifest: DatasetManifest, config: TrainConfig, parent_checkpoint_id:
     return content_id("run", TRAINING_VERSION, *ids, config.identity())
 
 
-def evaluation_id(checkpoint_id: str, dataset_id: str, config: EvaluateConfig) -> str:
-    """The judgement of a checkpoint on the held-out text of a dataset."""
-    return content_id("evaluation", EVALUATION_VERSION, checkpoint_id, dataset_id, config.identity())
+def evaluation_id(checkpoint_id: str, manifest: DatasetManifest, config: EvaluateConfig) -> str:
+    """The judgement of a checkpoint on the held-out text of a dataset; its snapshot tells the sources of the documents."""
+    ids = (checkpoint_id, manifest.dataset_id, manifest.snapshot_id)
+    return content_id("evaluation", EVALUATION_VERSION, *ids, config.identity())
 
 
 def harness_id(checkpoint_id: str, config: HarnessConfig) -> str:

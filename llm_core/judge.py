@@ -43,9 +43,14 @@ class JudgeOptions(EvaluateConfig):
     checkpoint: str = Field(description="A checkpoint_step_<N>.pt file; the result is written beside it.")
     data_dir: str = Field("processed_data", description="Folder written by the data preparation.")
     dataset_id: str | None = Field(None, description="Judge on this version of the dataset, of manifests/; default: the current.")
+    snapshot_id: str | None = Field(
+        None, description="With dataset_id: the snapshot that tells the source of its documents; default: the one it was made of."
+    )
 
 
-def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig, dataset_id: str | None = None) -> Evaluation:
+def evaluate_checkpoint(
+    path: Path, data_dir: Path, config: EvaluateConfig, dataset_id: str | None = None, snapshot_id: str | None = None
+) -> Evaluation:
     """Evaluates one checkpoint on a dataset, the current one by default, and writes the result beside it, at `evaluation_path`.
 
     A checkpoint with another tokenizer than the dataset's reads the same text in its own tokens.
@@ -55,7 +60,7 @@ def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig, data
         UserError: the tokenizers differ, and one of the two is not byte-level.
     """
     record = CheckpointRecord.read(manifest_path(path))
-    manifest = load_manifest(data_dir, dataset_id)
+    manifest = load_manifest(data_dir, dataset_id, snapshot_id)
     model, state = load_model(path)
     ranks = Ranks.alone()
     torch.set_num_threads(ranks.threads)
@@ -72,11 +77,12 @@ def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig, data
     figures[0][1].update(_baselines(text, of_text, data_dir, manifest, config.max_eval_tokens))
     result: Evaluation = {
         "format_version": 1,
-        "evaluation_id": evaluation_id(record.checkpoint_id, manifest.dataset_id, config),
+        "evaluation_id": evaluation_id(record.checkpoint_id, manifest, config),
         "checkpoint_id": record.checkpoint_id,
         "run_id": record.run_id,
         "step": record.step,
         "dataset_id": manifest.dataset_id,
+        "snapshot_id": manifest.snapshot_id,
         "config": config.model_dump(mode="json"),
         "created_at": now(),
         "metrics": [
@@ -86,7 +92,7 @@ def evaluate_checkpoint(path: Path, data_dir: Path, config: EvaluateConfig, data
         ],
         "samples": _samples(model, own, config),
     }
-    write_json(evaluation_path(record, manifest.dataset_id, config), result)
+    write_json(evaluation_path(record, manifest, config), result)
     return result
 
 
@@ -150,8 +156,9 @@ def _figures(held_out: HeldOut) -> dict[str, float]:
 
 def main() -> None:
     options = parse_options(JudgeOptions, PROG)
-    config = options.part(EvaluateConfig)
-    result = evaluate_checkpoint(Path(options.checkpoint), Path(options.data_dir), config, options.dataset_id)
+    result = evaluate_checkpoint(
+        Path(options.checkpoint), Path(options.data_dir), options.part(EvaluateConfig), options.dataset_id, options.snapshot_id
+    )
     for entry in result["metrics"]:
         if entry["source"] == "all":
             print(f"{entry['metric']:<22} {entry['value']:,.4f}")

@@ -146,6 +146,7 @@ def _announce(
             "format_version": 1,
             "run_id": trainer.run_id,
             "dataset_id": data.manifest.dataset_id,
+            "snapshot_id": data.manifest.snapshot_id,
             "tokenizer_id": data.tokenizer.tokenizer_id,
             "parent_run_id": data.parent.run_id if data.parent is not None else None,
             "parent_step": data.parent.step if data.parent is not None else None,

@@ -17,6 +17,8 @@ from llm_core.evaluation_file import Evaluation, metric, read_evaluation
 from llm_core.files import inside, read_json, verify_file
 from llm_core.identity import model_id
 from llm_core.locks import held
+from llm_core.shards import DatasetManifest, load_manifest
+from llm_core.tokenizer import Tokenizer
 from pipeline.current import find_current, set_current
 from pipeline.judging import judge
 from pipeline.launcher import run_tool
@@ -48,10 +50,10 @@ def released_lines(storage: Storage) -> dict[str, list[str]]:
     return lines
 
 
-def released_checkpoint(storage: Storage, tokenizer_id: str) -> CheckpointRecord | None:
+def released_checkpoint(storage: Storage, tokenizer_id: str | None = None) -> CheckpointRecord | None:
     """The checkpoint behind the released model; None before the first release, after its deletion, or with another tokenizer."""
     model = released_model(storage)
-    if model is None or model["tokenizer_id"] != tokenizer_id:
+    if model is None or tokenizer_id not in (None, model["tokenizer_id"]):
         return None
     try:
         return CheckpointRecord.read(manifest_path(inside(storage.checkpoints, f"{model['run_id']}/{model['checkpoint_file']}")))
@@ -60,14 +62,29 @@ def released_checkpoint(storage: Storage, tokenizer_id: str) -> CheckpointRecord
 
 
 def judge_released(
-    context: AssetExecutionContext, storage: Storage, catalog: CatalogResource, evaluation: Evaluation, tokenizer_id: str
+    context: AssetExecutionContext, storage: Storage, catalog: CatalogResource, evaluation: Evaluation
 ) -> Evaluation | None:
     """The released model judged on the text of another evaluation; None if it is the same model or cannot be judged on it."""
-    released = released_checkpoint(storage, tokenizer_id)
-    if released is None or released.checkpoint_id == evaluation["checkpoint_id"]:
+    model, released = released_model(storage), released_checkpoint(storage)
+    if model is None or released is None or released.checkpoint_id == evaluation["checkpoint_id"]:
+        return None
+    manifest = load_manifest(storage.processed, evaluation["dataset_id"], evaluation["snapshot_id"])
+    if not _can_read(storage, model["tokenizer_id"], manifest):
+        context.log.warning(f"the released model {model['model_id']} cannot be judged on this text: its tokenizer is another one")
         return None
     config = EvaluateConfig.model_validate(evaluation["config"])
-    return read_evaluation(judge(context, storage, catalog, released, evaluation["dataset_id"], config))
+    return read_evaluation(judge(context, storage, catalog, released, manifest, config))
+
+
+def _can_read(storage: Storage, tokenizer_id: str, manifest: DatasetManifest) -> bool:
+    """Whether a model with this tokenizer can be judged on a dataset: text comes back from byte-level tokens alone."""
+    if tokenizer_id == manifest.tokenizer.tokenizer_id:
+        return True
+    try:
+        own = Tokenizer.stored(storage.processed, tokenizer_id)
+    except DataError:
+        return False
+    return "wordpiece" not in (own.tokenizer_type, manifest.tokenizer.tokenizer_type)
 
 
 @contextmanager
@@ -92,7 +109,7 @@ def decide(model: dict[str, Any] | None, evaluation: Evaluation, before: Evaluat
     if before is not None:
         bar, basis = metric(before, "bits_per_byte"), "on the same held-out text"
     else:
-        bar, basis = model["metrics"]["bits_per_byte"], "as recorded at its release"
+        bar, basis = model["metrics"]["bits_per_byte"], "as recorded at its release, on the text of that time"
     comparison = f"{found:.4f} bits per byte; the released model {model['model_id']} has {bar:.4f} {basis}"
     if found < bar - config.min_improvement:
         return Verdict(True, comparison)

@@ -41,7 +41,7 @@ def evaluation(
     """
     upstream = Upstream(context, storage)
     record, manifest = upstream.checkpoint(), upstream.dataset()
-    path = judge(context, storage, catalog, record, manifest.dataset_id, config.part(EvaluateConfig))
+    path = judge(context, storage, catalog, record, manifest, config.part(EvaluateConfig))
     set_current(storage.current_evaluation, path)
     result = read_evaluation(path)
 
@@ -50,7 +50,7 @@ def evaluation(
         "unigram baseline": metric(result, "unigram_bits_per_byte"),
         "xz -9e": metric(result, "xz_bits_per_byte"),
     }
-    released = judge_released(context, storage, catalog, result, manifest.tokenizer.tokenizer_id)
+    released = judge_released(context, storage, catalog, result)
     if released is not None:
         compared["released model"] = metric(released, "bits_per_byte")
     tasks = try_tasks(context, storage, catalog, record, config.part(HarnessConfig))

@@ -34,7 +34,7 @@ def released_model(
     record = CheckpointRecord.read(manifest_path(checkpoint_path(inside(storage.checkpoints, result["run_id"]), result["step"])))
     run, manifest = read_json(record.path.parent / "run.json"), load_manifest(storage.processed, result["dataset_id"])
     with one_at_a_time(context, storage):
-        before = judge_released(context, storage, catalog, result, manifest.tokenizer.tokenizer_id)
+        before = judge_released(context, storage, catalog, result)
         verdict = decide(find_released_model(storage), result, before, config.part(ReleaseConfig))
         if verdict.promoted:
             directory = release(context, storage, record, evaluation_file, verdict.reason)

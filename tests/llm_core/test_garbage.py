@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
-from llm_core.corpus import take_snapshot
+from llm_core.corpus import load_snapshot, take_snapshot
 from llm_core.errors import UserError
 from llm_core.files import write_json
 from llm_core.garbage import collect, find_garbage
@@ -71,6 +71,22 @@ def test_the_dataset_of_a_run_stays(place: Place) -> None:
     (place.runs / "run/run.json").rename(place.runs / "run.json")  # the tool's save_dir is a run's folder itself
     place.collect()
     assert place.opens(first.dataset_id)
+
+
+def test_the_snapshot_that_a_run_reads_its_sources_from_stays(place: Place) -> None:
+    first = place.prepare()
+    (place.raw / "moved").mkdir()
+    moved = next(place.raw.glob("*.txt"))
+    moved.rename(place.raw / "moved" / moved.name)
+    second = place.prepare()
+    assert second.dataset_id == first.dataset_id, "the same documents, in other files"
+    assert second.snapshot_id != first.snapshot_id
+    write_json(place.runs / "run/run.json", {"dataset_id": first.dataset_id, "snapshot_id": second.snapshot_id})
+    place.prepare(vocab_size=600)
+    (place.raw / "new.txt").write_text("A new text, and not a short one.\n" * 400)
+    place.prepare(vocab_size=600)
+    place.collect()
+    assert load_snapshot(place.processed, second.snapshot_id).snapshot_id == second.snapshot_id
 
 
 def test_the_newest_are_kept(place: Place) -> None:

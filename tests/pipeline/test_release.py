@@ -45,6 +45,17 @@ def test_a_model_is_released_that_is_finite_and_better_by_the_margin_or_first(
     assert reason in verdict.reason
 
 
+def test_a_model_with_another_tokenizer_competes_on_the_same_text(
+    trained_home: tuple[Home, Any], clone: Callable[..., Any]
+) -> None:
+    home, first = clone(trained_home)
+    result = home.materialize(trained_tokenizer={"vocab_size": 450})
+    verdict, shown = home.metadata(result, "released_model"), home.metadata(result, "evaluation")
+    assert "on the same held-out text" in verdict["reason"]
+    # 512 tokens of the new vocabulary stand for more text than 512 of the old one: another stretch, nearly the same figure.
+    assert shown["released_bits_per_byte"] == pytest.approx(home.metadata(first, "evaluation")["bits_per_byte"], rel=0.05)
+
+
 def test_nothing_is_released_whose_evaluation_is_not_finite(
     trained_home: tuple[Home, Any], clone: Callable[..., tuple[Home, Any]]
 ) -> None:
