@@ -229,14 +229,24 @@ def test_every_web_server_that_the_documents_start_is_reached_from_this_machine_
         assert re.fullmatch(r"dagster dev", command.split(" #")[0].strip()) or "-h 127.0.0.1" in command, command
 
 
+DOCUMENTED = ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file"]
+
+
 @pytest.mark.slow
-def test_a_plain_torchrun_opens_its_own_meeting_point_and_the_ranks_talk_on_loopback(processed_dir: Path, tmp_path: Path) -> None:
-    """Only torchrun's store listens on every interface, which no option of torchrun changes; the pairs of gloo do not."""
+@pytest.mark.parametrize("flags", [DOCUMENTED, ["--master_port=0"]], ids=["as documented", "plain"])
+def test_a_training_on_one_machine_listens_on_loopback_alone(flags: list[str], processed_dir: Path, tmp_path: Path) -> None:
+    """Of a plain torchrun that is true of the ranks: it opens a meeting point of its own to everybody, which no flag changes."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert (
+        f"export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1\ntorchrun {' '.join(DOCUMENTED)} --nproc_per_node=4 -m llm_core.train"
+        in readme
+    )
     options = SMALL | {"data_dir": processed_dir, "save_dir": tmp_path / "run", "max_steps": 1_000_000, "device": "cpu"}
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    command = ["torchrun", "--nproc_per_node=2", "--master_port=0", "-m", "llm_core.train", *arguments]
+    command = ["torchrun", *flags, "--nproc_per_node=2", "-m", "llm_core.train", *arguments]
     command[0] = str(Path(sys.executable).with_name("torchrun"))
     environment = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
+    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if flags == DOCUMENTED else {}
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
@@ -247,10 +257,11 @@ def test_a_plain_torchrun_opens_its_own_meeting_point_and_the_ranks_talk_on_loop
                 break
             time.sleep(0.1)
         assert len(family) >= 2, (tmp_path / "log").read_text()
+        family += [psutil.Process(process.pid)] if flags == DOCUMENTED else []
         ours = [connection for member in family for connection in member.net_connections(kind="inet")]
         listening = {connection.laddr.ip for connection in ours if connection.status == psutil.CONN_LISTEN}
         assert listening <= {"127.0.0.1", "::1"}, listening
     finally:
-        for member in [*family, psutil.Process(process.pid)]:
+        for member in {*family, psutil.Process(process.pid)}:
             member.kill()
         process.wait()
