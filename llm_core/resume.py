@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm_core.checkpoint import TrainingState, load_checkpoint
-from llm_core.checkpoint_files import checkpoint_manifests, manifest_path, newest_valid, step_of
+from llm_core.checkpoint_files import CheckpointRecord, checkpoint_manifests, manifest_path, step_of
 from llm_core.errors import DataError, UserError
 from llm_core.files import read_json
 
@@ -27,21 +27,28 @@ def find_resume_state(
             found = "it has no manifest (.json), so it may not be whole" if path.is_file() else "no such file"
             raise UserError(f"--checkpoint {checkpoint}: {found}; name a checkpoint_step_<N>.pt in the folder it was written to")
         return path, load_checkpoint(path)
-    record, damaged = newest_valid(run_dir)
+    manifests = checkpoint_manifests(run_dir)
     if resume == "never":
-        if record is not None or damaged:
+        if manifests:
             raise UserError(
                 f"--save_dir {run_dir}: holds the checkpoints of an earlier run; "
                 "continue it with --resume auto or --checkpoint, or choose another folder"
             )
         return None
-    if record is None:
-        if damaged:
-            raise DataError(f"--resume auto: no checkpoint in {run_dir} is whole: {'; '.join(damaged)}")
-        return None
-    for message in damaged:
-        print(f"resume: passed over a checkpoint: {message}", file=sys.stderr, flush=True)
-    return record.path, load_checkpoint(record.path)
+    damaged: list[str] = []
+    for manifest in manifests:
+        try:
+            path = CheckpointRecord.read(manifest).path
+            state = load_checkpoint(path)
+        except DataError as error:
+            damaged.append(str(error))
+            continue
+        for message in damaged:
+            print(f"resume: passed over a checkpoint: {message}", file=sys.stderr, flush=True)
+        return path, state
+    if damaged:
+        raise DataError(f"--resume auto: no checkpoint in {run_dir} is whole: {'; '.join(damaged)}")
+    return None
 
 
 def make_room(run_dir: Path, run_id: str, step: int) -> list[Path]:
