@@ -17,6 +17,7 @@ from llm_core.runlog import read_metrics
 from llm_core.shards import load_manifest
 from llm_core.trainer import Trainer
 from llm_core.training_data import TrainingData
+from tests.llm_core.forkserver import run_in_child
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -64,9 +65,13 @@ def run_train(
     data_dir: Path, save_dir: Path, ranks: int = 0, arguments: Sequence[str] = (), check: bool = True, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Runs the training tool, under torchrun where `ranks` is given, on one thread per process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks else [sys.executable]
-    command = [*launcher, *train_arguments(data_dir, save_dir, **options), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    module = [*train_arguments(data_dir, save_dir, **options), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if ranks:
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *module]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    else:
+        done = run_in_child(module[2:], environment)
     if check:
         assert done.returncode == 0, done.stderr
     return done
