@@ -1,6 +1,7 @@
 """What a run of the lineage did and where its files are, as a table for people at a terminal."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from pipeline.resources import Storage
 
@@ -14,6 +15,8 @@ def report_table(title: str, rows: Mapping[str, object]) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, Path):  # as short as it can be typed here
+        return str(value.relative_to(Path.cwd()) if value.is_relative_to(Path.cwd()) else value)
     if isinstance(value, float):
         return f"{value:,.4f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
