@@ -34,5 +34,5 @@ def try_tasks(
         with exported(context, storage, record) as directory:
             options = {"model_dir": directory, "output_file": path} | config.model_dump(exclude_defaults=True)
             run_tool(context, "llm_core.harness", options, environment)
-    catalog.open().record_evaluation(path)
+    catalog.open(storage).record_evaluation(path)
     return task_figures(read_evaluation(path))

@@ -28,5 +28,5 @@ def judge(
     if not path.exists():
         options = {"checkpoint": record.path, "data_dir": storage.processed, "dataset_id": dataset_id}
         run_tool(context, "llm_core.judge", options | config.model_dump(exclude_defaults=True))
-    catalog.open().record_evaluation(path)
+    catalog.open(storage).record_evaluation(path)
     return path

@@ -76,13 +76,13 @@ def checkpoint(
                 manifest,
                 run_dir,
                 # Not for long, if others hold the catalog: the progress is to be told as well.
-                record=lambda: catalog.open(wait_seconds=5).record_run(run_dir),
+                record=lambda: catalog.open(storage, at_most=5).record_run(run_dir),
             )
         finally:
-            catalog.open().record_run(run_dir)  # a failed run is remembered too
+            catalog.open(storage).record_run(run_dir)  # a failed run is remembered too
     else:
         context.log.info(f"run {run} is finished already: nothing to train")
-        catalog.open().record_run(run_dir)
+        catalog.open(storage).record_run(run_dir)
     return _result(storage, record, manifest, reused)
 
 

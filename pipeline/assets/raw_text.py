@@ -31,7 +31,7 @@ def raw_text(
         place.mkdir(parents=True, exist_ok=True)
     with preparing(storage.processed, context.log.info):
         snapshot = take_snapshot(place, storage.processed, config.part(CorpusConfig))
-        catalog.open().record_snapshot(storage.processed, snapshot.snapshot_id)
+        catalog.open(storage).record_snapshot(storage.processed, snapshot.snapshot_id)
         set_current(storage.current_snapshot, storage.current_snapshot.with_name(f"{snapshot.snapshot_id}.json"))
     summary, dropped = snapshot.summary, snapshot.summary["bytes_dropped"]
     for file in summary["quarantined"]:

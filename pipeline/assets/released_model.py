@@ -38,7 +38,7 @@ def released_model(
         verdict = decide(find_released_model(storage), result, before, config.part(ReleaseConfig))
         if verdict.promoted:
             directory = release(context, storage, record, evaluation_file, verdict.reason)
-            catalog.open().record_model(directory)
+            catalog.open(storage).record_model(directory)
     if not verdict.promoted:
         context.log.warning(f"not released: {verdict.reason}")
 

@@ -30,7 +30,7 @@ def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog:
     """
     path = Upstream(context, storage).evaluation()
     judged = read_evaluation(path)
-    runs, lines = catalog.open().comparable_runs(judged["evaluation_id"]), released_lines(storage)
+    runs, lines = catalog.open(storage).comparable_runs(judged["evaluation_id"]), released_lines(storage)
     if not runs:
         raise UserError(f"evaluation {judged['evaluation_id']}: not in the catalog; make it anew with: textmill catalog rebuild")
     rows = [
@@ -54,7 +54,7 @@ def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog:
             "comparison": picture(
                 path.with_name(f"run_comparison_{version}.png"),
                 "comparison of runs",
-                lambda: draw(_curves(catalog.open(), runs[:DRAWN], lines.keys())),
+                lambda: draw(_curves(catalog.open(storage), runs[:DRAWN], lines.keys())),
             ),
             "runs_compared": len(runs),
             "dataset_id": judged["dataset_id"],

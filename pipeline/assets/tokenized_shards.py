@@ -31,7 +31,7 @@ def tokenized_shards(
         upstream = Upstream(context, storage)
         snapshot = upstream.snapshot()
         manifest = build_dataset(snapshot, upstream.tokenizer(), storage.raw_text, storage.processed, config.part(ShardConfig))
-        catalog.open().record_dataset(storage.processed, manifest.dataset_id)
+        catalog.open(storage).record_dataset(storage.processed, manifest.dataset_id)
     train, val = manifest.splits["train"], manifest.splits["val"]
     return dg.MaterializeResult(
         data_version=dg.DataVersion(manifest.dataset_id),

@@ -27,7 +27,7 @@ def trained_tokenizer(
     with preparing(storage.processed, context.log.info):
         snapshot = Upstream(context, storage).snapshot()
         artifact = prepare_tokenizer(snapshot, storage.raw_text, storage.processed, config.part(TokenizerConfig))
-        catalog.open().record_tokenizer(storage.processed, artifact.tokenizer_id)
+        catalog.open(storage).record_tokenizer(storage.processed, artifact.tokenizer_id)
     report = artifact.report
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.tokenizer_id),

@@ -178,7 +178,7 @@ class Database:
 
     def _pause(self, deadline: float, reason: str) -> None:
         if time.monotonic() >= deadline:
-            raise CatalogBusyError(f"{self.path}: busy for {self._wait_seconds:.0f} seconds: {reason}; close it and run again")
+            raise CatalogBusyError(f"{self.path}: busy for {self._wait_seconds:g} seconds: {reason}; close it and run again")
         time.sleep(random.uniform(0.005, 0.05))
 
     def _beside(self, suffix: str) -> Path:

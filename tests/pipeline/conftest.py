@@ -51,7 +51,7 @@ class Home:
             instance=self._instance,
             resources={
                 "storage": self.storage,
-                "catalog": CatalogResource(storage=self.storage),
+                "catalog": CatalogResource(),
                 "torchrun": Torchrun(report_seconds=0.5, stop_seconds=30, catalog_seconds=0.5),
             },
             run_config={"ops": config},
