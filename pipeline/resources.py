@@ -67,6 +67,11 @@ class Storage(dg.ConfigurableResource):
         return self.models / ("released.json" if self.release_line is None else f"released_{self.release_line}.json")
 
     @property
+    def decision(self) -> Path:
+        """What text the last decision about a release of the line was made on."""
+        return self.models / ("decision.json" if self.release_line is None else f"decision_{self.release_line}.json")
+
+    @property
     def models(self) -> Path:
         return self.root / "models"
 

@@ -7,7 +7,7 @@ import dagster as dg
 from llm_core.errors import UserError
 from llm_core.evaluation_file import read_evaluation
 from llm_core.files import content_id
-from pipeline.assets.common import MODEL, OWNERS, markdown_table
+from pipeline.assets.common import HOOKS, MODEL, OWNERS, markdown_table
 from pipeline.assets.evaluation import evaluation
 from pipeline.assets.released_model import released_model
 from pipeline.catalog.catalog import Catalog
@@ -22,7 +22,7 @@ DRAWN = 10
 POINTS = 200
 
 
-@dg.asset(deps=[evaluation, released_model], kinds={"duckdb"}, group_name=MODEL, owners=OWNERS)
+@dg.asset(deps=[evaluation, released_model], kinds={"duckdb"}, group_name=MODEL, owners=OWNERS, hooks=HOOKS)
 def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog: CatalogResource) -> dg.MaterializeResult:
     """Runs of all sizes, the best first, that were judged on the same held-out text as this one; their losses and their sizes.
 

@@ -6,7 +6,7 @@ from llm_core.config import TokenizerConfig
 from llm_core.locks import preparing
 from llm_core.tokenizer_training import prepare_tokenizer
 from pipeline import checks
-from pipeline.assets.common import DATA, OWNERS, rounded, table
+from pipeline.assets.common import DATA, HOOKS, OWNERS, rounded, table
 from pipeline.assets.raw_text import raw_text
 from pipeline.handover import Upstream
 from pipeline.resources import CatalogResource, Storage
@@ -16,7 +16,9 @@ class TrainedTokenizerConfig(TokenizerConfig, dg.Config):
     """How text becomes token ids."""
 
 
-@dg.asset(deps=[raw_text], kinds={"huggingface"}, group_name=DATA, owners=OWNERS, check_specs=checks.TRAINED_TOKENIZER)
+@dg.asset(
+    deps=[raw_text], kinds={"huggingface"}, group_name=DATA, owners=OWNERS, hooks=HOOKS, check_specs=checks.TRAINED_TOKENIZER
+)
 def trained_tokenizer(
     context: dg.AssetExecutionContext, config: TrainedTokenizerConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
