@@ -5,7 +5,6 @@ wait for each other in turn; against foreign ones, such as the duckdb command, o
 that only read nobody waits to the end: what is written then goes into a copy, which takes the file's place.
 """
 
-import errno
 import fcntl
 import os
 import random
@@ -20,7 +19,7 @@ from typing import IO
 import duckdb
 
 from llm_core.errors import DataError, TextmillError, UserError
-from llm_core.files import free_bytes
+from llm_core.files import DISK_FULL, free_bytes
 from pipeline.catalog.replacement import beside, copy_database, lock_out_writers, replacement, settle_logs
 
 STORAGE_VERSION = "v1.5.0"
@@ -206,7 +205,7 @@ class Database:
             raise
 
     def _refused(self, error: Exception, problem: str, remedy: str) -> CatalogError:
-        if os.strerror(errno.ENOSPC) in str(error):
+        if any(os.strerror(number) in str(error) for number in DISK_FULL):
             problem = f"disk full, it needs more than the {free_bytes(self.path):,} bytes that are free"
             remedy = "what was recorded before is untouched. Free some space and run again"
         return CatalogError(f"{self.path}: {problem} ({error}); {remedy}")

@@ -1,5 +1,6 @@
 """Rule 36: a foreign DuckDB client that reads the catalog makes no writer fail, however long it stays."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -117,11 +118,12 @@ def test_a_record_that_fails_leaves_the_file_and_its_log_as_they_are(path: Path,
     assert beside(path) == {"", ".wal", ".lock", ".queue"}
 
 
-def test_a_disk_without_room_for_the_copy_is_said(path: Path, reader: Reader, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_or_quota_without_room_for_the_copy_is_said(number: int, path: Path, reader: Reader, monkeypatch: Any) -> None:
     reader.open(path)
 
     def full(*_: object) -> None:
-        raise OSError(28, os.strerror(28))
+        raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as disk:
         disk.setattr(shutil, "copyfileobj", full)
