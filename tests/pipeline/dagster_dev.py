@@ -105,6 +105,13 @@ class DagsterDev:
         with dg.DagsterInstance.from_config(str(self.dagster_home)) as instance:
             return list(instance.get_runs())[::-1]
 
+    def messages(self, run_id: str) -> str:
+        """What the log of a run says, its errors included."""
+        with dg.DagsterInstance.from_config(str(self.dagster_home)) as instance:
+            return "\n".join(
+                f"{entry.message}\n{entry.user_message}\n{entry.dagster_event}" for entry in instance.all_logs(run_id)
+            )
+
     def worker(self, run_id: str) -> psutil.Process:
         """The process that executes a run."""
         with dg.DagsterInstance.from_config(str(self.dagster_home)) as instance:

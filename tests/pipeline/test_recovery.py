@@ -1,5 +1,6 @@
 """Kills under a real `dagster dev` with our dagster.yaml: the run that Dagster launches next finishes the training."""
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dagster._core.storage.tags import PARENT_RUN_ID_TAG
 from dagster._daemon.auto_run_reexecution.event_log_consumer import EventLogConsumerDaemon
 
 from llm_core.files import read_json
+from llm_core.locks import held
 from llm_core.runlog import read_metrics
 from pipeline.catalog.catalog import Catalog
 from tests.pipeline.conftest import TINY
@@ -106,6 +108,28 @@ def test_what_a_person_must_mend_is_not_tried_again(server: DagsterDev) -> None:
         assert server.wait_for_run(number + offset, 120).status == dg.DagsterRunStatus.FAILURE
     time.sleep(15)  # Dagster decides on retries every few seconds
     assert len(server.runs()) == number + len(wrongs)
+
+
+def test_text_that_changed_after_its_snapshot_is_read_again_by_the_retry(server: DagsterDev) -> None:
+    number, text = len(server.runs()), server.home / "raw_text_data" / "restless.txt"
+    text.write_text("A line that is about to change.\n" * 50)
+    processed = server.home / "processed_data"
+    with held(processed, pytest.fail):
+        dagster_id = server.launch(config(max_steps=6))
+        waiting = f"process {os.getpid()} is changing the prepared data"
+        deadline = time.monotonic() + 120
+        while waiting not in server.messages(dagster_id) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    others: list[str] = []
+    while not others:  # until the step that takes the snapshot has the folder; the next one has to wait for this process
+        time.sleep(0.01)
+        with held(processed, others.append):
+            text.write_text(f"A line of {time.monotonic_ns()}, which has changed since.\n" * 50)
+    assert server.wait_for_run(number, 120).status == dg.DagsterRunStatus.FAILURE
+    assert "restless.txt: changed since the snapshot was taken" in server.messages(dagster_id)
+    retried = server.wait_for_run(number + 1, 240)
+    assert retried.status == dg.DagsterRunStatus.SUCCESS, server.log()
+    assert retried.tags[PARENT_RUN_ID_TAG] == dagster_id
 
 
 def test_two_trainings_take_turns_on_one_device(server: DagsterDev) -> None:
