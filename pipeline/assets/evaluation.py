@@ -35,6 +35,7 @@ class EvaluationConfig(EvaluateConfig, HarnessConfig, dg.Config):
     group_name=MODEL,
     owners=OWNERS,
     hooks=HOOKS,
+    pool="device",
     check_specs=checks.EVALUATION,
 )
 def evaluation(
