@@ -86,9 +86,10 @@ class DagsterDev:
         assert self._server is not None
         return [psutil.Process(self._server.pid), *psutil.Process(self._server.pid).children(recursive=True)]
 
-    def launch(self, run_config: dict[str, Any], job: str = "pretrain") -> str:
-        """Launches a job as the launchpad does and returns the run's id."""
-        return DagsterGraphQLClient("127.0.0.1", self._port).submit_job_execution(job, run_config=run_config)
+    def launch(self, run_config: dict[str, Any], job: str = "pretrain", assets: list[str] | None = None) -> str:
+        """Launches a job, or some assets of it, as the launchpad does and returns the run's id."""
+        client = DagsterGraphQLClient("127.0.0.1", self._port)
+        return client.submit_job_execution(job, run_config=run_config, asset_selection=assets)
 
     def terminate(self, run_id: str) -> None:
         """What the UI's button Terminate does."""

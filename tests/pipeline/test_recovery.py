@@ -146,6 +146,21 @@ def test_two_trainings_take_turns_on_one_device(server: DagsterDev) -> None:
     assert times[1].start_time >= times[0].end_time
 
 
+def test_an_evaluation_waits_for_the_device_and_a_run_that_has_it_does_not_wait_for_itself(server: DagsterDev) -> None:
+    number, *_ = begin(server, seed=8)
+    alone = {"ops": {"evaluation": config()["ops"]["evaluation"]}}
+    server.launch(alone, job="__ASSET_JOB", assets=["evaluation"])
+    began = time.monotonic()
+    while server.runs()[number].status == dg.DagsterRunStatus.STARTED and time.monotonic() - began < 8:
+        assert server.runs()[number + 1].status in (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED)
+        time.sleep(0.5)
+    for run in (number, number + 1):
+        assert server.wait_for_run(run, 120).status == dg.DagsterRunStatus.SUCCESS, server.log()
+    with dg.DagsterInstance.from_config(str(server.dagster_home)) as instance:
+        times = [instance.get_run_record_by_id(run.run_id) for run in server.runs()[number : number + 2]]
+    assert times[1].start_time >= times[0].end_time
+
+
 def test_after_a_power_cut_the_training_goes_on_by_itself(server: DagsterDev) -> None:
     number, dagster_id, run_dir = begin(server, seed=5)
     server.cut_the_power()
