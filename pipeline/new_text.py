@@ -76,9 +76,8 @@ class NewText:
 
 def remember_decision(storage: Storage, dataset_id: str) -> None:
     """Notes that a model of this dataset was released, or was not better: the text in it is done with."""
-    decision = {"dataset_id": dataset_id}
-    if not storage.decision.exists() or read_json(storage.decision) != decision:
-        write_json(storage.decision, decision)
+    if _decided_on(storage) != dataset_id:
+        write_json(storage.decision, {"dataset_id": dataset_id})
 
 
 def is_decided(storage: Storage) -> bool:
@@ -87,11 +86,19 @@ def is_decided(storage: Storage) -> bool:
     A training of which any step failed comes to no decision, however far it read.
     """
     try:
-        dataset, decision = read_json(storage.processed / "metadata.json"), read_json(storage.decision)
+        dataset = read_json(storage.processed / "metadata.json")
     except DataError:
         return False
     snapshot_id, _ = last_look(storage.processed)
-    return dataset["snapshot_id"] == snapshot_id and dataset["dataset_id"] == decision.get("dataset_id")
+    return dataset["snapshot_id"] == snapshot_id and dataset["dataset_id"] == _decided_on(storage)
+
+
+def _decided_on(storage: Storage) -> str | None:
+    """The dataset of the last decision; None if there is none yet, or its note is damaged: the next run then makes it again."""
+    try:
+        return read_json(storage.decision).get("dataset_id")
+    except DataError:
+        return None
 
 
 def retraining_config(storage: Storage) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dagster as dg
 from dagster._core.definitions.assets.job.asset_job import IMPLICIT_ASSET_JOB_NAME
+from pydantic import ValidationError
 
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.automation import pretrain, quickstart
@@ -36,11 +37,18 @@ def training_in_progress(instance: dg.DagsterInstance) -> str | None:
 def last_failure(instance: dg.DagsterInstance, storage: Storage) -> str | None:
     """What the last training for this home and release line failed of; None if it did not fail, or Dagster knows of none."""
     for run in instance.get_runs(limit=_LOOKED_BACK):
-        if trains(run) and configured_storage(storage, run.run_config).decision == storage.decision:
+        if trains(run) and _is_for(storage, run):
             if run.status == dg.DagsterRunStatus.CANCELED:
                 return f"run {run.run_id} was cancelled"
             return f"run {run.run_id} failed{_reason(instance, run)}" if run.status == dg.DagsterRunStatus.FAILURE else None
     return None
+
+
+def _is_for(storage: Storage, run: dg.DagsterRun) -> bool:
+    try:
+        return configured_storage(storage, run.run_config).decision == storage.decision
+    except ValidationError:  # no storage, or one that the run alone can tell, such as {env: TEXTMILL_HOME}
+        return False
 
 
 def _reason(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:

@@ -119,7 +119,7 @@ def _unfinished(context: dg.SensorEvaluationContext, storage: Storage) -> str:
 def _to_mend(context: dg.SensorEvaluationContext, storage: Storage) -> str:
     """What the last training failed of and what to do, if it failed."""
     failure = last_failure(context.instance, storage)
-    return f"; {failure}\nMend it and launch pretrain by hand, or let nightly_retraining try again." if failure else ""
+    return f"; {failure}\nWhen that is mended, launch pretrain by hand or let nightly_retraining try again." if failure else ""
 
 
 def _interval(launched_at: float, min_hours: float, now: float) -> str | None:

@@ -115,7 +115,8 @@ class Database:
                     break
                 except _LockedError as locked:
                     reason = f"{locked} has it open"
-                if not read_only and time.monotonic() >= patient_until and (source := lock_out_writers(path)) is not None:
+                copies = not read_only and path == self.path and time.monotonic() >= patient_until
+                if copies and (source := lock_out_writers(path)) is not None:
                     # Closed only when the copy has its place and the disk knows it: a writer that opened the old file just
                     # before is still refused the lock.
                     held.callback(os.close, source)
