@@ -24,6 +24,9 @@ ID_LENGTH = 16
 SEAL = "sha256_of_the_rest"
 """Key under which a JSON file holds the digest of everything else in it: one flipped bit can leave readable JSON."""
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk, or of a quota, that has no room left."""
+
 _BLOCK = 1 << 20
 
 
@@ -87,7 +90,7 @@ def says_when_the_disk_is_full(path: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         raise DataError(
             f"{path}: disk full, it needs at least {needed:,} bytes and {free_bytes(path):,} are free; "

@@ -10,7 +10,6 @@ from pipeline.assets.run_comparison import run_comparison
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.assets.trained_tokenizer import trained_tokenizer
-from pipeline.retries import say_why_and_retry_only_what_may_go_away
 
 PREPARATION = [raw_text, trained_tokenizer, tokenized_shards]
 LINEAGE = [*PREPARATION, checkpoint, evaluation, released_model, run_comparison]
@@ -18,7 +17,6 @@ LINEAGE = [*PREPARATION, checkpoint, evaluation, released_model, run_comparison]
 # The steps of one job follow each other, and the heavy one trains in processes of its own: a process per step would only add
 # seconds of start-up to each.
 EXECUTOR = dg.in_process_executor
-HOOKS = {say_why_and_retry_only_what_may_go_away}
 
 # Small enough for a first look on two CPU cores: a few minutes from text to model.
 QUICKSTART_CONFIG = {
@@ -48,14 +46,12 @@ quickstart = dg.define_asset_job(
     selection=[sample_corpus, *LINEAGE],
     config=QUICKSTART_CONFIG,
     executor_def=EXECUTOR,
-    hooks=HOOKS,
     description="The whole lineage on the sample corpus: a first model in a few minutes, without a download.",
 )
 pretrain = dg.define_asset_job(
     "pretrain",
     selection=LINEAGE,
     executor_def=EXECUTOR,
-    hooks=HOOKS,
     description="From your raw text (raw_text_data/ in TEXTMILL_HOME) to a released model; whatever is unchanged is reused. "
     "The defaults are made for a GPU: on a CPU, take the sizes of the quickstart.",
 )
@@ -63,6 +59,5 @@ prepare_data = dg.define_asset_job(
     "prepare_data",
     selection=PREPARATION,
     executor_def=EXECUTOR,
-    hooks=HOOKS,
     description="From your raw text (raw_text_data/ in TEXTMILL_HOME) to token shards, without training.",
 )

@@ -128,6 +128,11 @@ def evaluation(result: Evaluation, released: float | None, max_regression: float
     ]
 
 
+def may_go_on(results: Checks) -> bool:
+    """Whether no check failed that ends the run."""
+    return all(result.passed or result.severity == dg.AssetCheckSeverity.WARN for result in results)
+
+
 def _result(passed: bool, name: str, metadata: dict[str, Any], warn_only: bool = False) -> dg.AssetCheckResult:
     severity = dg.AssetCheckSeverity.WARN if warn_only else dg.AssetCheckSeverity.ERROR
     return dg.AssetCheckResult(passed=bool(passed), check_name=name, severity=severity, metadata=metadata)

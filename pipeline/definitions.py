@@ -11,7 +11,6 @@ from pipeline.retries import lost_retries
 from pipeline.sensors import new_raw_text, nightly_retraining
 
 keep_others_from_writing()  # of the runs' processes, too
-storage = Storage()
 
 defs = dg.Definitions(
     assets=[sample_corpus, *LINEAGE],
@@ -20,8 +19,8 @@ defs = dg.Definitions(
     schedules=[nightly_retraining],
     executor=EXECUTOR,
     resources={
-        "storage": storage,
-        "catalog": CatalogResource(storage=storage),
+        "storage": Storage(),
+        "catalog": CatalogResource(),
         "torchrun": Torchrun(),
         "retraining": Retraining(),
     },

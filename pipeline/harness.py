@@ -1,6 +1,5 @@
 """Tries checkpoints on tasks of lm-eval, each once: what was found is kept beside the checkpoint."""
 
-import os
 from typing import Any
 
 import dagster as dg
@@ -8,7 +7,7 @@ import dagster as dg
 from llm_core.checkpoint_files import CheckpointRecord
 from llm_core.config import HarnessConfig
 from llm_core.evaluation_file import harness_path, read_evaluation, task_figures
-from pipeline.launcher import run_tool
+from pipeline.launcher import download_environment, run_tool
 from pipeline.release import exported
 from pipeline.resources import CatalogResource, Storage
 
@@ -29,10 +28,8 @@ def try_tasks(
         return []
     path = harness_path(record, config)
     if not path.exists():
-        # What the tasks' data is found and kept by; the token in it is the user's own, for the hub alone.
-        environment = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
         with exported(context, storage, record) as directory:
             options = {"model_dir": directory, "output_file": path} | config.model_dump(exclude_defaults=True)
-            run_tool(context, "llm_core.harness", options, environment)
-    catalog.open().record_evaluation(path)
+            run_tool(context, "llm_core.harness", options, download_environment())
+    catalog.open(storage).record_evaluation(path)
     return task_figures(read_evaluation(path))

@@ -30,5 +30,5 @@ def judge(
         options: dict[str, object] = {"checkpoint": record.path, "data_dir": storage.processed}
         options |= {"dataset_id": manifest.dataset_id, "snapshot_id": manifest.snapshot_id}
         run_tool(context, "llm_core.judge", options | config.model_dump(exclude_defaults=True))
-    catalog.open().record_evaluation(path)
+    catalog.open(storage).record_evaluation(path)
     return path

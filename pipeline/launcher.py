@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -31,14 +33,49 @@ _ALLOWED = {
     "CC",
     "CXX",
 }
-_ALLOWED_PREFIXES = ("LC_", "CUDA_", "NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "TRITON_", "OMP_", "MKL_", "NVIDIA_")
+_ALLOWED_PREFIXES = (
+    "LC_",
+    "CUDA_",
+    "NCCL_",
+    "GLOO_",
+    "FI_",  # libfabric: the network of AWS
+    "UCX_",
+    "TORCH_",
+    "PYTORCH_",
+    "TORCHINDUCTOR_",
+    "TRITON_",
+    "OMP_",
+    "MKL_",
+    "NVIDIA_",
+)
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(^|_)KEY(S|_|$)", re.IGNORECASE)
+"""Of the names with these beginnings, those that hold no setting: NVIDIA_API_KEY, say."""
+
+_DOWNLOADS = {"SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
+_PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
 
 
 def training_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """The environment of the training: an allow-list of this process's variables, and `extra`."""
-    kept = {name: value for name, value in os.environ.items() if name in _ALLOWED or name.startswith(_ALLOWED_PREFIXES)}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _ALLOWED or (name.startswith(_ALLOWED_PREFIXES) and not _SECRET.search(name))
+    }
     # Each worker makes its own store: a killed rank's restart then finds the meeting point free.
     return kept | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | dict(extra)
+
+
+def download_environment() -> dict[str, str]:
+    """What a tool needs beside that to load data from the Hugging Face hub: the way through a proxy, and HF_*.
+
+    HF_TOKEN is among them, the one secret that is passed on: without it no gated data set can be read.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("HF_") or name in _DOWNLOADS or name.lower() in _PROXIES
+    }
 
 
 def option_list(options: Mapping[str, Any]) -> list[str]:
@@ -60,11 +97,17 @@ def run_tool(
     environment: what it gets beside what every training process gets.
 
     Raises:
-        dagster.Failure: the tool failed; the description is what it said.
+        dagster.Failure: the tool failed; the description is what it said. One that was killed may be tried again.
     """
     command = [sys.executable, "-m", "pipeline.child", module, *option_list(options)]
     context.log.info(shlex.join(command))
     done = subprocess.run(command, env=training_environment(environment or {}), capture_output=True, text=True)
+    if done.returncode < 0:
+        number = -done.returncode
+        raise Failure(
+            f"{module} was killed by signal {number} ({signal.strsignal(number)}): {done.stderr[-2000:]}\n"
+            "Run again; if it is killed again, give the machine more memory."
+        )
     if done.returncode:
         raise Failure(f"{module} ended with code {done.returncode}: {done.stderr[-2000:]}", allow_retries=False)
     context.log.info(done.stdout)

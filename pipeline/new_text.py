@@ -1,6 +1,7 @@
 """What lies in the raw text folder that no run has read yet, and what a run about it is launched with."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ from pydantic import Field
 from llm_core.corpus.file_index import last_look
 from llm_core.corpus.source import open_source
 from llm_core.errors import DataError, UserError
-from llm_core.files import read_json
-from pipeline.current import find_current
+from llm_core.files import read_json, write_json
 from pipeline.resources import Storage
 
 RUN_CONFIG = Path("configs", "retrain.yaml")
@@ -74,15 +74,31 @@ class NewText:
         return f"{self.new_files:,} new or changed files ({self.new_bytes:,} bytes), {self.removed_files:,} removed"
 
 
-def is_trained(storage: Storage) -> bool:
-    """Whether the last snapshot of the raw text has become the dataset that the last training read to its end."""
+def remember_decision(storage: Storage, dataset_id: str) -> None:
+    """Notes that a model of this dataset was released, or was not better: the text in it is done with."""
+    if _decided_on(storage) != dataset_id:
+        write_json(storage.decision, {"dataset_id": dataset_id})
+
+
+def is_decided(storage: Storage) -> bool:
+    """Whether the last snapshot of the raw text has become the dataset of the last decision in this line of releases.
+
+    A training of which any step failed comes to no decision, however far it read.
+    """
     try:
-        dataset, checkpoint = read_json(storage.processed / "metadata.json"), find_current(storage.current_checkpoint)
-        run = read_json(checkpoint.parent / "run.json") if checkpoint is not None else {}
+        dataset = read_json(storage.processed / "metadata.json")
     except DataError:
         return False
     snapshot_id, _ = last_look(storage.processed)
-    return dataset["snapshot_id"] == snapshot_id and dataset["dataset_id"] == run.get("dataset_id")
+    return dataset["snapshot_id"] == snapshot_id and dataset["dataset_id"] == _decided_on(storage)
+
+
+def _decided_on(storage: Storage) -> str | None:
+    """The dataset of the last decision; None if there is none yet, or its note is damaged: the next run then makes it again."""
+    try:
+        return read_json(storage.decision).get("dataset_id")
+    except DataError:
+        return None
 
 
 def retraining_config(storage: Storage) -> dict[str, Any]:
@@ -101,7 +117,8 @@ def retraining_config(storage: Storage) -> dict[str, Any]:
     return {}
 
 
-def configured_storage(storage: Storage, run_config: dict[str, Any]) -> Storage:
-    """The storage that a run with this configuration works on: it may read its text elsewhere."""
+def configured_storage(storage: Storage, run_config: Mapping[str, Any]) -> Storage:
+    """The storage that a run with this configuration works on: it may read its text elsewhere, or release in another line."""
     given = run_config.get("resources", {}).get("storage", {}).get("config", {})
-    return Storage(**{"home": storage.home, "raw_text_dir": storage.raw_text_dir} | given)
+    options = {"home": storage.home, "raw_text_dir": storage.raw_text_dir, "release_line": storage.release_line}
+    return Storage(**options | given)

@@ -1,5 +1,6 @@
 """What the assets share: where things lie, the catalog, and how training is launched."""
 
+import math
 import os
 from pathlib import Path
 
@@ -66,18 +67,25 @@ class Storage(dg.ConfigurableResource):
         return self.models / ("released.json" if self.release_line is None else f"released_{self.release_line}.json")
 
     @property
+    def decision(self) -> Path:
+        """What text the last decision about a release of the line was made on."""
+        return self.models / ("decision.json" if self.release_line is None else f"decision_{self.release_line}.json")
+
+    @property
     def models(self) -> Path:
         return self.root / "models"
 
 
 class CatalogResource(dg.ConfigurableResource):
-    """Opens the DuckDB catalog of a storage; connections are short, so several steps can write in turn."""
+    """How the DuckDB catalog of a storage is opened; connections are short, so several steps can write in turn."""
 
-    storage: dg.ResourceDependency[Storage]
+    wait_seconds: float = Field(
+        default=60.0, gt=0, description="Seconds that a step waits for others who have the catalog open before it fails."
+    )
 
-    def open(self, wait_seconds: float = 60.0) -> Catalog:
-        """The catalog; its calls wait so long for other processes at most."""
-        return Catalog(self.storage.root / "catalog.duckdb", wait_seconds)
+    def open(self, storage: Storage, at_most: float = math.inf) -> Catalog:
+        """The catalog in the home that a step was given; at_most: bound of the waiting where there is no time for all of it."""
+        return Catalog(storage.root / "catalog.duckdb", min(self.wait_seconds, at_most))
 
 
 class Torchrun(dg.ConfigurableResource):

@@ -6,11 +6,12 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 from dagster._core.errors import DagsterAssetCheckFailedError
-from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, MAX_RETRIES_TAG, WILL_RETRY_TAG
+from dagster._core.execution.plan.resume_retry import ReexecutionStrategy
+from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, MAX_RETRIES_TAG, RETRY_STRATEGY_TAG, WILL_RETRY_TAG
 from pydantic import ValidationError
 
 from llm_core.cli import describe_invalid, printable
-from llm_core.errors import UserError
+from llm_core.errors import DataError, UserError
 
 ASKED_AGAIN_TAG = "textmill/retry_asked_again"
 # Dagster's daemon decides on a retry within a few seconds of the failure, and takes about as long to launch it.
@@ -22,7 +23,8 @@ _TOO_LATE = timedelta(days=1)
 def say_why_and_retry_only_what_may_go_away(context: dg.HookContext) -> None:
     """Says why a step failed in the last lines of stderr, where a person at a terminal or in CI looks first.
 
-    Takes the run out of Dagster's run retries (`run_retries` in dagster.yaml) when running again unchanged cannot help.
+    Takes the run out of Dagster's run retries (`run_retries` in dagster.yaml) when running again unchanged cannot help, and lets
+    them begin with its first step when what earlier steps made no longer fits.
     """
     error = context.op_exception
     # Dagster prints its tracebacks after this, and that the run failed after these.
@@ -32,6 +34,10 @@ def say_why_and_retry_only_what_may_go_away(context: dg.HookContext) -> None:
     )
     if final:
         context.instance.add_run_tags(context.run_id, {MAX_RETRIES_TAG: "0"})
+    elif isinstance(error, DataError):
+        # What an earlier step made does not fit any more, as when a file changed after the snapshot: a retry from the step that
+        # failed would meet it again. The steps before make anew what differs, and no more.
+        context.instance.add_run_tags(context.run_id, {RETRY_STRATEGY_TAG: ReexecutionStrategy.ALL_STEPS.value})
 
 
 def _say(text: str) -> None:

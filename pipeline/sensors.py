@@ -8,22 +8,14 @@ from pydantic import BaseModel, ValidationError
 
 from llm_core.errors import UserError
 from llm_core.files import content_id
-from pipeline.automation import pretrain, quickstart
-from pipeline.new_text import NewText, Retraining, configured_storage, is_trained, retraining_config
+from pipeline.automation import pretrain
+from pipeline.new_text import NewText, Retraining, configured_storage, is_decided, retraining_config
 from pipeline.resources import Storage
+from pipeline.runs import last_failure, training_in_progress
 
 SECONDS_BETWEEN_LOOKS = 30
 NIGHTLY = "0 2 * * *"
 """Cron, in UTC."""
-
-_TRAIN = {pretrain.name, quickstart.name}
-_IN_PROGRESS = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 
 
 class Cursor(BaseModel):
@@ -63,22 +55,23 @@ def new_raw_text(
 ) -> Iterator[dg.RunRequest | dg.SkipReason]:
     cursor, now = Cursor.read(context.cursor), time.time()
     # What costs nothing is asked first: a large folder is not walked while nothing could be launched anyway.
-    wait = _training_in_progress(context.instance) or _interval(cursor.launched_at, retraining.min_hours_between_runs, now)
+    wait = training_in_progress(context.instance) or _interval(cursor.launched_at, retraining.min_hours_between_runs, now)
     if wait:
         yield dg.SkipReason(wait)
         return
     run_config = retraining_config(storage)
+    storage = configured_storage(storage, run_config)
     try:
-        text = NewText.find(configured_storage(storage, run_config))
+        text = NewText.find(storage)
     except UserError as error:
         yield dg.SkipReason(str(error))
         return
     at_rest = cursor.seen == text.fingerprint
     cursor.seen = text.fingerprint
     if not text:
-        reason: str | None = f"nothing new: all {text.files:,} files are as they were read last"
+        reason: str | None = f"nothing new: all {text.files:,} files are as they were read last" + _unfinished(context, storage)
     elif text.fingerprint == cursor.launched:
-        reason = f"a run was launched for this text already ({text}); if it failed, mend it and launch pretrain by hand"
+        reason = f"a run was launched for this text already ({text}){_to_mend(context, storage)}"
     elif not at_rest:
         reason = f"{text}: waiting until they are at rest"
     else:
@@ -95,13 +88,13 @@ def new_raw_text(
 @dg.schedule(
     job=pretrain,
     cron_schedule=NIGHTLY,
-    description="Launches pretrain at night when there is text that no training has read to its end, with the configuration in "
-    "configs/retrain.yaml.",
+    description="Launches pretrain at night when there is text on which no training has come to its end, a released model or one "
+    "that was not better, with the configuration in configs/retrain.yaml.",
 )
 def nightly_retraining(
     context: dg.ScheduleEvaluationContext, storage: Storage, retraining: Retraining
 ) -> dg.RunRequest | dg.SkipReason:
-    busy = _training_in_progress(context.instance)
+    busy = training_in_progress(context.instance)
     if busy:
         return dg.SkipReason(busy)
     run_config = retraining_config(storage)
@@ -110,17 +103,23 @@ def nightly_retraining(
         text = NewText.find(storage)
     except UserError as error:
         return dg.SkipReason(str(error))
-    if not text and is_trained(storage):
+    if not text and is_decided(storage):
         return dg.SkipReason(f"nothing new: all {text.files:,} files are in the dataset that was trained on last")
     reason = retraining.reason_to_refuse(text)
     return dg.SkipReason(reason) if reason else dg.RunRequest(run_config=run_config)
 
 
-def _training_in_progress(instance: dg.DagsterInstance) -> str | None:
-    """Names a run that trains or will, None if there is none."""
-    runs = instance.get_runs(filters=dg.RunsFilter(statuses=_IN_PROGRESS))
-    found = [run for run in runs if run.job_name in _TRAIN]
-    return f"waiting for run {found[0].run_id} of {found[0].job_name} to end" if found else None
+def _unfinished(context: dg.SensorEvaluationContext, storage: Storage) -> str:
+    """What is left to do about text that was read; nothing once there is a decision about a model of it."""
+    if is_decided(storage):
+        return ""
+    return _to_mend(context, storage) or ", but no training has come to its end on them: launch pretrain by hand"
+
+
+def _to_mend(context: dg.SensorEvaluationContext, storage: Storage) -> str:
+    """What the last training failed of and what to do, if it failed."""
+    failure = last_failure(context.instance, storage)
+    return f"; {failure}\nWhen that is mended, launch pretrain by hand or let nightly_retraining try again." if failure else ""
 
 
 def _interval(launched_at: float, min_hours: float, now: float) -> str | None:

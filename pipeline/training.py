@@ -79,6 +79,8 @@ def run_training(
     data = {"data_dir": data_dir, "dataset_id": manifest.dataset_id, "snapshot_id": manifest.snapshot_id}
     options = option_list(data | {"save_dir": run_dir, "resume": "auto"} | config.model_dump(exclude_defaults=True))
     _wait_for_an_earlier_attempt(context, run_dir, torchrun.stop_seconds)
+    before = _stamp(run_dir / "run.json")
+    reported = 0
     with (
         tempfile.TemporaryDirectory(prefix="textmill-") as folder,
         open_pipes_session(context, PipesTempFileContextInjector(), PipesTempFileMessageReader()) as session,
@@ -91,15 +93,16 @@ def run_training(
         )
         with process:
             context.log.info(f"training: {shlex.join(process.command)}\noutput: {process.log_path}")
-            reported, records = 0, LiveRecords(context, record, torchrun.catalog_seconds)
+            records = LiveRecords(context, record, torchrun.catalog_seconds)
             for _ in process.wait(torchrun.report_seconds):
                 messages = session.get_custom_messages()
                 _report(context, messages[reported:], config.max_steps)
                 reported = len(messages)
                 records.keep_up()
+    _report(context, session.get_custom_messages()[reported:], config.max_steps)  # what came after the last look
     last = finished_checkpoint(run_dir) if process.exit_code == 0 else None
     if last is None:
-        raise _failure(run_dir, process)
+        raise _failure(run_dir, process, began=_stamp(run_dir / "run.json") != before)
     return last
 
 
@@ -142,9 +145,17 @@ def _report(context: AssetExecutionContext, records: Any, max_steps: int) -> Non
         context.log.info(f"step {record['step']}/{max_steps}: {shown}")
 
 
-def _failure(run_dir: Path, process: TorchrunProcess) -> dg.Failure:
-    """What the training said of its end; where it could say nothing, how it ended."""
-    state = read_json(run_dir / "run.json") if (run_dir / "run.json").exists() else {"status": "not started"}
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Another one whenever the file is written anew; None while there is none."""
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+
+def _failure(run_dir: Path, process: TorchrunProcess, began: bool) -> dg.Failure:
+    """What the training said of its end; where it could say nothing, how it ended.
+
+    began: whether it came so far as to write its state; what stands there otherwise is from an earlier attempt.
+    """
+    state = read_json(run_dir / "run.json") if began else {"status": "not started"}
     output = process.output()
     said = [line.removeprefix(_ERROR) for line in output if line.startswith(_ERROR)]
     reason = said[0] if said else f"the training ended with code {process.exit_code} and state {state['status']!r}"

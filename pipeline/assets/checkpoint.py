@@ -1,5 +1,7 @@
 """checkpoint: a model trained by torchrun."""
 
+from typing import Any
+
 import dagster as dg
 from pydantic import Field
 
@@ -11,12 +13,12 @@ from llm_core.parent import find_parent
 from llm_core.runlog import read_metrics
 from llm_core.shards import DatasetManifest
 from pipeline import checks
-from pipeline.assets.common import MODEL, OWNERS, rounded, table
+from pipeline.assets.common import HOOKS, MODEL, OWNERS, rounded, table
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.current import set_current
 from pipeline.handover import Upstream
 from pipeline.plots import loss_curve, picture
-from pipeline.release import released_checkpoint
+from pipeline.release import released_checkpoint, released_model
 from pipeline.resources import CatalogResource, Storage, Torchrun
 from pipeline.training import finished_checkpoint, run_training
 
@@ -39,6 +41,7 @@ class CheckpointConfig(TrainConfig, dg.Config):
     kinds={"pytorch", "torchrun"},
     group_name=MODEL,
     owners=OWNERS,
+    hooks=HOOKS,
     pool="device",
     check_specs=checks.CHECKPOINT,
 )
@@ -50,15 +53,21 @@ def checkpoint(
     The same data and configuration are the same run: a finished one is reused, an interrupted one goes on where it stopped.
     """
     manifest = Upstream(context, storage).dataset()
-    train_config = config.part(TrainConfig)
+    train_config, start = config.part(TrainConfig), config.init_from or "nothing"
     if config.init_from == RELEASED:
         released = released_checkpoint(storage, manifest.tokenizer.tokenizer_id)
         if released is not None and read_json(released.path.parent / "run.json")["dataset_id"] == manifest.dataset_id:
             context.log.info("the released model was trained on this very text: nothing to train")
-            return _result(storage, released, manifest, reused=True)
-        # Without a release there is nothing to replay either.
-        start = {"init_from": str(released.path.parent)} if released is not None else {"init_from": None, "replay_share": None}
-        train_config = train_config.model_copy(update=start)
+            return _result(storage, released, manifest, reused=True, start=RELEASED)
+        if released is not None:
+            train_config = train_config.model_copy(update={"init_from": str(released.path.parent)})
+        else:
+            # Without a release there is nothing to replay either.
+            train_config = train_config.model_copy(update={"init_from": None, "replay_share": None})
+            model = released_model(storage)
+            start = f"nothing: {_why_not_released(model, manifest)}"
+            # Before the first release there is nothing else that could be meant.
+            (context.log.info if model is None else context.log.warning)(f"init_from {RELEASED}: training starts from {start}")
     parent = find_parent(train_config.init_from) if train_config.init_from is not None else None
     resolved = train_config.resolved(manifest.max_length, manifest.stride)
     run = run_id(manifest, resolved, parent.checkpoint_id if parent is not None else None)
@@ -76,25 +85,47 @@ def checkpoint(
                 manifest,
                 run_dir,
                 # Not for long, if others hold the catalog: the progress is to be told as well.
-                record=lambda: catalog.open(wait_seconds=5).record_run(run_dir),
+                record=lambda: catalog.open(storage, at_most=5).record_run(run_dir),
             )
-        finally:
-            catalog.open().record_run(run_dir)  # a failed run is remembered too
+        except BaseException:
+            try:
+                catalog.open(storage).record_run(run_dir)  # a failed run is remembered too
+            except Exception as error:  # and what it failed of is what is to be told
+                context.log.warning(f"the run that failed is not in the catalog: {error}")
+            raise
     else:
         context.log.info(f"run {run} is finished already: nothing to train")
-        catalog.open().record_run(run_dir)
-    return _result(storage, record, manifest, reused)
+    catalog.open(storage).record_run(run_dir)
+    return _result(storage, record, manifest, reused, start)
 
 
-def _result(storage: Storage, record: CheckpointRecord, manifest: DatasetManifest, reused: bool) -> dg.MaterializeResult:
-    """Makes a checkpoint the current one and tells what it is."""
-    set_current(storage.current_checkpoint, record.path)
+def _why_not_released(model: dict[str, Any] | None, manifest: DatasetManifest) -> str:
+    """Why training cannot start from the released model; model: its textmill.json."""
+    if model is None:
+        return "no model is released yet"
+    if model["tokenizer_id"] != manifest.tokenizer.tokenizer_id:
+        return (
+            f"the released model {model['model_id']} has the tokenizer {model['tokenizer_id']}, the dataset "
+            f"{manifest.tokenizer.tokenizer_id}"
+        )
+    return (
+        f"the checkpoint of the released model {model['model_id']}, {model['checkpoint_file']} of run {model['run_id']}, is gone"
+    )
+
+
+def _result(
+    storage: Storage, record: CheckpointRecord, manifest: DatasetManifest, reused: bool, start: str
+) -> dg.MaterializeResult:
+    """Tells what a checkpoint is, and makes it the current one if it is sound; start: what `init_from` came to."""
     run_dir = record.path.parent
     state, metrics = read_json(run_dir / "run.json"), read_metrics(run_dir / "metrics.jsonl")
     last = {line["kind"]: line for line in metrics}
+    check_results = checks.checkpoint(state, metrics, manifest.tokenizer.vocab_size)
+    if checks.may_go_on(check_results):
+        set_current(storage.current_checkpoint, record.path)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(record.checkpoint_id),
-        check_results=checks.checkpoint(state, metrics, manifest.tokenizer.vocab_size),
+        check_results=check_results,
         metadata={
             "run_id": record.run_id,
             "loss_curve": picture(run_dir / f"loss_curve_step_{record.step}.png", "loss curve", lambda: loss_curve(metrics)),
@@ -118,6 +149,7 @@ def _result(storage: Storage, record: CheckpointRecord, manifest: DatasetManifes
             "precision": state["precision"],
             "attention": state["attention"],
             "mixture": table(state["mixture"], part="string", windows="int", windows_read="int", share="float", epochs="float"),
+            "started_from": start,
             "parent_run_id": state["parent_run_id"] or "none: trained from the start",
             "dataset_id": manifest.dataset_id,
             "snapshot_id": manifest.snapshot_id,

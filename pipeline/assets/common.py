@@ -6,6 +6,11 @@ from typing import Any
 
 import dagster as dg
 
+from pipeline.retries import say_why_and_retry_only_what_may_go_away
+
+HOOKS = {say_why_and_retry_only_what_may_go_away}
+"""Of the assets and not of the jobs: "Materialize" in the asset graph launches a job of Dagster's own."""
+
 OWNERS = ["team:textmill"]
 """Who is asked about an asset; teams replace it with their own."""
 

@@ -8,7 +8,7 @@ from llm_core.evaluation_file import by_source, metric, read_evaluation
 from llm_core.files import content_id
 from pipeline import checks
 from pipeline.assets.checkpoint import checkpoint
-from pipeline.assets.common import MODEL, OWNERS, literal, rounded, table
+from pipeline.assets.common import HOOKS, MODEL, OWNERS, literal, rounded, table
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.current import set_current
 from pipeline.handover import Upstream
@@ -29,7 +29,15 @@ class EvaluationConfig(EvaluateConfig, HarnessConfig, dg.Config):
     )
 
 
-@dg.asset(deps=[tokenized_shards, checkpoint], kinds={"pytorch"}, group_name=MODEL, owners=OWNERS, check_specs=checks.EVALUATION)
+@dg.asset(
+    deps=[tokenized_shards, checkpoint],
+    kinds={"pytorch"},
+    group_name=MODEL,
+    owners=OWNERS,
+    hooks=HOOKS,
+    pool="device",
+    check_specs=checks.EVALUATION,
+)
 def evaluation(
     context: dg.AssetExecutionContext, config: EvaluationConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:

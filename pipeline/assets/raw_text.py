@@ -8,7 +8,7 @@ from llm_core.config import CorpusConfig
 from llm_core.corpus import take_snapshot
 from llm_core.locks import preparing
 from pipeline import checks
-from pipeline.assets.common import DATA, OWNERS, table
+from pipeline.assets.common import DATA, HOOKS, OWNERS, table
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.current import set_current
 from pipeline.resources import CatalogResource, Storage
@@ -18,7 +18,9 @@ class RawTextConfig(CorpusConfig, dg.Config):
     """How files become documents."""
 
 
-@dg.asset(deps=[sample_corpus], kinds={"file", "parquet"}, group_name=DATA, owners=OWNERS, check_specs=checks.RAW_TEXT)
+@dg.asset(
+    deps=[sample_corpus], kinds={"file", "parquet"}, group_name=DATA, owners=OWNERS, hooks=HOOKS, check_specs=checks.RAW_TEXT
+)
 def raw_text(
     context: dg.AssetExecutionContext, config: RawTextConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
@@ -31,7 +33,7 @@ def raw_text(
         place.mkdir(parents=True, exist_ok=True)
     with preparing(storage.processed, context.log.info):
         snapshot = take_snapshot(place, storage.processed, config.part(CorpusConfig))
-        catalog.open().record_snapshot(storage.processed, snapshot.snapshot_id)
+        catalog.open(storage).record_snapshot(storage.processed, snapshot.snapshot_id)
         set_current(storage.current_snapshot, storage.current_snapshot.with_name(f"{snapshot.snapshot_id}.json"))
     summary, dropped = snapshot.summary, snapshot.summary["bytes_dropped"]
     for file in summary["quarantined"]:

@@ -8,9 +8,10 @@ from llm_core.config import ReleaseConfig
 from llm_core.evaluation_file import metric, read_evaluation
 from llm_core.files import inside, read_json
 from llm_core.shards import load_manifest
-from pipeline.assets.common import MODEL, OWNERS, rounded
+from pipeline.assets.common import HOOKS, MODEL, OWNERS, rounded
 from pipeline.assets.evaluation import evaluation
 from pipeline.handover import Upstream
+from pipeline.new_text import remember_decision
 from pipeline.release import decide, judge_released, one_at_a_time, release
 from pipeline.release import released_model as find_released_model
 from pipeline.report import locations, report_table
@@ -21,7 +22,7 @@ class ReleasedModelConfig(ReleaseConfig, dg.Config):
     """When a checkpoint becomes the released model."""
 
 
-@dg.asset(deps=[evaluation], kinds={"huggingface"}, group_name=MODEL, owners=OWNERS)
+@dg.asset(deps=[evaluation], kinds={"huggingface"}, group_name=MODEL, owners=OWNERS, hooks=HOOKS)
 def released_model(
     context: dg.AssetExecutionContext, config: ReleasedModelConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
@@ -38,7 +39,7 @@ def released_model(
         verdict = decide(find_released_model(storage), result, before, config.part(ReleaseConfig))
         if verdict.promoted:
             directory = release(context, storage, record, evaluation_file, verdict.reason)
-            catalog.open().record_model(directory)
+            catalog.open(storage).record_model(directory)
     if not verdict.promoted:
         context.log.warning(f"not released: {verdict.reason}")
 
@@ -58,6 +59,7 @@ def released_model(
         **locations(storage),
         "released model": storage.models / released["model_id"],
     }
+    remember_decision(storage, manifest.dataset_id)
     print(report_table(f"textmill: run {record.run_id}", rows), flush=True)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(released["model_id"]),

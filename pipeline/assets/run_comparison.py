@@ -7,7 +7,7 @@ import dagster as dg
 from llm_core.errors import UserError
 from llm_core.evaluation_file import read_evaluation
 from llm_core.files import content_id
-from pipeline.assets.common import MODEL, OWNERS, markdown_table
+from pipeline.assets.common import HOOKS, MODEL, OWNERS, markdown_table
 from pipeline.assets.evaluation import evaluation
 from pipeline.assets.released_model import released_model
 from pipeline.catalog.catalog import Catalog
@@ -22,7 +22,7 @@ DRAWN = 10
 POINTS = 200
 
 
-@dg.asset(deps=[evaluation, released_model], kinds={"duckdb"}, group_name=MODEL, owners=OWNERS)
+@dg.asset(deps=[evaluation, released_model], kinds={"duckdb"}, group_name=MODEL, owners=OWNERS, hooks=HOOKS)
 def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog: CatalogResource) -> dg.MaterializeResult:
     """Runs of all sizes, the best first, that were judged on the same held-out text as this one; their losses and their sizes.
 
@@ -30,7 +30,7 @@ def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog:
     """
     path = Upstream(context, storage).evaluation()
     judged = read_evaluation(path)
-    runs, lines = catalog.open().comparable_runs(judged["evaluation_id"]), released_lines(storage)
+    runs, lines = catalog.open(storage).comparable_runs(judged["evaluation_id"]), released_lines(storage)
     if not runs:
         raise UserError(f"evaluation {judged['evaluation_id']}: not in the catalog; make it anew with: textmill catalog rebuild")
     rows = [
@@ -54,7 +54,7 @@ def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog:
             "comparison": picture(
                 path.with_name(f"run_comparison_{version}.png"),
                 "comparison of runs",
-                lambda: draw(_curves(catalog.open(), runs[:DRAWN], lines.keys())),
+                lambda: draw(_curves(catalog.open(storage), runs[:DRAWN], lines.keys())),
             ),
             "runs_compared": len(runs),
             "dataset_id": judged["dataset_id"],

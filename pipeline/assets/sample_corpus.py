@@ -7,7 +7,7 @@ from pydantic import Field
 
 from llm_core.errors import UserError
 from llm_core.sample_corpus import write_sample_corpus
-from pipeline.assets.common import DATA, OWNERS
+from pipeline.assets.common import DATA, HOOKS, OWNERS
 from pipeline.resources import Storage
 
 
@@ -17,7 +17,7 @@ class SampleCorpusConfig(dg.Config):
     at_least_bytes: int = Field(6_000_000, ge=100_000, le=20_000_000, description="Bytes of text to write.")
 
 
-@dg.asset(kinds={"python", "file"}, group_name=DATA, owners=OWNERS)
+@dg.asset(kinds={"python", "file"}, group_name=DATA, owners=OWNERS, hooks=HOOKS)
 def sample_corpus(config: SampleCorpusConfig, storage: Storage) -> dg.MaterializeResult:
     """English technical prose out of the Python installation itself: the language reference and docstrings.
 

@@ -6,7 +6,7 @@ from llm_core.config import ShardConfig
 from llm_core.locks import preparing
 from llm_core.shards import build_dataset
 from pipeline import checks
-from pipeline.assets.common import DATA, OWNERS, rounded
+from pipeline.assets.common import DATA, HOOKS, OWNERS, rounded
 from pipeline.assets.raw_text import raw_text
 from pipeline.assets.trained_tokenizer import trained_tokenizer
 from pipeline.handover import Upstream
@@ -18,7 +18,12 @@ class TokenizedShardsConfig(ShardConfig, dg.Config):
 
 
 @dg.asset(
-    deps=[raw_text, trained_tokenizer], kinds={"arrow"}, group_name=DATA, owners=OWNERS, check_specs=checks.TOKENIZED_SHARDS
+    deps=[raw_text, trained_tokenizer],
+    kinds={"arrow"},
+    group_name=DATA,
+    owners=OWNERS,
+    hooks=HOOKS,
+    check_specs=checks.TOKENIZED_SHARDS,
 )
 def tokenized_shards(
     context: dg.AssetExecutionContext, config: TokenizedShardsConfig, storage: Storage, catalog: CatalogResource
@@ -31,7 +36,7 @@ def tokenized_shards(
         upstream = Upstream(context, storage)
         snapshot = upstream.snapshot()
         manifest = build_dataset(snapshot, upstream.tokenizer(), storage.raw_text, storage.processed, config.part(ShardConfig))
-        catalog.open().record_dataset(storage.processed, manifest.dataset_id)
+        catalog.open(storage).record_dataset(storage.processed, manifest.dataset_id)
     train, val = manifest.splits["train"], manifest.splits["val"]
     return dg.MaterializeResult(
         data_version=dg.DataVersion(manifest.dataset_id),

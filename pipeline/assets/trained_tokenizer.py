@@ -6,7 +6,7 @@ from llm_core.config import TokenizerConfig
 from llm_core.locks import preparing
 from llm_core.tokenizer_store import prepare_tokenizer
 from pipeline import checks
-from pipeline.assets.common import DATA, OWNERS, rounded, table
+from pipeline.assets.common import DATA, HOOKS, OWNERS, rounded, table
 from pipeline.assets.raw_text import raw_text
 from pipeline.handover import Upstream
 from pipeline.resources import CatalogResource, Storage
@@ -16,7 +16,9 @@ class TrainedTokenizerConfig(TokenizerConfig, dg.Config):
     """How text becomes token ids."""
 
 
-@dg.asset(deps=[raw_text], kinds={"huggingface"}, group_name=DATA, owners=OWNERS, check_specs=checks.TRAINED_TOKENIZER)
+@dg.asset(
+    deps=[raw_text], kinds={"huggingface"}, group_name=DATA, owners=OWNERS, hooks=HOOKS, check_specs=checks.TRAINED_TOKENIZER
+)
 def trained_tokenizer(
     context: dg.AssetExecutionContext, config: TrainedTokenizerConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
@@ -27,7 +29,7 @@ def trained_tokenizer(
     with preparing(storage.processed, context.log.info):
         snapshot = Upstream(context, storage).snapshot()
         artifact = prepare_tokenizer(snapshot, storage.raw_text, storage.processed, config.part(TokenizerConfig))
-        catalog.open().record_tokenizer(storage.processed, artifact.tokenizer_id)
+        catalog.open(storage).record_tokenizer(storage.processed, artifact.tokenizer_id)
     report = artifact.report
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.tokenizer_id),

@@ -38,6 +38,7 @@ class Home:
     def __init__(self, root: Path, instance: dg.DagsterInstance, release_line: str | None = None) -> None:
         self.storage = Storage(home=str(root), release_line=release_line)
         self.catalog = Catalog(root / "catalog.duckdb")
+        self.torchrun = Torchrun(report_seconds=0.5, stop_seconds=30, catalog_seconds=0.5)
         self._instance = instance
 
     def materialize(self, *assets: dg.AssetsDefinition, expect_success: bool = True, **overrides: dict[str, Any]) -> Any:
@@ -51,8 +52,8 @@ class Home:
             instance=self._instance,
             resources={
                 "storage": self.storage,
-                "catalog": CatalogResource(storage=self.storage),
-                "torchrun": Torchrun(report_seconds=0.5, stop_seconds=30, catalog_seconds=0.5),
+                "catalog": CatalogResource(),
+                "torchrun": self.torchrun,
             },
             run_config={"ops": config},
             raise_on_error=False,

@@ -86,9 +86,10 @@ class DagsterDev:
         assert self._server is not None
         return [psutil.Process(self._server.pid), *psutil.Process(self._server.pid).children(recursive=True)]
 
-    def launch(self, run_config: dict[str, Any], job: str = "pretrain") -> str:
-        """Launches a job as the launchpad does and returns the run's id."""
-        return DagsterGraphQLClient("127.0.0.1", self._port).submit_job_execution(job, run_config=run_config)
+    def launch(self, run_config: dict[str, Any], job: str = "pretrain", assets: list[str] | None = None) -> str:
+        """Launches a job, or some assets of it, as the launchpad does and returns the run's id."""
+        client = DagsterGraphQLClient("127.0.0.1", self._port)
+        return client.submit_job_execution(job, run_config=run_config, asset_selection=assets)
 
     def terminate(self, run_id: str) -> None:
         """What the UI's button Terminate does."""
@@ -104,6 +105,13 @@ class DagsterDev:
         """Every run, the oldest first."""
         with dg.DagsterInstance.from_config(str(self.dagster_home)) as instance:
             return list(instance.get_runs())[::-1]
+
+    def messages(self, run_id: str) -> str:
+        """What the log of a run says, its errors included."""
+        with dg.DagsterInstance.from_config(str(self.dagster_home)) as instance:
+            return "\n".join(
+                f"{entry.message}\n{entry.user_message}\n{entry.dagster_event}" for entry in instance.all_logs(run_id)
+            )
 
     def worker(self, run_id: str) -> psutil.Process:
         """The process that executes a run."""

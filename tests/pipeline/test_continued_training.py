@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import pytest
+
+from llm_core.files import read_json, write_json
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.cli import main as textmill
 from tests.pipeline.conftest import Home
@@ -42,11 +45,31 @@ def test_new_text_is_learned_from_the_released_model_on_with_a_replay_of_the_old
     assert (again["reused"], again["checkpoint_id"]) == (True, new["checkpoint_id"])
 
 
-def test_without_a_release_training_starts_from_the_beginning(trained_home: tuple[Home, Any], clone: Any) -> None:
+def test_without_a_released_model_to_start_from_training_starts_from_nothing_and_says_why(
+    trained_home: tuple[Home, Any], clone: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     home, first = clone(trained_home)
+    expected = home.metadata(first, "checkpoint")
+    released = read_json(home.storage.released)
     home.storage.released.unlink()
-    result = home.materialize(checkpoint, checkpoint=CONTINUE)
-    assert home.metadata(result, "checkpoint")["checkpoint_id"] == home.metadata(first, "checkpoint")["checkpoint_id"]
+    made = home.metadata(home.materialize(checkpoint, checkpoint=CONTINUE), "checkpoint")
+    assert made["checkpoint_id"] == expected["checkpoint_id"]
+    assert made["started_from"] == "nothing: no model is released yet"
+    assert "INFO - " in _line(capfd, "init_from released: training starts from nothing: no model is released yet")
+
+    write_json(home.storage.released, released)
+    facts = home.storage.models / released["path"] / "textmill.json"
+    write_json(facts, read_json(facts) | {"tokenizer_id": "another"})
+    made = home.metadata(home.materialize(checkpoint, checkpoint=CONTINUE), "checkpoint")
+    assert made["started_from"].startswith(
+        f"nothing: the released model {released['path']} has the tokenizer another, the dataset"
+    )
+    assert "WARNING - " in _line(capfd, "init_from released: training starts from nothing: the released model")
+
+
+def _line(capfd: pytest.CaptureFixture[str], text: str) -> str:
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if text in line]
+    return line
 
 
 def test_sources_are_weighted_from_the_launchpad(trained_home: tuple[Home, Any], clone: Any) -> None:

@@ -1,16 +1,22 @@
 """The deployment files say the same as what is tested, and let nobody in from outside."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import pytest
 import yaml
 
+from llm_core.cli import parse_options
 from llm_core.files import read_json
+from llm_core.train import PROG, TrainOptions
 from pipeline.assets.checkpoint import checkpoint
+from pipeline.automation import LINEAGE
 from pipeline.launcher import option_list
 from tests.pipeline.conftest import TINY, Home
 from tests.pipeline.dagster_dev import ROOT
@@ -52,6 +58,38 @@ def test_no_password_stands_in_a_file() -> None:
         if path.is_file():
             for value in re.findall(r"PASSWORD(?:: |=)([^\s'\"]+)", path.read_text()):
                 assert value.startswith(("${POSTGRES_PASSWORD:?", "...", "%s")), path
+
+
+def test_the_image_can_compile_and_tells_the_commit_that_it_was_built_from(tmp_path: Path) -> None:
+    dockerfile = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
+    (installed,) = re.findall(r"^RUN apt-get .*$", dockerfile, re.MULTILINE)
+    assert {"gcc", "g++", "git"} <= set(installed.split())
+    (remembers,) = re.findall(r"^ARG GIT_COMMIT=\nRUN (.*)$", dockerfile, re.MULTILINE)
+    for commit in ("", "0123456789abcdef0123456789abcdef01234567"):
+        place = tmp_path / f"image{commit}"
+        (place / "llm_core").mkdir(parents=True)
+        environment = {"PATH": os.environ["PATH"], "GIT_CONFIG_SYSTEM": str(place / "gitconfig"), "GIT_COMMIT": commit}
+        subprocess.run(["sh", "-ec", remembers], cwd=place, env=environment, check=True)
+        asked = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=place / "llm_core", env=environment, capture_output=True, text=True
+        )
+        assert asked.stdout.strip() == commit
+
+
+def test_a_training_on_several_machines_starts_again_with_the_data_that_it_began_with() -> None:
+    (job,) = [part for part in kubernetes() if part["kind"] == "Job"]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    _, command = container["args"][0].split("-m llm_core.train ")
+    names = {variable["name"]: variable["value"] for variable in container["env"]}
+    options = parse_options(TrainOptions, PROG, shlex.split(Template(command).substitute(names)))
+    assert options.dataset_id == names["DATASET_ID"]
+    assert options.resume == "auto"
+
+
+def test_whatever_uses_the_device_is_in_its_pool() -> None:
+    pools = {asset.key.to_user_string(): asset.op.pool for asset in LINEAGE}
+    assert {name for name, pool in pools.items() if pool == "device"} == {"checkpoint", "evaluation"}
+    assert INSTANCE["concurrency"]["pools"] == {"granularity": "run", "default_limit": 1}
 
 
 @pytest.mark.slow

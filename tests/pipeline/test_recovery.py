@@ -1,5 +1,6 @@
 """Kills under a real `dagster dev` with our dagster.yaml: the run that Dagster launches next finishes the training."""
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dagster._core.storage.tags import PARENT_RUN_ID_TAG
 from dagster._daemon.auto_run_reexecution.event_log_consumer import EventLogConsumerDaemon
 
 from llm_core.files import read_json
+from llm_core.locks import held
 from llm_core.runlog import read_metrics
 from pipeline.catalog.catalog import Catalog
 from tests.pipeline.conftest import TINY
@@ -108,6 +110,28 @@ def test_what_a_person_must_mend_is_not_tried_again(server: DagsterDev) -> None:
     assert len(server.runs()) == number + len(wrongs)
 
 
+def test_text_that_changed_after_its_snapshot_is_read_again_by_the_retry(server: DagsterDev) -> None:
+    number, text = len(server.runs()), server.home / "raw_text_data" / "restless.txt"
+    text.write_text("A line that is about to change.\n" * 50)
+    processed = server.home / "processed_data"
+    with held(processed, pytest.fail):
+        dagster_id = server.launch(config(max_steps=6))
+        waiting = f"process {os.getpid()} is changing the prepared data"
+        deadline = time.monotonic() + 120
+        while waiting not in server.messages(dagster_id) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    others: list[str] = []
+    while not others:  # until the step that takes the snapshot has the folder; the next one has to wait for this process
+        time.sleep(0.01)
+        with held(processed, others.append):
+            text.write_text(f"A line of {time.monotonic_ns()}, which has changed since.\n" * 50)
+    assert server.wait_for_run(number, 120).status == dg.DagsterRunStatus.FAILURE
+    assert "restless.txt: changed since the snapshot was taken" in server.messages(dagster_id)
+    retried = server.wait_for_run(number + 1, 240)
+    assert retried.status == dg.DagsterRunStatus.SUCCESS, server.log()
+    assert retried.tags[PARENT_RUN_ID_TAG] == dagster_id
+
+
 def test_two_trainings_take_turns_on_one_device(server: DagsterDev) -> None:
     number, *_ = begin(server, seed=3)
     server.launch(config(seed=4, max_steps=6))
@@ -117,6 +141,21 @@ def test_two_trainings_take_turns_on_one_device(server: DagsterDev) -> None:
         time.sleep(0.5)
     for run in (number, number + 1):
         assert server.wait_for_run(run, 120).status == dg.DagsterRunStatus.SUCCESS
+    with dg.DagsterInstance.from_config(str(server.dagster_home)) as instance:
+        times = [instance.get_run_record_by_id(run.run_id) for run in server.runs()[number : number + 2]]
+    assert times[1].start_time >= times[0].end_time
+
+
+def test_an_evaluation_waits_for_the_device_and_a_run_that_has_it_does_not_wait_for_itself(server: DagsterDev) -> None:
+    number, *_ = begin(server, seed=8)
+    alone = {"ops": {"evaluation": config()["ops"]["evaluation"]}}
+    server.launch(alone, job="__ASSET_JOB", assets=["evaluation"])
+    began = time.monotonic()
+    while server.runs()[number].status == dg.DagsterRunStatus.STARTED and time.monotonic() - began < 8:
+        assert server.runs()[number + 1].status in (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED)
+        time.sleep(0.5)
+    for run in (number, number + 1):
+        assert server.wait_for_run(run, 120).status == dg.DagsterRunStatus.SUCCESS, server.log()
     with dg.DagsterInstance.from_config(str(server.dagster_home)) as instance:
         times = [instance.get_run_record_by_id(run.run_id) for run in server.runs()[number : number + 2]]
     assert times[1].start_time >= times[0].end_time

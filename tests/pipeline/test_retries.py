@@ -5,10 +5,11 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
+from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, MAX_RETRIES_TAG, RETRY_STRATEGY_TAG, WILL_RETRY_TAG
 
+from llm_core.errors import DataError, UserError
 from pipeline import retries
-from pipeline.retries import ASKED_AGAIN_TAG, lost_retries
+from pipeline.retries import ASKED_AGAIN_TAG, lost_retries, say_why_and_retry_only_what_may_go_away
 
 
 @pytest.fixture
@@ -55,3 +56,27 @@ def test_dagster_is_given_time_for_its_own_retry(instance: dg.DagsterInstance, m
     run_id = failed_run(instance)
     assert look(instance) == "retries asked for again: 0"
     assert failures(instance, run_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "tags"),
+    [
+        (UserError("--wrong"), {MAX_RETRIES_TAG: "0"}),
+        (DataError("text.txt: changed since the snapshot was taken; run again"), {RETRY_STRATEGY_TAG: "ALL_STEPS"}),
+        (RuntimeError("out of memory"), {}),
+    ],
+)
+def test_a_retry_begins_where_it_can_succeed(error: Exception, tags: dict[str, str]) -> None:
+    @dg.op
+    def fails() -> None:
+        raise error
+
+    @dg.job(hooks={say_why_and_retry_only_what_may_go_away})
+    def job() -> None:
+        fails()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = job.execute_in_process(instance=instance, raise_on_error=False)
+        run = instance.get_run_by_id(result.run_id)
+    assert run is not None
+    assert {name: value for name, value in run.tags.items() if name in (MAX_RETRIES_TAG, RETRY_STRATEGY_TAG)} == tags

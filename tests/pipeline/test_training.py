@@ -1,6 +1,7 @@
 """Training under Dagster: what it may see, how it is cancelled, and that nothing outlives it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from llm_core.checkpoint_files import newest_valid
 from llm_core.files import read_json, write_json
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.catalog.database import CatalogBusyError
-from pipeline.launcher import training_environment
+from pipeline.launcher import download_environment, run_tool, training_environment
+from pipeline.resources import Torchrun
 from pipeline.training import LiveRecords
 from tests.pipeline.conftest import Home
 
@@ -93,12 +95,46 @@ def test_no_secret_of_the_orchestrator_reaches_the_training(
 ) -> None:
     monkeypatch.setenv("DATABASE_PASSWORD", "canary-5f2c")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-5f2c")
+    monkeypatch.setenv("NVIDIA_API_KEY", "canary-5f2c")
+    monkeypatch.setenv("HF_TOKEN", "canary-5f2c")
     assert "canary-5f2c" not in training_environment({}).values()
     home, _ = clone(trained_home)
     result = home.materialize(checkpoint, checkpoint={"max_steps": 2, "eval_interval": 0, "seed": 3})
     written = b"".join(path.read_bytes() for path in home.storage.root.rglob("*") if path.is_file())
     assert b"canary-5f2c" not in written
     assert "canary-5f2c" not in str(result.all_events)
+
+
+def test_the_training_sees_the_settings_of_its_network_and_memory_and_the_harness_its_way_to_the_hub(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "FI_PROVIDER": "efa", "UCX_TLS": "rc"}
+    hub = {
+        "https_proxy": "http://proxy:3128",
+        "NO_PROXY": "localhost",
+        "SSL_CERT_FILE": "/ca.pem",
+        "REQUESTS_CA_BUNDLE": "/ca.pem",
+    }
+    hub |= {"HF_HOME": "/cache", "HF_TOKEN": "of the user"}
+    for name, value in (settings | hub | {"GITHUB_TOKEN": "of nobody here"}).items():
+        monkeypatch.setenv(name, value)
+    assert settings.items() <= training_environment({}).items()
+    assert not hub.keys() & training_environment({}).keys()
+    assert hub.items() <= download_environment().items()
+    assert "GITHUB_TOKEN" not in training_environment(download_environment())
+
+
+def test_a_tool_that_is_killed_may_be_tried_again_and_one_that_refuses_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    (tmp_path / "refuses.py").write_text("raise SystemExit('no')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(dg.Failure, match=r"killed was killed by signal 9 \(Killed\)") as killed:
+        run_tool(dg.build_asset_context(), "killed", {})  # type: ignore[arg-type]
+    with pytest.raises(dg.Failure, match="refuses ended with code 1: no") as refused:
+        run_tool(dg.build_asset_context(), "refuses", {})  # type: ignore[arg-type]
+    assert (killed.value.allow_retries, refused.value.allow_retries) == (True, False)
 
 
 @pytest.mark.slow
@@ -128,6 +164,46 @@ def test_a_training_that_fails_says_why_on_the_run_page(trained_home: tuple[Home
     assert reason.startswith("--batch_size 3 is not a multiple of --micro_batch_size 2")
 
 
+def stopped(home: Home, first: Any) -> Path:
+    """The run directory as a training that was stopped at step 3 leaves it."""
+    run_dir = home.storage.checkpoints / home.metadata(first, "checkpoint")["run_id"]
+    for name in ("checkpoint_step_6.pt", "checkpoint_step_6.pt.json"):
+        (run_dir / name).unlink()
+    write_json(run_dir / "run.json", read_json(run_dir / "run.json") | {"status": "preempted", "steps_done": 3})
+    return run_dir
+
+
+def failure_of(result: Any) -> Any:
+    (failure,) = [event for event in result.all_events if event.is_step_failure]
+    return failure.event_specific_data.user_failure_data
+
+
+def test_a_training_that_does_not_begin_is_not_told_from_the_state_of_the_attempt_before(
+    trained_home: tuple[Home, Any], clone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, first = clone(trained_home)
+    stopped(home, first)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('no torch today')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    failure = failure_of(home.materialize(checkpoint, expect_success=False))
+    assert failure.description.startswith("the training ended with code 1 and state 'not started'")
+    assert "no torch today" in failure.metadata["last_output"].value
+
+
+def test_what_the_training_failed_of_is_told_even_if_the_catalog_fails_as_well(
+    trained_home: tuple[Home, Any], clone: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    home, first = clone(trained_home)
+    stopped(home, first)
+    shard = max((home.storage.processed / "dataset").glob("*.arrow"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    (home.storage.root / "catalog.duckdb").write_bytes(b"no database")
+    failure = failure_of(home.materialize(checkpoint, expect_success=False))
+    assert shard.name in failure.description
+    assert "the run that failed is not in the catalog: " in capfd.readouterr().err
+
+
 def test_progress_is_reported_while_it_trains(trained_home: tuple[Home, Any], clone: Any) -> None:
     home, _ = clone(trained_home)
     result = home.materialize(checkpoint, checkpoint={"max_steps": 400, "seed": 9, "eval_interval": 100})
@@ -137,6 +213,14 @@ def test_progress_is_reported_while_it_trains(trained_home: tuple[Home, Any], cl
     assert steps == sorted(steps)
     assert any("val_loss" in observation.metadata for observation in observed)
     assert 0 < home.metadata(result, "checkpoint")["mfu"] < 1
+
+
+def test_what_comes_after_the_last_look_is_reported_too(trained_home: tuple[Home, Any], clone: Any) -> None:
+    home, _ = clone(trained_home)
+    home.torchrun = Torchrun(report_seconds=3600)
+    result = home.materialize(checkpoint, checkpoint={"seed": 9})
+    observed = [event.asset_observation_data.asset_observation for event in result.all_events if event.is_asset_observation]
+    assert [seen.metadata["step"].value for seen in observed if "val_loss" in seen.metadata] == [3, 6]
 
 
 @pytest.mark.slow

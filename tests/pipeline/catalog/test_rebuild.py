@@ -102,7 +102,7 @@ while True:
     for _ in killed_at_random(program, artifacts.home, path, seed=8, within=0.6):
         assert contents(catalog) == before
     assert rebuild(artifacts.home, path) == []
-    assert not list(artifacts.home.glob("*.rebuild*"))
+    assert not list(artifacts.home.glob("*.new*"))
 
 
 def test_a_rebuild_that_ends_before_its_last_rename_leaves_the_old_catalog_with_its_log(

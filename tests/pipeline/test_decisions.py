@@ -1,0 +1,151 @@
+"""Text is done with when a model of it was released or was not better; a run that failed before that is said to have failed."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster._core.storage.tags import MAX_RETRIES_TAG
+
+from llm_core.files import read_json, write_json
+from pipeline import checks
+from pipeline.assets.checkpoint import checkpoint
+from pipeline.assets.evaluation import evaluation
+from pipeline.assets.released_model import released_model
+from pipeline.current import find_current
+from pipeline.definitions import defs
+from pipeline.new_text import is_decided
+from pipeline.resources import Storage
+from tests.pipeline.conftest import TINY, Home
+from tests.pipeline.test_sensors import Watcher
+
+ADDED = "\n".join(f"A line about the number {number}, which nobody has written before." for number in range(400))
+
+
+@pytest.fixture
+def watched(trained_home: tuple[Home, Any], clone: Callable[..., tuple[Home, Any]]) -> tuple[Home, Watcher]:
+    """A home with a released model of all of its text, and the sensor on the instance of its runs."""
+    home, _ = clone(trained_home)
+    home.materialize()  # the copied files have new inodes: they are looked at once
+    return home, Watcher(home.storage)
+
+
+def config(home: Home) -> dict[str, Any]:
+    ops = {name: {"config": dict(options)} for name, options in TINY.items()}
+    return {"ops": ops, "resources": {"storage": {"config": {"home": home.storage.home}}}}
+
+
+def pretrain() -> dg.JobDefinition:
+    return defs.resolve_job_def("pretrain")
+
+
+def test_text_whose_evaluation_failed_is_taken_up_again_and_the_sensor_says_what_failed(
+    watched: tuple[Home, Watcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, watcher = watched
+    (home.storage.raw_text / "added.txt").write_text(ADDED)
+
+    def fail(*_: object) -> checks.Checks:
+        raise RuntimeError("no figures today")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(checks, "evaluation", fail)
+        failed = dg.execute_job(dg.reconstructable(pretrain), watcher.instance, run_config=config(home))
+    assert not failed.success
+    said = str(watcher.look())
+    assert said.startswith("nothing new: all 41 files are as they were read last; ")
+    assert f"run {failed.run_id} failed at evaluation: RuntimeError: no figures today" in said
+    assert "launch pretrain by hand" in said
+    assert isinstance(watcher.tonight(), dg.RunRequest), "the night tries again"
+
+    assert dg.execute_job(dg.reconstructable(pretrain), watcher.instance, run_config=config(home)).success
+    assert watcher.look() == "nothing new: all 41 files are as they were read last"
+    assert str(watcher.tonight()).startswith("nothing new")
+
+
+def test_a_run_that_failed_before_it_read_the_text_is_told_too(watched: tuple[Home, Watcher]) -> None:
+    home, watcher = watched
+    (home.storage.raw_text / "added.txt").write_text(ADDED)
+    watcher.launched()
+    wrong = config(home)
+    wrong["ops"]["raw_text"]["config"] = {"val_fraction": 2.0}
+    failed = dg.execute_job(dg.reconstructable(pretrain), watcher.instance, run_config=wrong)
+    watcher.hours_pass(2)
+    said = str(watcher.look())
+    assert said.startswith("a run was launched for this text already (1 new")
+    assert f"run {failed.run_id} failed at raw_text" in said
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_better_is_a_decision_and_each_line_has_its_own(watched: tuple[Home, Watcher]) -> None:
+    home, watcher = watched
+    (home.storage.raw_text / "added.txt").write_text(ADDED)
+    assert not home.metadata(home.materialize(checkpoint={"learning_rate": 1e-6}), "released_model")["promoted"]
+    assert is_decided(home.storage)
+    assert str(watcher.tonight()).startswith("nothing new")
+    other = Storage(home=home.storage.home, release_line="other")
+    assert not is_decided(other)
+    assert isinstance(Watcher(other).tonight(), dg.RunRequest)
+    (home.storage.root / "configs").mkdir()
+    (home.storage.root / "configs" / "retrain.yaml").write_text("resources: {storage: {config: {release_line: other}}}\n")
+    assert isinstance(watcher.tonight(), dg.RunRequest), "the line of the runs that start by themselves"
+
+
+def test_a_checkpoint_whose_check_failed_is_not_the_current_one(watched: tuple[Home, Watcher], monkeypatch: Any) -> None:
+    home, _ = watched
+    before = find_current(home.storage.current_checkpoint)
+    monkeypatch.setattr(checks, "MAX_SKIPPED_SHARE", -1.0)
+    failed = home.materialize(checkpoint, evaluation, expect_success=False, checkpoint={"seed": 3})
+    assert "losses_are_finite" in str([event.event_specific_data for event in failed.all_events if event.is_step_failure])
+    assert find_current(home.storage.current_checkpoint) == before
+
+
+def test_a_failed_release_decides_nothing(watched: tuple[Home, Watcher]) -> None:
+    home, _ = watched
+    home.storage.decision.unlink()
+    home.storage.released.unlink()
+    (path,) = home.storage.checkpoints.glob("*/evaluation_step_6_*.json")
+    result = read_json(path)
+    for entry in result["metrics"]:
+        entry["value"] = math.nan
+    write_json(path, result)
+    home.materialize(released_model, expect_success=False)
+    assert not is_decided(home.storage)
+
+
+def asset_graph(*assets: dg.AssetsDefinition) -> dg.JobDefinition:
+    """What "Materialize" in the asset graph launches."""
+    return defs.resolve_implicit_global_asset_job_def().get_subset(asset_selection={asset.key for asset in assets})
+
+
+def test_a_training_launched_in_the_asset_graph_is_waited_for(watched: tuple[Home, Watcher]) -> None:
+    _, watcher = watched
+    started = dg.DagsterRunStatus.STARTED
+    other = watcher.instance.create_run_for_job(
+        asset_graph(evaluation), asset_selection=frozenset({evaluation.key}), status=started
+    )
+    assert str(watcher.look()).startswith("nothing new"), "what trains nothing is not waited for"
+    run = watcher.instance.create_run_for_job(
+        asset_graph(checkpoint), asset_selection=frozenset({checkpoint.key}), status=started
+    )
+    assert watcher.look() == watcher.tonight() == f"waiting for run {run.run_id} of __ASSET_JOB to end"
+    watcher.instance.report_run_canceled(run)
+    watcher.instance.report_run_canceled(other)
+    assert str(watcher.look()).startswith("nothing new")
+
+
+def test_a_run_of_the_asset_graph_says_why_it_failed_and_is_not_retried_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("atexit.register", lambda _, *text: said.extend(text))
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = asset_graph(evaluation).execute_in_process(
+            {"resources": {"storage": {"config": {"home": str(tmp_path)}}}}, instance=instance, raise_on_error=False
+        )
+        run = instance.get_run_by_id(result.run_id)
+    assert run is not None and run.job_name == "__ASSET_JOB" and run.status == dg.DagsterRunStatus.FAILURE
+    assert run.tags[MAX_RETRIES_TAG] == "0"
+    assert ["materialize the asset 'checkpoint' first" in text for text in said] == [True]
