@@ -55,7 +55,8 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Pa
 
     Raises:
         UserError: the configuration does not fit the text.
-        DataError: the current tokenizer.json or frozen.json is damaged, or the text changed since the snapshot.
+        DataError: the tokenizer of this configuration, tokenizer.json or frozen.json is damaged, or the text changed since the
+            snapshot.
     """
     identity = tokenizer_identity(config)
     current = processed_dir / "tokenizer.json"
@@ -80,6 +81,11 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Pa
                     continue
                 _freeze(store, identity, kept.tokenizer_id)
                 return TokenizerArtifact(kept, report, report["sha256"], reused=True, drift=drift)
+            if frozen:
+                raise DataError(
+                    f"{copies[0]}: missing or damaged, and no copy of it is whole; restore it, or make a new tokenizer with"
+                    " --retrain_tokenizer, which no present model can read"
+                )
 
     documents = snapshot.kept_documents()
     train = documents.filter(pa.compute.equal(documents["split"], "train"))

@@ -471,6 +471,18 @@ def test_a_damaged_current_tokenizer_is_not_replaced_in_silence(
     assert make(snapshot, retrain_tokenizer=True).tokenizer_id == first.tokenizer_id
 
 
+def test_a_frozen_tokenizer_that_is_lost_is_not_made_anew_in_silence(
+    make: Callable[..., TokenizerArtifact], snapshot: Snapshot, tmp_path: Path
+) -> None:
+    first = make(snapshot)
+    make(snapshot, vocab_size=310)  # from now on tokenizer.json is no copy of the first one
+    path = tmp_path / first.file
+    path.write_bytes(path.read_bytes().replace(b"t", b"T", 1))
+    with pytest.raises(DataError, match=rf"{first.tokenizer_id}\.json: missing or damaged, .*--retrain_tokenizer"):
+        make(grown(snapshot))
+    assert make(grown(snapshot), retrain_tokenizer=True).report["snapshot_id"] == "0" * 16
+
+
 def test_training_takes_a_seeded_sample_of_bounded_size(make: Callable[..., TokenizerArtifact], snapshot: Snapshot) -> None:
     first, second = (make(snapshot, tokenizer_train_bytes=1 << 16, tokenizer_seed=seed) for seed in (0, 1))
     assert (1 << 16) - 4096 < first.report["train_bytes"] <= 1 << 16
