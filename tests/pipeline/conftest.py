@@ -61,6 +61,10 @@ class Home:
         assert result.success == expect_success
         return result
 
+    def messages(self, result: Any) -> list[str]:
+        """What the run page shows as the log of a run."""
+        return [entry.user_message for entry in self._instance.all_logs(result.run_id)]
+
     def metadata(self, result: Any, asset: str) -> dict[str, Any]:
         (event,) = [
             e for e in result.all_events if e.is_step_materialization and e.asset_key is not None and e.asset_key.path == [asset]
