@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def keep(benchmark: str, figures: Iterable[Figure], **facts: object) -> Path:
 
 def machine() -> dict[str, object]:
     """What the figures were measured on."""
-    packages = {name: version(name) for name in ("torch", "tiktoken", "tokenizers", "transformers", "pyarrow")}
+    # pandas: PyArrow loads it wherever it is installed, though nothing here needs it.
+    names = ("torch", "tiktoken", "tokenizers", "transformers", "pyarrow", "pandas")
+    packages = {name: version(name) for name in names if find_spec(name) is not None}
     return {"cores": CORES, "processor": _processor(), "python": platform.python_version()} | packages
 
 
