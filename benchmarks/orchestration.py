@@ -1,25 +1,28 @@
-"""What Dagster costs around the work: `python -m benchmarks.orchestration` prints two tables.
+"""What Dagster costs around the work: `python -m benchmarks.orchestration` prints tables.
 
-A rerun of the whole lineage in which nothing changed, beside jobs of assets that do nothing; and one training, started
-bare with torchrun and by the asset `checkpoint`. Each is a process of its own, as a person or CI starts it, and they take turns.
+A rerun of the whole lineage in which nothing changed, beside jobs of assets that do nothing; and a training, started bare with
+torchrun and by the asset `checkpoint`, and with Dagster stopped in between. Each is a process of its own, as a person or CI
+starts it, and they take turns.
 """
 
 import argparse
 import json
 import os
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from benchmarks.measure import Figure, in_turns, keep, table
-from llm_core.runlog import read_metrics
+import psutil
+
+from benchmarks.measure import Figure, in_turns, keep, logged, ratios, table
 from pipeline.launcher import option_list
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +31,9 @@ REUSED, NOTHING = "pretrain, everything reused", "four assets that do nothing"
 DEFAULT = "the same, a process for each step (Dagster's default)"
 SHAPE = "seven assets with ten checks that do nothing"
 BARE, ASSET = "torchrun -m llm_core.train", "the asset checkpoint"
+AT_WORK, STOPPED = "Dagster at work", "Dagster stopped"
+TURN = 8.0
+"""Seconds; more than Dagster's reports of progress are apart."""
 MINUTES = 5
 """Length of the training that the share of the orchestration is told for."""
 
@@ -81,43 +87,81 @@ def reruns(home: Path, rounds: int) -> list[Figure]:
     return [Figure(name, "s", seconds) for name, seconds in in_turns(rounds, work).items()]
 
 
-def training(home: Path, rounds: int, steps: int) -> list[Figure]:
-    """Seconds and tokens per second of the same training, started by hand and by Dagster."""
-    options = TRAINING | {"max_steps": steps, "eval_interval": steps // 2, "save_interval": steps // 2}
+def short_training(home: Path, rounds: int) -> list[Figure]:
+    """Seconds of a short training started by hand and by Dagster, whose difference is what its start and its end take."""
+    options = _training(steps=60)
     runs = home / "checkpoints"
     _materialize(home, PREPARATION)
     bare = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "-m", "llm_core.train"]
     bare += option_list({"data_dir": home / "processed_data", "save_dir": runs / "bare"} | options)
-    speeds: dict[str, list[float]] = {BARE: [], ASSET: []}
 
-    def timed(name: str, start: Callable[[], None]) -> None:
+    def anew(start: Callable[[], None]) -> None:
         shutil.rmtree(runs, ignore_errors=True)
         start()
-        (metrics,) = runs.glob("*/metrics.jsonl")
-        steady = [line["tokens_per_second"] for line in read_metrics(metrics) if line["kind"] == "train"]
-        speeds[name].append(statistics.median(speed for speed in steady if speed))
 
     work: dict[str, Callable[[], object]] = {
-        BARE: lambda: timed(BARE, lambda: _run(bare, home)),
-        ASSET: lambda: timed(ASSET, lambda: _materialize(home, {"checkpoint": options})),
+        BARE: lambda: anew(lambda: _run(bare, home)),
+        ASSET: lambda: anew(lambda: _materialize(home, {"checkpoint": options})),
     }
-    seconds = in_turns(rounds, work, uncounted=0)  # a training is long, and warms itself up
-    return [
-        *(Figure(name, "s", values) for name, values in seconds.items()),
-        *(Figure(name, "tokens/s", values) for name, values in speeds.items()),
-    ]
+    return [Figure(name, "s", seconds) for name, seconds in in_turns(rounds, work).items()]
+
+
+def watched_training(home: Path, pairs: int) -> list[Figure]:
+    """Seconds per step of one training by Dagster, in turns of `TURN` seconds with Dagster's processes at work and stopped.
+
+    What they leave while they are stopped they do when they go on: they disturb twice as much as they would otherwise.
+    """
+    shutil.rmtree(home / "checkpoints", ignore_errors=True)
+    command, environment = _materialization(home, {"checkpoint": _training(steps=100_000)})
+    turns: list[tuple[str, float, float]] = []
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not (found := list(home.glob("checkpoints/*/metrics.jsonl"))) or len(found[0].read_bytes()) < 10_000:
+                time.sleep(1)
+                if process.poll() is not None:
+                    raise SystemExit(f"{' '.join(command)} ended with code {process.returncode}")
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            dagster = [member for member in family if not {"torch.distributed.run", "llm_core.train"} & set(member.cmdline())]
+            for turn in range(2 * pairs):
+                name, request = (AT_WORK, signal.SIGCONT) if turn % 2 else (STOPPED, signal.SIGSTOP)
+                for member in dagster:
+                    member.send_signal(request)
+                began = time.time()
+                time.sleep(TURN)
+                turns.append((name, began, time.time()))
+        finally:
+            for member in family:
+                member.kill()
+    times = [line["time"] for line in logged(found[0].parent)["train"]]
+    seconds: dict[str, list[float]] = {AT_WORK: [], STOPPED: []}
+    for name, began, ended in turns:
+        within = [moment for moment in times if began < moment < ended]
+        seconds[name].append((within[-1] - within[0]) / (len(within) - 1))
+    return [Figure(name, "s per step", values) for name, values in seconds.items()]
+
+
+def _training(steps: int) -> dict[str, Any]:
+    return TRAINING | {"max_steps": steps, "eval_interval": 0, "save_interval": 0}
 
 
 def _materialize(home: Path, options: dict[str, dict[str, Any]]) -> None:
     """Exactly these assets, with these options."""
+    _run(_materialization(home, options)[0], home)
+
+
+def _materialization(home: Path, options: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, str]]:
+    """The command that makes exactly these assets, and its environment."""
     config = json.dumps({"ops": {name: {"config": values} for name, values in options.items()}})
     selected = ["--select", ",".join(options), "--config-json", config]
-    _run([*DAGSTER, "asset", "materialize", "-m", "pipeline.definitions", *selected], home)
+    return [*DAGSTER, "asset", "materialize", "-m", "pipeline.definitions", *selected], _environment(home)
+
+
+def _environment(home: Path) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"} | {"TEXTMILL_HOME": str(home)}
 
 
 def _run(command: list[str], home: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"} | {"TEXTMILL_HOME": str(home)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, env=_environment(home), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
 
@@ -126,8 +170,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestration", description="What Dagster costs around the work.")
     parser.add_argument("--only", choices=["reruns", "training"], help="one of the two tables")
     parser.add_argument("--rounds", type=int, default=7, help="of the reruns")
-    parser.add_argument("--training_rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=300, help="of the training")
+    parser.add_argument("--training_rounds", type=int, default=5, help="of a short training")
+    parser.add_argument("--pairs", type=int, default=12, help="of turns in which Dagster is at work and stopped, in a long one")
     options = parser.parse_args()
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -140,24 +184,17 @@ def main() -> None:
             rows = [(one.name, one, f"{one.median / found[1].median:.2f}x") for one in found]
             print(table(["job", "seconds", "ratio"], rows))
         if options.only != "reruns":
-            figures += (found := training(home, options.training_rounds, options.steps))
+            figures += (ends := short_training(home, options.training_rounds))
+            print(table(["training of 60 steps", "seconds"], [(one.name, one) for one in ends]))
+            figures += (beside := watched_training(home, options.pairs))
+            print(table(["while it trains", "seconds per step"], [(one.name, one) for one in beside]))
+            constant, slower = ends[1].median - ends[0].median, ratios(*beside).median - 1
             print(
-                table(
-                    [f"training, {options.steps} steps", "seconds", "tokens/s"],
-                    list(zip((BARE, ASSET), found[:2], found[2:], strict=True)),
-                )
+                f"start and end take {constant:.1f} s, {constant / (60 * MINUTES):.1%} of a training of {MINUTES} minutes; "
+                f"its steps are {slower:.1%} slower: {constant / (60 * MINUTES) + slower:.1%} in all"
             )
-            print(f"of a training of {MINUTES} minutes, Dagster's part is {share(found):.2%}")
-    path = keep("orchestration", figures, steps=options.steps, dagster=version("dagster"), duckdb=version("duckdb"))
+    path = keep("orchestration", figures, dagster=version("dagster"), duckdb=version("duckdb"))
     print(f"kept in {path}")
-
-
-def share(found: list[Figure]) -> float:
-    """The part that grows with the steps, told by the speeds, and the constant rest of the difference, on a longer training."""
-    bare, asset, bare_speed, asset_speed = (figure.median for figure in found)
-    slower = max(0.0, bare_speed / asset_speed - 1)
-    constant = asset - bare * (1 + slower)
-    return slower + constant / (60 * MINUTES)
 
 
 if __name__ == "__main__":
