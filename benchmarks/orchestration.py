@@ -114,6 +114,7 @@ def watched_training(home: Path, pairs: int) -> list[Figure]:
     shutil.rmtree(home / "checkpoints", ignore_errors=True)
     command, environment = _materialization(home, {"checkpoint": _training(steps=100_000)})
     turns: list[tuple[str, float, float]] = []
+    family: list[psutil.Process] = []
     with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             while not (found := list(home.glob("checkpoints/*/metrics.jsonl"))) or len(found[0].read_bytes()) < 10_000:
@@ -130,7 +131,7 @@ def watched_training(home: Path, pairs: int) -> list[Figure]:
                 time.sleep(TURN)
                 turns.append((name, began, time.time()))
         finally:
-            for member in family:
+            for member in family or [process]:
                 member.kill()
     times = [line["time"] for line in logged(found[0].parent)["train"]]
     seconds: dict[str, list[float]] = {AT_WORK: [], STOPPED: []}
