@@ -122,7 +122,8 @@ def watched_training(home: Path, pairs: int) -> list[Figure]:
                 if process.poll() is not None:
                     raise SystemExit(f"{' '.join(command)} ended with code {process.returncode}")
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            dagster = [member for member in family if not {"torch.distributed.run", "llm_core.train"} & set(member.cmdline())]
+            (torchrun,) = (member for member in family if "torch.distributed.run" in member.cmdline() and member.children())
+            dagster = [member for member in family if member not in (torchrun, *torchrun.children(recursive=True))]
             for turn in range(2 * pairs):
                 name, request = (AT_WORK, signal.SIGCONT) if turn % 2 else (STOPPED, signal.SIGSTOP)
                 for member in dagster:
