@@ -69,7 +69,8 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
         if content is None:
             found = _Found.collect(parquet_documents(raw, path, config, meter), size)
         elif format == "text":
-            found = _Found.collect(iter(text_documents(content, path, config)), size)
+            # Its pieces are as long as was asked for: their number says nothing of the file.
+            found = _Found.collect(iter(text_documents(content, path, config)))
         else:
             found = _Found.collect(jsonl_documents(content, path, config), size)
             # A rejected line counts whole, under its own reason; of every other line all but the text is envelope.
@@ -98,17 +99,18 @@ class _Found:
         self.kept = False
 
     @classmethod
-    def collect(cls, documents: Iterator[Document], size: int) -> "_Found":
-        """The documents of a file of `size` bytes.
+    def collect(cls, documents: Iterator[Document], size: int | None = None) -> "_Found":
+        """The documents of a file; size: its bytes, where its lines or rows are to be in proportion to them.
 
         Raises:
             Quarantine: they are more than such a file has a use for.
         """
         found = cls()
-        most = max(MAX_TEXTS_FREE, size // BYTES_PER_TEXT)
         while some := list(itertools.islice(documents, _AT_ONCE)):
             found._add(some)
-            if found.count > most:
+            if size is None:
+                continue
+            if found.count > (most := max(MAX_TEXTS_FREE, size // BYTES_PER_TEXT)):
                 raise Quarantine("too_many_texts", f"more than {most} lines or rows in {size} bytes")
             if found.unusable > MAX_UNUSABLE and 2 * found.unusable > found.count:
                 raise Quarantine(

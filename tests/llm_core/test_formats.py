@@ -35,6 +35,18 @@ def out(tmp_path: Path) -> Path:
 # What is read
 
 
+def test_the_pieces_of_a_text_are_not_too_many_whatever_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are as long as was asked for; lines and rows are as short as whoever made the file wanted."""
+    monkeypatch.setattr("llm_core.corpus.readers.MAX_TEXTS_FREE", 3)
+    monkeypatch.setattr("llm_core.corpus.readers.BYTES_PER_TEXT", 1 << 20)
+    lines = [f"Line number {number} of a text that is divided." for number in range(60)]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "text.txt").write_text("\n".join(lines))
+    (tmp_path / "raw" / "lines.jsonl").write_text("".join(json.dumps({"text": line + "."}) + "\n" for line in lines))
+    snapshot = take_snapshot(tmp_path / "raw", tmp_path / "out", CorpusConfig(max_document_bytes=256, val_fraction=0.4))
+    assert statuses(snapshot) == {"text.txt": "kept", "lines.jsonl": "too_many_texts"}
+
+
 def test_reads_every_format_in_sorted_order_through_nested_folders(raw: Path, out: Path) -> None:
     deep = raw / "a" / "b"
     deep.mkdir(parents=True)
