@@ -236,6 +236,7 @@ while True:
 NUMBERING_WRITER = """
 import sys
 from pathlib import Path
+from llm_core.files import atomic_writer
 from pipeline.catalog import database
 database._PATIENCE_WITH_READERS = 0.02
 path, told = map(Path, sys.argv[1:])
@@ -244,7 +245,8 @@ while True:
     with database.Database(path, 60).connect() as connection:
         (number,) = connection.execute("SELECT count(*) FROM dataset_shards").fetchone()
         connection.execute("INSERT INTO dataset_shards VALUES ('d', ?, 0, 0)", [f"{number:05}"])
-    told.write_text(str(number))
+    with atomic_writer(told) as file:
+        file.write(str(number).encode())
 """
 
 
@@ -254,16 +256,18 @@ def test_writers_killed_at_random_among_foreign_readers_lose_nothing(tmp_path: P
     told.write_text("-1")
     crowd = [python_ready(CROWD, path) for _ in range(3)]
     inodes = set()
-    for _ in killed_at_random(NUMBERING_WRITER, path, told, seed=36, within=1.5):
-        found = rows(path)
-        inodes.add(path.stat().st_ino)
-        assert found == [f"{number:05}" for number in range(len(found))]
-        assert int(told.read_text()) in (len(found) - 1, len(found) - 2), "what was said to be written is there"
-    assert len(inodes) > 1, "copies took the place of the file"
-    for process in crowd:
-        assert process.poll() is None
-        process.kill()
-        process.communicate()
+    try:
+        for _ in killed_at_random(NUMBERING_WRITER, path, told, seed=36, within=1.5):
+            found = rows(path)
+            inodes.add(path.stat().st_ino)
+            assert found == [f"{number:05}" for number in range(len(found))]
+            assert int(told.read_text()) in (len(found) - 1, len(found) - 2), "what was said to be written is there"
+        assert len(inodes) > 1, "copies took the place of the file"
+        assert [process.poll() for process in crowd] == [None] * len(crowd)
+    finally:
+        for process in crowd:
+            process.kill()
+            process.communicate()
 
 
 def test_a_foreign_writer_is_still_waited_for_and_named(path: Path, shell: Callable[..., Any]) -> None:
