@@ -112,7 +112,7 @@ def watched_training(home: Path, pairs: int) -> list[Figure]:
     What they leave while they are stopped they do when they go on: they disturb twice as much as they would otherwise.
     """
     shutil.rmtree(home / "checkpoints", ignore_errors=True)
-    command, environment = _materialization(home, {"checkpoint": _training(steps=100_000)})
+    command, environment = _materialization({"checkpoint": _training(steps=100_000)}), _environment(home)
     turns: list[tuple[str, float, float]] = []
     family: list[psutil.Process] = []
     with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -148,14 +148,13 @@ def _training(steps: int) -> dict[str, Any]:
 
 def _materialize(home: Path, options: dict[str, dict[str, Any]]) -> None:
     """Exactly these assets, with these options."""
-    _run(_materialization(home, options)[0], home)
+    _run(_materialization(options), home)
 
 
-def _materialization(home: Path, options: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, str]]:
-    """The command that makes exactly these assets, and its environment."""
+def _materialization(options: dict[str, dict[str, Any]]) -> list[str]:
     config = json.dumps({"ops": {name: {"config": values} for name, values in options.items()}})
     selected = ["--select", ",".join(options), "--config-json", config]
-    return [*DAGSTER, "asset", "materialize", "-m", "pipeline.definitions", *selected], _environment(home)
+    return [*DAGSTER, "asset", "materialize", "-m", "pipeline.definitions", *selected]
 
 
 def _environment(home: Path) -> dict[str, str]:

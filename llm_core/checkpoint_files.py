@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_core.errors import DataError
-from llm_core.files import fsync_directory, read_json, verify_file
+from llm_core.files import fsync_path, read_json, verify_file
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"checkpoint_step_(\d+)\.pt\.json")
@@ -106,13 +106,13 @@ def prune_checkpoints(run_dir: Path, keep: int, keep_step: int | None = None) ->
     for record in records[keep:]:
         if record != best and record.step != keep_step:
             manifest_path(record.path).unlink(missing_ok=True)
-            fsync_directory(run_dir)
+            fsync_path(run_dir)
             record.path.unlink(missing_ok=True)
             deleted.append(record.path)
     for path in run_dir.glob("checkpoint_step_*.pt"):
-        number = path.stem.rpartition("_")[2]
-        older = records and number.isdecimal() and int(number) < records[0].step
-        if older and path.is_file() and not manifest_path(path).exists():
+        manifest = manifest_path(path)
+        older = records and _NAME.fullmatch(manifest.name) and step_of(manifest) < records[0].step
+        if older and path.is_file() and not manifest.exists():
             path.unlink(missing_ok=True)
             deleted.append(path)
     return deleted

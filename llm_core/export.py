@@ -16,7 +16,7 @@ from llm_core.cli import parse_options, run_tool
 from llm_core.config import ModelConfig, StageConfig
 from llm_core.errors import UserError
 from llm_core.evaluation_file import read_evaluation
-from llm_core.files import atomic_writer, fsync_directory, inside, read_json, says_when_the_disk_is_full, sha256_file, write_json
+from llm_core.files import atomic_writer, fsync_path, inside, read_json, says_when_the_disk_is_full, sha256_file, write_json
 from llm_core.identity import model_id
 from llm_core.model import Transformer
 from llm_core.model_card import model_card
@@ -173,7 +173,7 @@ def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, 
     if directory.exists():
         directory.rename(replaced)
     temporary.rename(directory)
-    fsync_directory(directory.parent)
+    fsync_path(directory.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -70,9 +70,9 @@ def keep_others_from_writing() -> None:
     os.umask(present)
 
 
-def fsync_directory(directory: Path) -> None:
-    """Makes a rename inside `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Makes the content of a file, or a rename inside of a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -118,7 +118,7 @@ def atomic_writer(path: Path) -> Iterator[HashingWriter]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        fsync_directory(path.parent)
+        fsync_path(path.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any], sealed: bool = True) -> str:

@@ -65,8 +65,8 @@ def find_garbage(processed_dir: Path, run_folders: list[Path], keep: int, min_ag
         "shards": ["dataset/*.arrow", "dataset/*.parquet"],
         "half-written files": ["**/.*.tmp"],
     }
-    pointers = {processed_dir / "snapshots" / name for name in ("current.json", "file_index.parquet", "signatures.parquet")}
-    pointers.add(processed_dir / "tokenizers/frozen.json")
+    names = ("snapshots/current.json", "snapshots/file_index.parquet", "snapshots/signatures.parquet", "tokenizers/frozen.json")
+    pointers = {processed_dir / name for name in names}
     found = {
         kind: [path for pattern in several for path in sorted(processed_dir.glob(pattern))] for kind, several in patterns.items()
     }

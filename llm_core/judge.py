@@ -67,8 +67,9 @@ def evaluate_checkpoint(
     model.to(ranks.device)
     text = Windows.open(data_dir, manifest, "val", model.config.max_length, 0)
     of_text = Tokenizer.stored(data_dir, manifest.tokenizer.tokenizer_id)
-    own = Tokenizer.stored(data_dir, state["tokenizer_id"])
-    if own.tokenizer_id != of_text.tokenizer_id and "wordpiece" in (own.tokenizer_type, of_text.tokenizer_type):
+    same = state["tokenizer_id"] == of_text.tokenizer_id
+    own = of_text if same else Tokenizer.stored(data_dir, state["tokenizer_id"])
+    if not own.can_read(of_text.tokenizer_id, of_text.tokenizer_type):
         raise UserError(
             f"{path}: trained with tokenizer {own.tokenizer_id}, but {data_dir} has {of_text.tokenizer_id}, and WordPiece does"
             " not give the text back; prepare the data with the tokenizer of the checkpoint"
@@ -113,7 +114,7 @@ def _judged(
     sources = parts_by_source(load_snapshot(data_dir, manifest.snapshot_id).kept_documents())
     ((documents, counts),) = kept_documents(data_dir, manifest, "val")
     windows, max_tokens = text, config.max_eval_tokens
-    if own.tokenizer_id != of_text.tokenizer_id:
+    if own is not of_text:
         (windows, counts), max_tokens = reencoded(text, of_text, own, max_tokens), 0
     held_out, *parts = evaluate_parts(
         model,

@@ -51,16 +51,16 @@ class RunLog:
     def begin(self, state: Record, step: int) -> None:
         """Starts at `step`: lines of later steps, written before an interruption, are dropped, since they will come again."""
         path = self.run_dir / "metrics.jsonl"
-        if path.exists():
-            self._drop_after(path, step)
-        told = {record["checkpoint_id"] for record in read_metrics(path) if record["kind"] == "checkpoint"}
+        kept = self._drop_after(path, step) if path.exists() else []
+        told = {record["checkpoint_id"] for record in kept if record["kind"] == "checkpoint"}
         self._metrics = open(path, "ab")
         self.update(state)
         for checkpoint in reversed(sound_records(self.run_dir)):
             if checkpoint.checkpoint_id not in told:  # killed between the checkpoint and its line
                 self.record_checkpoint(checkpoint)
 
-    def _drop_after(self, path: Path, step: int) -> None:
+    def _drop_after(self, path: Path, step: int) -> list[Record]:
+        """Rewrites the log without its later lines, and returns those that stay."""
         kept = [record for record in read_metrics(path) if record["step"] <= step]
         with atomic_writer(path) as file:
             file.write(b"".join(_sealed(record) for record in kept))
@@ -71,6 +71,7 @@ class RunLog:
                 f"{path}: {len(lost)} of the steps before this one have no line in it, the first of them is step {min(lost)}; "
                 "what they logged is lost, what they trained is not"
             )
+        return kept
 
     def update(self, changes: Record) -> None:
         """Changes fields of run.json."""
@@ -143,15 +144,19 @@ _SEAL = b', "crc32": "'
 
 def _sealed(record: Record) -> bytes:
     """A line of metrics.jsonl. Its last field is the CRC-32 of what stands before it: a flipped bit can leave readable JSON."""
-    content = json.dumps(record)[:-1].encode()
-    return content + _SEAL + b'%08x"}\n' % zlib.crc32(content)
+    return _with_seal(json.dumps(record)[:-1].encode()) + b"\n"
+
+
+def _with_seal(content: bytes) -> bytes:
+    """A line without its end; content: the JSON object without its closing brace."""
+    return content + _SEAL + b'%08x"}' % zlib.crc32(content)
 
 
 def _opened(line: bytes, place: str) -> Record:
     """What `_sealed` made a line of; lines of older versions have no seal."""
     content, seal, _ = line.rpartition(_SEAL)
     try:
-        if seal and line + b"\n" != content + _SEAL + b'%08x"}\n' % zlib.crc32(content):
+        if seal and line != _with_seal(content):
             raise ValueError("it does not match its own checksum")
         record: Record = json.loads(content + b"}" if seal else line)
         if not isinstance(record["step"], int) or not isinstance(record["kind"], str):

@@ -169,6 +169,10 @@ class Tokenizer:
             return str(self.reference.decode(numbers, skip_special_tokens=False))
         return b"".join([self.pieces[number] for number in numbers]).decode(errors="replace")
 
+    def can_read(self, tokenizer_id: str, tokenizer_type: str) -> bool:
+        """Whether text in the tokens of another tokenizer can be put into its own: WordPiece does not give the text back."""
+        return tokenizer_id == self.tokenizer_id or "wordpiece" not in (tokenizer_type, self.tokenizer_type)
+
     def token_bytes(self) -> npt.NDArray[np.int64]:
         """UTF-8 bytes [vocab_size] that each token adds to the text, 0 for special tokens.
 

@@ -67,7 +67,8 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Pa
             f"{current}: not a tokenizer made here, or damaged; copy the right one over it from {store}, or make a new one"
             " with --retrain_tokenizer"
         )
-    frozen_id = _frozen(store).get(content_id(identity), current_id)
+    config_id, frozen_ids = content_id(identity), _frozen(store)
+    frozen_id = frozen_ids.get(config_id, current_id)
     # The frozen one first: it stays even if another of the same configuration was made from just this text.
     for report_path in sorted(store.glob("*.report.json"), key=lambda path: (path.name != f"{frozen_id}.report.json", path)):
         report = read_json(report_path)
@@ -79,7 +80,7 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Pa
                 drift = fertility_drift(kept, report, snapshot, input_dir, processed_dir)
                 if drift is not None and config.retrain_on_drift is not None and drift > config.retrain_on_drift:
                     continue
-                _freeze(store, identity, kept.tokenizer_id)
+                _freeze(store, frozen_ids, config_id, kept.tokenizer_id)
                 return TokenizerArtifact(kept, report, report["sha256"], reused=True, drift=drift)
             if frozen:
                 raise DataError(
@@ -105,7 +106,7 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Pa
         **_measure(tokenizer, measured, iter_texts(input_dir, measured, snapshot.config)),
     }
     write_json(store / f"{tokenizer.tokenizer_id}.report.json", report)
-    _freeze(store, identity, tokenizer.tokenizer_id)
+    _freeze(store, frozen_ids, config_id, tokenizer.tokenizer_id)
     tokenizer.save(current)
     return TokenizerArtifact(tokenizer, report, report["sha256"], reused=False)
 
@@ -115,10 +116,9 @@ def _frozen(store: Path) -> dict[str, str]:
     return read_json(store / "frozen.json") if (store / "frozen.json").is_file() else {}
 
 
-def _freeze(store: Path, identity: dict[str, Any], tokenizer_id: str) -> None:
-    frozen = _frozen(store)
-    if frozen.get(content_id(identity)) != tokenizer_id:
-        write_json(store / "frozen.json", frozen | {content_id(identity): tokenizer_id})
+def _freeze(store: Path, frozen_ids: dict[str, str], config_id: str, tokenizer_id: str) -> None:
+    if frozen_ids.get(config_id) != tokenizer_id:
+        write_json(store / "frozen.json", frozen_ids | {config_id: tokenizer_id})
 
 
 def load_tokenizer(processed_dir: Path, tokenizer_id: str | None = None) -> TokenizerArtifact:

@@ -84,7 +84,7 @@ def _can_read(storage: Storage, tokenizer_id: str, manifest: DatasetManifest) ->
         own = Tokenizer.stored(storage.processed, tokenizer_id)
     except DataError:
         return False
-    return "wordpiece" not in (own.tokenizer_type, manifest.tokenizer.tokenizer_type)
+    return own.can_read(manifest.tokenizer.tokenizer_id, manifest.tokenizer.tokenizer_type)
 
 
 @contextmanager

@@ -64,16 +64,19 @@ class Storage(dg.ConfigurableResource):
     @property
     def released(self) -> Path:
         """Pointer to the released model of the line."""
-        return self.models / ("released.json" if self.release_line is None else f"released_{self.release_line}.json")
+        return self._of_the_line("released")
 
     @property
     def decision(self) -> Path:
         """What text the last decision about a release of the line was made on."""
-        return self.models / ("decision.json" if self.release_line is None else f"decision_{self.release_line}.json")
+        return self._of_the_line("decision")
 
     @property
     def models(self) -> Path:
         return self.root / "models"
+
+    def _of_the_line(self, name: str) -> Path:
+        return self.models / (f"{name}.json" if self.release_line is None else f"{name}_{self.release_line}.json")
 
 
 class CatalogResource(dg.ConfigurableResource):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llm_core.files import fsync_directory, says_when_the_disk_is_full
+from llm_core.files import fsync_path, says_when_the_disk_is_full
 
 _LOGS = (".wal", ".wal.checkpoint", ".wal.recovery")
 """What DuckDB adds to a database's name for the files that hold what the database itself does not hold yet."""
@@ -56,13 +56,13 @@ def replacement(path: Path) -> Iterator[Path]:
     try:
         yield fresh
         with says_when_the_disk_is_full(fresh, fresh.stat().st_size):
-            _fsync(fresh)
+            fsync_path(fresh)
             for log in _LOGS:
                 with suppress(FileNotFoundError):
                     beside(path, log).rename(beside(path, log + _ASIDE))
-            fsync_directory(path.parent)
+            fsync_path(path.parent)
             os.replace(fresh, path)
-            fsync_directory(path.parent)
+            fsync_path(path.parent)
     finally:
         settle_logs(path)  # before the new file goes, which tells it what to do
         delete_database(fresh)
@@ -107,11 +107,3 @@ def delete_database(path: Path) -> None:
     """Deletes a database and the files beside it, whichever of them there are."""
     for suffix in ("", *_LOGS, ".lock", ".queue"):
         beside(path, suffix).unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

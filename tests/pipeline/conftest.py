@@ -1,5 +1,6 @@
 """A real Dagster instance over a small home of its own."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from llm_core.evaluation_file import read_evaluation
+from llm_core.files import write_json
 from pipeline.automation import LINEAGE
 from pipeline.catalog.catalog import Catalog
 from pipeline.resources import CatalogResource, Storage, Torchrun
@@ -60,6 +63,13 @@ class Home:
         )
         assert result.success == expect_success
         return result
+
+    def make_the_evaluation_not_finite(self) -> None:
+        (path,) = self.storage.checkpoints.glob("*/evaluation_step_6_*.json")
+        result = read_evaluation(path)
+        for entry in result["metrics"]:
+            entry["value"] = math.nan
+        write_json(path, result)
 
     def messages(self, result: Any) -> list[str]:
         """What the run page shows as the log of a run."""

@@ -9,8 +9,7 @@ from typing import Any, cast
 import pytest
 
 from llm_core.config import ReleaseConfig
-from llm_core.evaluation_file import Evaluation, read_evaluation
-from llm_core.files import write_json
+from llm_core.evaluation_file import Evaluation
 from llm_core.model_card import model_card
 from pipeline.assets.released_model import released_model
 from pipeline.release import decide
@@ -61,11 +60,7 @@ def test_nothing_is_released_whose_evaluation_is_not_finite(
 ) -> None:
     home, _ = clone(trained_home)
     home.storage.released.unlink()
-    (path,) = home.storage.checkpoints.glob("*/evaluation_step_6_*.json")
-    result = read_evaluation(path)
-    for entry in result["metrics"]:
-        entry["value"] = math.nan
-    write_json(path, result)
+    home.make_the_evaluation_not_finite()
     again = home.materialize(released_model, expect_success=False)
     (failure,) = [event for event in again.all_events if event.is_step_failure]
     assert "nothing is released: nan bits per byte" in str(failure.event_specific_data)
