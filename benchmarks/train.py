@@ -24,6 +24,7 @@ from llm_core.config import ModelConfig, TrainConfig
 from llm_core.export import llama_config
 from llm_core.model import Transformer
 from llm_core.optimizer import build_optimizers
+from llm_core.processes import keep_freed_memory
 from llm_core.throughput import measure_peak_flops
 
 Peer = tuple[Any, Callable[[Any, Any, Any], Any]]
@@ -55,6 +56,8 @@ def step_of(contender: str, shape: Shape) -> tuple[Callable[[], None], int]:
     """A function that does one optimizer step, and the FLOPs of it."""
     torch.set_num_threads(CORES)
     torch.set_flush_denormal(True)
+    if contender.startswith("textmill"):
+        keep_freed_memory()  # as the trainer does
     torch.manual_seed(0)
     train_config = TrainConfig(**shape.options).resolved(shape.length, 0)
     config = ModelConfig.of(train_config, VOCABULARY)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llm_core.config import TrainConfig
 from llm_core.errors import TextmillError, UserError
-from llm_core.processes import available_cores, die_with_parent
+from llm_core.processes import available_cores, die_with_parent, keep_freed_memory
 
 T = TypeVar("T")
 
@@ -160,6 +160,8 @@ def join_ranks(config: TrainConfig, run_dir: Path) -> Iterator[Ranks]:
     torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     if world_size > 1:

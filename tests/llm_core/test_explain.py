@@ -16,6 +16,8 @@ import sys, torch
 from llm_core.config import ModelConfig, TrainConfig
 from llm_core.model import Transformer
 from llm_core.optimizer import build_optimizers
+from llm_core.processes import keep_freed_memory
+keep_freed_memory()  # as the trainer does
 config = TrainConfig.model_validate_json(sys.argv[1])
 def kilobytes(name):  # getrusage would tell the peak of the process that started this one
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))

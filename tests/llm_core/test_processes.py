@@ -1,11 +1,27 @@
-"""A process that is to end with the one that started it."""
+"""A process's memory, and one that is to end with the one that started it."""
 
+import platform
 import signal
 import subprocess
 import sys
 import time
 
 import psutil
+import pytest
+
+# Prints how many pages the system gives for a large tensor, after others of its size have been freed.
+_ALLOCATE = """
+import resource, sys
+import torch
+from llm_core import processes
+if sys.argv[1] == "keep":
+    processes.keep_freed_memory()
+for _ in range(10):
+    torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 # Starts a child that says its id, loads modules for a while and only then asks to end with its parent.
 _CHILD = """
@@ -61,3 +77,14 @@ def test_it_ends_at_once_when_its_parent_was_killed_before_it_asked() -> None:
     parent.stdin.flush()
     assert ended(child), "an orphan that nobody asked goes on"
     parent.stdin.close()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no such setting")
+def test_kept_memory_is_not_asked_for_again() -> None:
+    def pages(mode: str) -> int:
+        done = subprocess.run([sys.executable, "-c", _ALLOCATE, mode], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    tensor = 64 * 1024 * 1024 // 4096
+    assert pages("give back") > tensor / 2
+    assert pages("keep") < tensor / 100
