@@ -233,12 +233,12 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     picture = Picture(figsize=(8, 4.5), layout="constrained")
     axes = picture.subplots()
     for (name, curve), color in zip(curves.items(), ("#4c72b0", "#8c8c8c", "#dd8452"), strict=False):
-        axes.plot([at / 60 for at, _ in curve], [value for _, value in curve], color=color, marker="o", markersize=3)
-        axes.annotate(f"{name}: {curve[-1][1]:.3f}", (curve[-1][0] / 60, curve[-1][1]), (-4, 7), color=color, ha="right",
-                      textcoords="offset points")  # fmt: skip
+        axes.plot([at / 60 for at, _ in curve], [value for _, value in curve], color=color, marker="o", markersize=3,
+                  label=f"{name}: {curve[-1][1]:.3f}")  # fmt: skip
     axes.set_xlabel("minutes of training")
     axes.set_ylabel("bits per byte of held-out text")
     axes.set_ylim(bottom=0.95 * min(value for curve in curves.values() for _, value in curve))
+    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     picture.savefig(path, dpi=120)
