@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.measure import Figure, in_turns, keep, logged, ratios, table
+from benchmarks.measure import CORES, Figure, in_turns, keep, logged, ratios, table
 from pipeline.launcher import option_list
 
 ROOT = Path(__file__).parent.parent
@@ -30,10 +30,13 @@ DAGSTER = [sys.executable, "-m", "dagster"]
 REUSED, NOTHING = "pretrain, everything reused", "four assets that do nothing"
 DEFAULT = "the same, a process for each step (Dagster's default)"
 SHAPE = "seven assets with ten checks that do nothing"
+SHARE = "Dagster's processes while it trains"
 BARE, ASSET = "torchrun -m llm_core.train", "the asset checkpoint"
 AT_WORK, STOPPED = "Dagster at work", "Dagster stopped"
 TURN = 8.0
 """Seconds; more than Dagster's reports of progress are apart."""
+WATCHED = 60.0
+"""Seconds in which the processors' time is counted: Dagster's records in the catalog are half as far apart."""
 MINUTES = 5
 """Length of the training that the share of the orchestration is told for."""
 
@@ -107,7 +110,8 @@ def short_training(home: Path, rounds: int) -> list[Figure]:
 
 
 def watched_training(home: Path, pairs: int) -> list[Figure]:
-    """Seconds per step of one training by Dagster, in turns of `TURN` seconds with Dagster's processes at work and stopped.
+    """One training by Dagster: what Dagster's processes take of the cores, and seconds per step in turns of `TURN` seconds with
+    them at work and stopped.
 
     What they leave while they are stopped they do when they go on: they disturb twice as much as they would otherwise.
     """
@@ -124,6 +128,9 @@ def watched_training(home: Path, pairs: int) -> list[Figure]:
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             (torchrun,) = (member for member in family if "torch.distributed.run" in member.cmdline() and member.children())
             dagster = [member for member in family if member not in (torchrun, *torchrun.children(recursive=True))]
+            began, spent = time.monotonic(), _processor_seconds(dagster)
+            time.sleep(WATCHED)
+            share = (_processor_seconds(dagster) - spent) / (time.monotonic() - began) / CORES
             for turn in range(2 * pairs):
                 name, request = (AT_WORK, signal.SIGCONT) if turn % 2 else (STOPPED, signal.SIGSTOP)
                 for member in dagster:
@@ -139,7 +146,11 @@ def watched_training(home: Path, pairs: int) -> list[Figure]:
     for name, began, ended in turns:
         within = [moment for moment in times if began < moment < ended]
         seconds[name].append((within[-1] - within[0]) / (len(within) - 1))
-    return [Figure(name, "s per step", values) for name, values in seconds.items()]
+    return [Figure(SHARE, "of the cores", [share]), *(Figure(name, "s per step", values) for name, values in seconds.items())]
+
+
+def _processor_seconds(processes: list[psutil.Process]) -> float:
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
 def _training(steps: int) -> dict[str, Any]:
@@ -188,11 +199,14 @@ def main() -> None:
             figures += (ends := short_training(home, options.training_rounds))
             print(table(["training of 60 steps", "seconds"], [(one.name, one) for one in ends]))
             figures += (beside := watched_training(home, options.pairs))
-            print(table(["while it trains", "seconds per step"], [(one.name, one) for one in beside]))
-            constant, slower = ends[1].median - ends[0].median, ratios(*beside).median - 1
+            taken, *speeds = beside
+            print(table(["while it trains", "seconds per step"], [(one.name, one) for one in speeds]))
+            constant = ends[1].median - ends[0].median
+            fixed = constant / (60 * MINUTES)
             print(
-                f"start and end take {constant:.1f} s, {constant / (60 * MINUTES):.1%} of a training of {MINUTES} minutes; "
-                f"its steps are {slower:.1%} slower: {constant / (60 * MINUTES) + slower:.1%} in all"
+                f"start and end take {constant:.1f} s, {fixed:.1%} of a training of {MINUTES} minutes; in between Dagster takes "
+                f"{taken.median:.1%} of the cores: {fixed + taken.median:.1%} in all. "
+                f"Steps are {ratios(*speeds).median - 1:.1%} slower when it works off twice its work"
             )
     path = keep("orchestration", figures, dagster=version("dagster"), duckdb=version("duckdb"))
     print(f"kept in {path}")
