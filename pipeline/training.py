@@ -4,11 +4,12 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from dagster import AssetExecutionContext, PipesTempFileContextInjector, PipesTempFileMessageReader, open_pipes_session
+from dagster import AssetExecutionContext, PipesTempFileContextInjector, open_pipes_session
 
 from llm_core.checkpoint_files import CheckpointRecord, newest_valid
 from llm_core.config import TrainConfig
@@ -18,6 +19,7 @@ from llm_core.locks import held
 from llm_core.shards import DatasetManifest
 from pipeline.assets.common import literal
 from pipeline.launcher import TorchrunProcess, option_list, torchrun_arguments, training_environment
+from pipeline.messages import MessageFile
 from pipeline.resources import Torchrun
 
 _ERROR = "python -m llm_core.train: error: "
@@ -81,24 +83,25 @@ def run_training(
     _wait_for_an_earlier_attempt(context, run_dir, torchrun.stop_seconds)
     before = _stamp(run_dir / "run.json")
     reported = 0
-    with (
-        tempfile.TemporaryDirectory(prefix="textmill-") as folder,
-        open_pipes_session(context, PipesTempFileContextInjector(), PipesTempFileMessageReader()) as session,
-    ):
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="textmill-")))
+        messages = MessageFile(folder / "messages")
+        session = stack.enter_context(open_pipes_session(context, PipesTempFileContextInjector(), messages))
         process = TorchrunProcess(
-            torchrun_arguments("pipeline.training_rank", nproc_per_node, Path(folder) / "torchrun", options),
+            torchrun_arguments("pipeline.training_rank", nproc_per_node, folder / "torchrun", options),
             training_environment(session.get_bootstrap_env_vars()),
             log_path=run_dir / "training.log",
             grace_seconds=torchrun.stop_seconds,
         )
         with process:
             context.log.info(f"training: {shlex.join(process.command)}\noutput: {process.log_path}")
-            records = LiveRecords(context, record, torchrun.catalog_seconds)
+            live = LiveRecords(context, record, torchrun.catalog_seconds)
             for _ in process.wait(torchrun.report_seconds):
-                messages = session.get_custom_messages()
-                _report(context, messages[reported:], config.max_steps)
-                reported = len(messages)
-                records.keep_up()
+                messages.read()
+                records = session.get_custom_messages()
+                _report(context, records[reported:], config.max_steps)
+                reported = len(records)
+                live.keep_up()
     _report(context, session.get_custom_messages()[reported:], config.max_steps)  # what came after the last look
     last = finished_checkpoint(run_dir) if process.exit_code == 0 else None
     if last is None:
