@@ -139,8 +139,9 @@ def watched_training(home: Path, pairs: int) -> list[Figure]:
                 time.sleep(TURN)
                 turns.append((name, began, time.time()))
         finally:
-            for member in family or [process]:
+            for member in family:
                 member.kill()
+            process.kill()
     times = [line["time"] for line in logged(found[0].parent)["train"]]
     seconds: dict[str, list[float]] = {AT_WORK: [], STOPPED: []}
     for name, began, ended in turns:

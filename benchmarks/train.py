@@ -177,7 +177,7 @@ def _line(process: "subprocess.Popen[str]") -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise SystemExit(f"a contender ended: {process.args}")
+        raise SystemExit(f"a contender ended: {process.args!r}")
     return line
 
 
