@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Literal
 
@@ -220,10 +220,22 @@ def print_explanation(options: TrainOptions) -> None:
             print(f"{name:<22} {value}")
 
 
+def _options() -> TrainOptions:
+    """The command line. All ranks of a machine have the same one: the first of them says what is wrong with it."""
+    if not int(os.environ.get("LOCAL_RANK", 0)):
+        return parse_options(TrainOptions, PROG)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nobody, redirect_stdout(nobody), redirect_stderr(nobody):
+            return parse_options(TrainOptions, PROG)
+    except SystemExit:
+        time.sleep(_FIRST_RANK_SPEAKS)  # torchrun ends all ranks when one has ended
+        raise
+
+
 @record
 def main(listener: Listener | None = None) -> None:
     keep_others_from_writing()
-    options = parse_options(TrainOptions, PROG)
+    options = _options()
     try:
         if options.explain:
             print_explanation(options)

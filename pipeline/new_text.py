@@ -1,6 +1,7 @@
 """What lies in the raw text folder that no run has read yet, and what a run about it is launched with."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,23 @@ def retraining_config(storage: Storage) -> dict[str, Any]:
 
 
 def configured_storage(storage: Storage, run_config: Mapping[str, Any]) -> Storage:
-    """The storage that a run with this configuration works on: it may read its text elsewhere, or release in another line."""
+    """The storage that a run with this configuration works on: it may read its text elsewhere, or release in another line.
+
+    Raises:
+        UserError: an environment variable that it names is not set here.
+    """
     given = run_config.get("resources", {}).get("storage", {}).get("config", {})
     options = {"home": storage.home, "raw_text_dir": storage.raw_text_dir, "release_line": storage.release_line}
-    return Storage(**options | given)
+    return Storage(**options | {name: _from_environment(name, value) for name, value in given.items()})
+
+
+def _from_environment(name: str, value: Any) -> Any:
+    """What an option of a run configuration stands for: `{env: NAME}` is a variable's value, as Dagster reads it in a run."""
+    if not isinstance(value, Mapping) or list(value) != ["env"]:
+        return value
+    if (found := os.environ.get(value["env"])) is None:
+        raise UserError(
+            f"{RUN_CONFIG}: storage.{name} is the environment variable {value['env']}, which is not set here; "
+            "set it for the code server"
+        )
+    return found

@@ -93,6 +93,18 @@ def test_a_flag_that_does_not_fit_is_refused_with_its_value(
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"), [({"no_such_flag": 1}, "unrecognized arguments"), ({"max_steps": "many"}, "--max_steps many: ")]
+)
+def test_several_ranks_say_once_what_is_wrong_with_their_command_line(
+    options: dict[str, object], message: str, processed_dir: Path, tmp_path: Path
+) -> None:
+    done = run_train(processed_dir, tmp_path / "run", ranks=2, check=False, **options)
+    assert done.returncode != 0
+    assert done.stderr.count(message) == 1
+
+
 def test_cuda_without_a_gpu_is_refused(processed_dir: Path, tmp_path: Path) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "llm_core.train", "--device", "cuda", "--data_dir", str(processed_dir)]

@@ -181,6 +181,21 @@ def test_the_sensor_looks_where_the_run_will_read(watcher: Watcher, home: Path, 
     assert "1 new or changed files (5 bytes)" in str(watcher.look())
 
 
+def test_the_configuration_may_name_environment_variables(
+    watcher: Watcher, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "text.txt").write_text("found")
+    (home / "configs").mkdir()
+    (home / "configs" / "retrain.yaml").write_text("resources: {storage: {config: {raw_text_dir: {env: RAW_TEXT}}}}\n")
+    monkeypatch.setenv("RAW_TEXT", str(elsewhere))
+    assert "1 new or changed files (5 bytes)" in str(watcher.look())
+    monkeypatch.delenv("RAW_TEXT")
+    with pytest.raises(Exception, match=r"storage\.raw_text_dir is the environment variable RAW_TEXT, which is not set"):
+        watcher.look()
+
+
 def test_a_configuration_that_is_not_yaml_is_named(watcher: Watcher, home: Path) -> None:
     (home / "configs").mkdir()
     (home / "configs" / "retrain.yaml").write_text("ops: [")
