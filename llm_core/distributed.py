@@ -258,10 +258,14 @@ def _meet_on_this_machine(run_dir: Path) -> str:
 
 
 class StopRequest:
-    """Notices SIGINT and SIGTERM without interrupting the step; the loop asks at the end of each step."""
+    """Notices SIGINT and SIGTERM without interrupting the step; the loop asks at the end of each step.
+
+    The first rank says at once that it did: a step may take a minute.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._tells = int(os.environ.get("RANK", 0)) == 0
 
     def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._notice) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -272,4 +276,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
+        if self._tells and not self.requested:
+            # Not printed: the signal may have come in the middle of a print, whose buffer may not be entered twice.
+            os.write(2, b"\nstop requested: finishing this step and saving it\n")
         self.requested = True

@@ -155,6 +155,7 @@ def test_a_stopped_run_saves_says_so_and_goes_on_later(number: signal.Signals, p
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75
+    assert "stop requested: finishing this step" in errors, "before the step is over"
     assert "stopped on request at step" in errors
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["status"] == "preempted"
