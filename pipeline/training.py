@@ -143,7 +143,8 @@ def _report(context: AssetExecutionContext, records: Any, max_steps: int) -> Non
         if record["kind"] == "train" and record["tokens_per_second"]:
             tokens_per_step = record["tokens"] / record["step"]
             numbers["seconds_left"] = (max_steps - record["step"]) * tokens_per_step / record["tokens_per_second"]
-        context.log_event(dg.AssetObservation(asset_key=context.asset_key, metadata=numbers))
+        readable = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in numbers.items()}
+        context.log_event(dg.AssetObservation(asset_key=context.asset_key, metadata=readable))
         shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name not in ("step", "tokens"))
         context.log.info(f"step {record['step']}/{max_steps}: {shown}")
 

@@ -28,7 +28,7 @@ def take_pictures(page: Any, steps: int) -> None:
     page.get_by_text("No errors").wait_for()
     page.get_by_role("button", name="Launch Run").click()
     page.wait_for_url("**/runs/*")
-    page.get_by_placeholder("Filter").fill("grad_norm")
+    page.get_by_placeholder("Filter").fill(f"/{steps}: loss")
     progress = page.get_by_text(re.compile(rf"^step \d+/{steps}: .*tokens_per_second")).filter(visible=True)
     progress.nth(6).wait_for(timeout=300_000)
     page.screenshot(path=DOCS / "run.png")
