@@ -143,7 +143,7 @@ def _snapshot_files(processed_dir: Path, snapshot_id: str) -> list[Path]:
 
 
 def _tokenizer_files(processed_dir: Path, tokenizer_id: str) -> list[Path]:
-    return [processed_dir / "tokenizers" / f"{tokenizer_id}.{end}" for end in ("json", "report.json")]
+    return [processed_dir / "tokenizers" / f"{tokenizer_id}.{end}" for end in ("json", "report.json", "tried.json")]
 
 
 def _current_snapshots(processed_dir: Path) -> Iterator[str]:

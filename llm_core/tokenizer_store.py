@@ -2,11 +2,12 @@
 
 tokenizers/<tokenizer_id>.json         every tokenizer made, in Hugging Face's format
 tokenizers/<tokenizer_id>.report.json  what it was made from and how well it compresses
+tokenizers/<tokenizer_id>.tried.json   how it does on the newest text that it was tried on; a cache, never the truth
 tokenizers/frozen.json                 for each configuration the tokenizer that it means here
 tokenizer.json                         a copy of the current one; written last
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from llm_core.tokenizer_training import train_tokenizer
 _MEASURED_BYTES = 16 << 20
 _DRIFT_BYTES = 2 << 20
 _LISTED_SOURCES = 50
+_ROUND_TRIP_DOCUMENTS = 100
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,42 @@ def fertility_drift(
     if not new.num_rows:
         return None
     sample = _sample(new, _DRIFT_BYTES, seed=0)
-    tokens = sum(len(tokenizer.encode(text)) for text in iter_texts(input_dir, sample, snapshot.config))
-    return float(1 - (pa.compute.sum(sample["bytes"]).as_py() / tokens) / report["bytes_per_token"])
+
+    def drift() -> float:
+        tokens = sum(len(tokenizer.encode(text)) for text in iter_texts(input_dir, sample, snapshot.config))
+        return float(1 - (pa.compute.sum(sample["bytes"]).as_py() / tokens) / report["bytes_per_token"])
+
+    return float(_tried(processed_dir, tokenizer, snapshot, "drift", drift))
+
+
+def round_trip(tokenizer: Tokenizer, snapshot: Snapshot, input_dir: InputDir, processed_dir: Path) -> dict[str, Any]:
+    """How many of a snapshot's first documents do not come back from their tokens, and how the first such one begins."""
+
+    def back_and_forth() -> dict[str, Any]:
+        documents = snapshot.kept_documents().slice(0, _ROUND_TRIP_DOCUMENTS)
+        texts = list(iter_texts(input_dir, documents, snapshot.config))
+        if tokenizer.tokenizer_type == "wordpiece":  # which does not keep white space
+            changed = [text for text in texts if not len(tokenizer.encode(text)) and text.strip()]
+        else:
+            changed = [text for text in texts if tokenizer.decode(tokenizer.encode(text)) != text]
+        return {"documents": len(texts), "changed": len(changed)} | ({"first": changed[0][:200]} if changed else {})
+
+    return dict(_tried(processed_dir, tokenizer, snapshot, "round_trip", back_and_forth))
+
+
+def _tried(processed_dir: Path, tokenizer: Tokenizer, snapshot: Snapshot, name: str, measure: Callable[[], Any]) -> Any:
+    """What `measure` found with this tokenizer on this text: no file is opened a second time for it."""
+    path = processed_dir / "tokenizers" / f"{tokenizer.tokenizer_id}.tried.json"
+    try:
+        known = read_json(path)
+    except DataError:
+        known = {}
+    if known.get("snapshot_id") != snapshot.snapshot_id:
+        known = {"snapshot_id": snapshot.snapshot_id}
+    if name not in known:
+        known[name] = measure()
+        write_json(path, known)
+    return known[name]
 
 
 def _load_and_mend(copies: tuple[Path, Path], sha256: str) -> Tokenizer | None:

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `textmill` command."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `textmill lineage ... | head` ends without a traceback
     options = _parser().parse_args(arguments)
-    home = Path(options.home if "home" in options else os.environ.get("TEXTMILL_HOME", "data"))
+    home = Path(options.home if "home" in options else os.environ.get("TEXTMILL_HOME", "data")).expanduser()
     run_tool(lambda: options.run(home, home / "catalog.duckdb", options), PROG)
 
 
@@ -84,6 +84,7 @@ def _runs(home: Path, path: Path, options: argparse.Namespace) -> None:
 
 
 def _gc(home: Path, path: Path, options: argparse.Namespace) -> None:
+    _require_home(home)
     defaults = GarbageOptions()
     runs = [folder for folder in [home / "checkpoints"] if folder.is_dir()]
     print(collect(home / "processed_data", runs, max(1, options.keep), defaults.min_age_hours, options.dry_run))
@@ -91,14 +92,18 @@ def _gc(home: Path, path: Path, options: argparse.Namespace) -> None:
 
 
 def _rebuild(home: Path, path: Path, options: argparse.Namespace) -> None:
-    if not home.is_dir():
-        raise UserError(f"--home {home}: no such folder; name the root of everything textmill wrote")
+    _require_home(home)
     problems = rebuild(home, path)
     for problem in problems:
         print(f"left out: {_shown(problem)}", file=sys.stderr)
     print(f"{path}: rebuilt from {home}, {len(problems)} artifact(s) left out")
     if problems:
         raise SystemExit(DataError.exit_code)
+
+
+def _require_home(home: Path) -> None:
+    if not (home / "processed_data").is_dir():
+        raise UserError(f"--home {home}: no folder processed_data in it; name the root of everything textmill wrote")
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -75,29 +75,25 @@ class NewText:
         return f"{self.new_files:,} new or changed files ({self.new_bytes:,} bytes), {self.removed_files:,} removed"
 
 
-def remember_decision(storage: Storage, dataset_id: str) -> None:
-    """Notes that a model of this dataset was released, or was not better: the text in it is done with."""
-    if _decided_on(storage) != dataset_id:
-        write_json(storage.decision, {"dataset_id": dataset_id})
+def remember_decision(storage: Storage, snapshot_id: str) -> None:
+    """Notes that a model of this text was released, or was not better: the text is done with."""
+    if _decided_on(storage) != snapshot_id:
+        write_json(storage.decision, {"snapshot_id": snapshot_id})
 
 
 def is_decided(storage: Storage) -> bool:
-    """Whether the last snapshot of the raw text has become the dataset of the last decision in this line of releases.
+    """Whether the last snapshot of the raw text is that of the last decision in this line of releases.
 
     A training of which any step failed comes to no decision, however far it read.
     """
-    try:
-        dataset = read_json(storage.processed / "metadata.json")
-    except DataError:
-        return False
     snapshot_id, _ = last_look(storage.processed)
-    return dataset["snapshot_id"] == snapshot_id and dataset["dataset_id"] == _decided_on(storage)
+    return snapshot_id is not None and snapshot_id == _decided_on(storage)
 
 
 def _decided_on(storage: Storage) -> str | None:
-    """The dataset of the last decision; None if there is none yet, or its note is damaged: the next run then makes it again."""
+    """The snapshot of the last decision; None if there is none yet, or its note is damaged: the next run then makes it again."""
     try:
-        return read_json(storage.decision).get("dataset_id")
+        return read_json(storage.decision).get("snapshot_id")
     except DataError:
         return None
 
@@ -124,7 +120,9 @@ def configured_storage(storage: Storage, run_config: Mapping[str, Any]) -> Stora
     Raises:
         UserError: an environment variable that it names is not set here.
     """
-    given = run_config.get("resources", {}).get("storage", {}).get("config", {})
+    given: Any = run_config
+    for name in ("resources", "storage", "config"):  # each may stand there empty
+        given = (given.get(name) or {}) if isinstance(given, Mapping) else {}
     options = {"home": storage.home, "raw_text_dir": storage.raw_text_dir, "release_line": storage.release_line}
     return Storage(**options | {name: _from_environment(name, value) for name, value in given.items()})
 
@@ -135,7 +133,7 @@ def _from_environment(name: str, value: Any) -> Any:
         return value
     if (found := os.environ.get(value["env"])) is None:
         raise UserError(
-            f"{RUN_CONFIG}: storage.{name} is the environment variable {value['env']}, which is not set here; "
-            "set it for the code server"
+            f"resources.storage.config.{name} of the run configuration is the environment variable {value['env']}, which is not "
+            "set here; set it for the code server"
         )
     return found

@@ -34,20 +34,23 @@ class Verdict:
 
 
 def released_model(storage: Storage) -> dict[str, Any] | None:
-    """textmill.json of the released model, None before the first release."""
-    directory = find_current(storage.released)
-    return None if directory is None else read_json(directory / "textmill.json")
+    """textmill.json of the released model; None before the first release, and once somebody has deleted its directory."""
+    return _released_by(storage.released)
 
 
 def released_lines(storage: Storage) -> dict[str, list[str]]:
     """For each checkpoint that is released now the lines it is released in; the one without a name is "default"."""
     lines: dict[str, list[str]] = {}
     for pointer in sorted(storage.models.glob("released*.json")):
-        directory = find_current(pointer)
-        assert directory is not None
-        line = pointer.stem.removeprefix("released").removeprefix("_") or "default"
-        lines.setdefault(read_json(directory / "textmill.json")["checkpoint_id"], []).append(line)
+        if (model := _released_by(pointer)) is not None:
+            line = pointer.stem.removeprefix("released").removeprefix("_") or "default"
+            lines.setdefault(model["checkpoint_id"], []).append(line)
     return lines
+
+
+def _released_by(pointer: Path) -> dict[str, Any] | None:
+    directory = find_current(pointer)
+    return read_json(directory / "textmill.json") if directory is not None and directory.exists() else None
 
 
 def released_checkpoint(storage: Storage, tokenizer_id: str | None = None) -> CheckpointRecord | None:

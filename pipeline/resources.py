@@ -2,12 +2,14 @@
 
 import math
 import os
+import re
 from pathlib import Path
 
 import dagster as dg
 from pydantic import Field
 
 from llm_core.corpus import InputDir, is_url
+from llm_core.errors import UserError
 from pipeline.catalog.catalog import Catalog
 
 
@@ -22,21 +24,29 @@ class Storage(dg.ConfigurableResource):
     )
     release_line: str | None = Field(
         default=None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="Name of a line of models that are released, compared and continued among themselves, such as one for each "
         "model size; default: one line for all.",
     )
 
     @property
     def root(self) -> Path:
-        return Path(self.home).resolve()
+        """Raises UserError if the release line has no proper name.
+
+        Looked at here, in the first step: what a resource itself refuses, Dagster takes for a crash and tries again.
+        """
+        if self.release_line is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.release_line):
+            raise UserError(
+                f"storage.release_line {self.release_line}: not a name; take letters, digits, '.', '_' and '-', a letter or "
+                "digit first"
+            )
+        return Path(self.home).expanduser().resolve()
 
     @property
     def raw_text(self) -> InputDir:
         """Where the raw text lies: a resolved path, or a URL as it was given."""
         if self.raw_text_dir and is_url(self.raw_text_dir):
             return self.raw_text_dir
-        return Path(self.raw_text_dir).resolve() if self.raw_text_dir else self.root / "raw_text_data"
+        return Path(self.raw_text_dir).expanduser().resolve() if self.raw_text_dir else self.root / "raw_text_data"
 
     @property
     def processed(self) -> Path:

@@ -7,13 +7,19 @@ from datetime import UTC, datetime, timedelta
 import dagster as dg
 from dagster._core.errors import DagsterAssetCheckFailedError
 from dagster._core.execution.plan.resume_retry import ReexecutionStrategy
-from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, MAX_RETRIES_TAG, RETRY_STRATEGY_TAG, WILL_RETRY_TAG
+from dagster._core.storage.tags import (
+    AUTO_RETRY_RUN_ID_TAG,
+    RETRY_ON_ASSET_OR_OP_FAILURE_TAG,
+    RETRY_STRATEGY_TAG,
+    WILL_RETRY_TAG,
+)
 from pydantic import ValidationError
 
 from llm_core.cli import describe_invalid, printable
 from llm_core.errors import DataError, UserError
 
 ASKED_AGAIN_TAG = "textmill/retry_asked_again"
+"""Its value is the run's own id: a run that goes on from this one inherits the tag."""
 # Dagster's daemon decides on a retry within a few seconds of the failure, and takes about as long to launch it.
 _PATIENCE = timedelta(seconds=30)
 _TOO_LATE = timedelta(days=1)
@@ -32,12 +38,14 @@ def say_why_and_retry_only_what_may_go_away(context: dg.HookContext) -> None:
     final = isinstance(error, UserError | ValidationError | DagsterAssetCheckFailedError) or (
         isinstance(error, dg.Failure) and not error.allow_retries
     )
-    if final:
-        context.instance.add_run_tags(context.run_id, {MAX_RETRIES_TAG: "0"})
-    elif isinstance(error, DataError):
+    instance = context.instance
+    # Said either way: a run that goes on from a failed one inherits its tags.
+    again = not final and instance.run_retries_retry_on_asset_or_op_failure
+    instance.add_run_tags(context.run_id, {RETRY_ON_ASSET_OR_OP_FAILURE_TAG: str(again).lower()})
+    if isinstance(error, DataError):
         # What an earlier step made does not fit any more, as when a file changed after the snapshot: a retry from the step that
         # failed would meet it again. The steps before make anew what differs, and no more.
-        context.instance.add_run_tags(context.run_id, {RETRY_STRATEGY_TAG: ReexecutionStrategy.ALL_STEPS.value})
+        instance.add_run_tags(context.run_id, {RETRY_STRATEGY_TAG: ReexecutionStrategy.ALL_STEPS.value})
 
 
 def _say(text: str) -> None:
@@ -70,9 +78,10 @@ def lost_retries(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         for record in failed
         if record.update_timestamp < now - _PATIENCE
         and AUTO_RETRY_RUN_ID_TAG not in record.dagster_run.tags
-        and ASKED_AGAIN_TAG not in record.dagster_run.tags
+        and record.dagster_run.tags.get(ASKED_AGAIN_TAG) != record.dagster_run.run_id
+        and record.dagster_run.remote_job_origin is not None  # Dagster cannot launch again what was not launched by it
     ]
     for run in lost:
-        context.instance.add_run_tags(run.run_id, {ASKED_AGAIN_TAG: "true"})
+        context.instance.add_run_tags(run.run_id, {ASKED_AGAIN_TAG: run.run_id})
         context.instance.report_run_failed(run, "It was to be launched again and was not: reported once more.")
     return dg.SkipReason(f"retries asked for again: {len(lost)}")

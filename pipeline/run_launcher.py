@@ -24,9 +24,14 @@ class WatchedRunLauncher(DefaultRunLauncher):
         return True
 
     def check_run_worker_health(self, run: Any) -> CheckRunHealthResult:
-        """Whether the code server that started the run lives and still has it; in doubt it runs."""
-        server = json.loads(run.tags.get(GRPC_INFO_TAG, "{}"))
-        if not server or not _accepts(server):
+        """Whether the code server that started the run lives and still has it; in doubt it runs.
+
+        A run that no code server started is one of `dagster job execute`, perhaps on another machine: only a person can tell.
+        """
+        if GRPC_INFO_TAG not in run.tags:
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
+        server = json.loads(run.tags[GRPC_INFO_TAG])
+        if not _accepts(server):
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "the code server that started it is gone")
         client = DagsterGrpcClient(
             port=server.get("port"), socket=server.get("socket"), host=server["host"], use_ssl=server.get("use_ssl", False)

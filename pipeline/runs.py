@@ -4,6 +4,7 @@ import dagster as dg
 from dagster._core.definitions.assets.job.asset_job import IMPLICIT_ASSET_JOB_NAME
 from pydantic import ValidationError
 
+from llm_core.errors import UserError
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.automation import pretrain, quickstart
 from pipeline.new_text import configured_storage
@@ -47,7 +48,7 @@ def last_failure(instance: dg.DagsterInstance, storage: Storage) -> str | None:
 def _is_for(storage: Storage, run: dg.DagsterRun) -> bool:
     try:
         return configured_storage(storage, run.run_config).decision == storage.decision
-    except ValidationError:  # no storage, or one that the run alone can tell, such as {env: TEXTMILL_HOME}
+    except (ValidationError, UserError):  # no storage, or one that the run alone can tell, such as {env: TEXTMILL_HOME}
         return False
 
 

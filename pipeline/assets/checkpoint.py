@@ -56,8 +56,8 @@ def checkpoint(
     train_config, start = config.part(TrainConfig), config.init_from or "nothing"
     if config.init_from == RELEASED:
         released = released_checkpoint(storage, manifest.tokenizer.tokenizer_id)
-        if released is not None and read_json(released.path.parent / "run.json")["dataset_id"] == manifest.dataset_id:
-            context.log.info("the released model was trained on this very text: nothing to train")
+        if released is not None and _has_made(train_config, manifest, released):
+            context.log.info("the released model was trained like this on this very text: nothing to train")
             return _result(storage, released, manifest, reused=True, start=RELEASED)
         if released is not None:
             train_config = train_config.model_copy(update={"init_from": str(released.path.parent)})
@@ -97,6 +97,14 @@ def checkpoint(
         context.log.info(f"run {run} is finished already: nothing to train")
     catalog.open(storage).record_run(run_dir)
     return _result(storage, record, manifest, reused, start)
+
+
+def _has_made(config: TrainConfig, manifest: DatasetManifest, released: CheckpointRecord) -> bool:
+    """Whether the released model is what this configuration makes of this text, from where its own run began."""
+    began_with = read_json(released.path.parent / "run.json")["parent_checkpoint_id"]
+    if began_with is None:  # so that there was nothing to replay
+        config = config.model_copy(update={"replay_share": None})
+    return released.run_id == run_id(manifest, config.resolved(manifest.max_length, manifest.stride), began_with)
 
 
 def _why_not_released(model: dict[str, Any] | None, manifest: DatasetManifest) -> str:

@@ -29,7 +29,7 @@ def raw_text(
     Unchanged files are not opened again. Files that are not clean UTF-8 text are set aside with a reason, repaired only if asked.
     """
     place = storage.raw_text
-    if isinstance(place, Path):
+    if isinstance(place, Path) and storage.raw_text_dir is None:  # the one of a new home; a folder that was named must be there
         place.mkdir(parents=True, exist_ok=True)
     with preparing(storage.processed, context.log.info):
         snapshot = take_snapshot(place, storage.processed, config.part(CorpusConfig))

@@ -59,7 +59,7 @@ def released_model(
         **locations(storage),
         "released model": storage.models / released["model_id"],
     }
-    remember_decision(storage, manifest.dataset_id)
+    remember_decision(storage, result["snapshot_id"])
     print(report_table(f"textmill: run {record.run_id}", rows), flush=True)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(released["model_id"]),

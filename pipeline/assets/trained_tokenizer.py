@@ -4,7 +4,7 @@ import dagster as dg
 
 from llm_core.config import TokenizerConfig
 from llm_core.locks import preparing
-from llm_core.tokenizer_store import prepare_tokenizer
+from llm_core.tokenizer_store import prepare_tokenizer, round_trip
 from pipeline import checks
 from pipeline.assets.common import DATA, HOOKS, OWNERS, rounded, table
 from pipeline.assets.raw_text import raw_text
@@ -29,11 +29,12 @@ def trained_tokenizer(
     with preparing(storage.processed, context.log.info):
         snapshot = Upstream(context, storage).snapshot()
         artifact = prepare_tokenizer(snapshot, storage.raw_text, storage.processed, config.part(TokenizerConfig))
+        came_back = round_trip(artifact.tokenizer, snapshot, storage.raw_text, storage.processed)
         catalog.open(storage).record_tokenizer(storage.processed, artifact.tokenizer_id)
     report = artifact.report
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.tokenizer_id),
-        check_results=checks.trained_tokenizer(artifact, snapshot, storage.raw_text),
+        check_results=checks.trained_tokenizer(artifact.drift, came_back),
         metadata={
             "tokenizer_id": artifact.tokenizer_id,
             "tokenizer_type": report["tokenizer_type"],

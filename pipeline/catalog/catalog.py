@@ -117,7 +117,7 @@ class Catalog(Questions):
             counts = [run[name] for name in ("steps_done", "tokens_seen", "skipped_steps", "parameters", "world_size", "threads")]
             machine = [run[name] for name in ("device", "precision", "attention", "torch_version")]
             times = [_utc(run[name]) for name in ("started_at", "finished_at")]
-            row = [run_id, *ids, *_json(run, "config"), *facts, *times, *counts, *machine]
+            row = [run_id, *ids, *_json(run, "config"), *facts, *times, *counts, *machine, run.get("snapshot_id")]
             with self._database.connect() as connection:
                 connection.execute(f"INSERT OR REPLACE INTO training_runs VALUES ({_marks(row)})", row)
                 _insert_metrics(connection, run_id, steps)

@@ -202,3 +202,19 @@ JOIN checkpoints c USING (checkpoint_id);
 -- version 2
 
 ALTER TABLE train_metrics ADD COLUMN mfu DOUBLE; -- model FLOPs utilisation: share of the device's peak; NULL in older runs
+
+-- version 3
+
+-- What the run read the text from: the same documents, and so the same dataset, can lie in other files by then.
+ALTER TABLE training_runs ADD COLUMN snapshot_id VARCHAR; -- NULL in older runs
+
+CREATE OR REPLACE VIEW checkpoint_lineage AS
+SELECT a.checkpoint_id, a.generation, a.run_id, a.step, r.dataset_id, coalesce(r.snapshot_id, d.snapshot_id) AS snapshot_id,
+       r.tokenizer_id, r.config, r.code_version, r.git_commit, r.seed, seen.document_id, seen.first_step, raw.path, raw.start_byte,
+       raw.end_byte
+FROM checkpoint_ancestry a
+LEFT JOIN training_runs r USING (run_id)
+LEFT JOIN datasets d USING (dataset_id)
+LEFT JOIN run_documents seen ON seen.run_id = a.run_id AND seen.first_step < a.step
+LEFT JOIN snapshot_documents raw
+    ON raw.snapshot_id = coalesce(r.snapshot_id, d.snapshot_id) AND raw.document_id = seen.document_id;

@@ -32,7 +32,7 @@ from llm_core.files import read_json
 from llm_core.sample_corpus import write_sample_corpus
 from llm_core.tiktoken_ranks import PATTERNS, merges_of
 from llm_core.tokenizer import CL100K_PATTERN, GPT2_PATTERN, Tokenizer, byte_characters, id_dtype
-from llm_core.tokenizer_store import TokenizerArtifact, prepare_tokenizer, tokenizer_identity
+from llm_core.tokenizer_store import TokenizerArtifact, prepare_tokenizer, round_trip, tokenizer_identity
 from llm_core.tokenizer_training import train_tokenizer
 
 TEXTS = list(islice(topics.values(), 25))
@@ -534,6 +534,33 @@ def test_the_report_tells_each_source_apart(make: Callable[..., TokenizerArtifac
     assert sum(source["measured_bytes"] for source in sources.values()) == report["measured_bytes"]
     tokens = sum(source["measured_bytes"] / source["bytes_per_token"] for source in sources.values())
     assert report["measured_bytes"] / report["bytes_per_token"] == pytest.approx(tokens)
+
+
+def test_what_a_tokenizer_did_on_a_text_is_not_tried_again_on_the_same(
+    corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, processed = tmp_path / "raw", tmp_path / "processed"
+    shutil.copytree(corpus_dir, raw)
+
+    def try_on() -> tuple[float | None, dict[str, Any]]:
+        snapshot = take_snapshot(raw, processed, CorpusConfig(max_document_bytes=2048))
+        made = prepare_tokenizer(snapshot, raw, processed, TokenizerConfig(vocab_size=600))
+        return made.drift, round_trip(made.tokenizer, snapshot, raw, processed)
+
+    assert try_on() == (None, {"documents": 100, "changed": 0})
+    (raw / "added.txt").write_text("A text that the tokenizer has not seen. " * 60)
+    found = try_on()
+    assert found[0] is not None
+    with monkeypatch.context() as nobody_reads:
+        nobody_reads.setattr("llm_core.tokenizer_store.iter_texts", None)
+        assert try_on() == found
+    (note,) = (processed / "tokenizers").glob("*.tried.json")
+    note.write_text("{")
+    assert try_on() == found, "a damaged note is made again"
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "something else")
+    note.unlink()
+    _, lossy = try_on()
+    assert (lossy["documents"], lossy["changed"]) == (100, 100) and lossy["first"]
 
 
 def test_text_of_another_kind_is_a_drift_and_a_new_tokenizer_where_that_is_asked_for(corpus_dir: Path, tmp_path: Path) -> None:

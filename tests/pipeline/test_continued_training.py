@@ -45,6 +45,19 @@ def test_new_text_is_learned_from_the_released_model_on_with_a_replay_of_the_old
     assert (again["reused"], again["checkpoint_id"]) == (True, new["checkpoint_id"])
 
 
+def test_the_released_model_is_trained_on_with_another_configuration_even_on_the_same_text(
+    trained_home: tuple[Home, Any], clone: Any
+) -> None:
+    home, first = clone(trained_home)
+    old = home.metadata(first, "checkpoint")
+    reused = home.metadata(home.materialize(checkpoint, checkpoint=CONTINUE), "checkpoint")
+    assert (reused["reused"], reused["run_id"]) == (True, old["run_id"])
+    gentler = home.metadata(home.materialize(checkpoint, checkpoint=CONTINUE | {"learning_rate": 1e-4}), "checkpoint")
+    assert (gentler["reused"], gentler["parent_run_id"]) == (False, old["run_id"])
+    wider = home.materialize(checkpoint, expect_success=False, checkpoint={"init_from": "released", "hidden_size": 64})
+    assert "hidden_size" in str([event.event_specific_data for event in wider.all_events if event.is_step_failure])
+
+
 def test_without_a_released_model_to_start_from_training_starts_from_nothing_and_says_why(
     trained_home: tuple[Home, Any], clone: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from dagster._core.storage.tags import MAX_RETRIES_TAG
+from dagster._core.storage.tags import RETRY_ON_ASSET_OR_OP_FAILURE_TAG
 
 from pipeline import checks
 from pipeline.assets.checkpoint import checkpoint
@@ -91,6 +91,15 @@ def test_a_model_that_is_not_better_is_a_decision_and_each_line_has_its_own(watc
     assert isinstance(watcher.tonight(), dg.RunRequest), "the line of the runs that start by themselves"
 
 
+def test_a_line_that_prepares_the_text_differently_leaves_the_decision_of_the_others_alone(watched: tuple[Home, Watcher]) -> None:
+    home, watcher = watched
+    other = Home(home.storage.root, watcher.instance, release_line="other")
+    other.materialize(trained_tokenizer={"vocab_size": 450})
+    for storage in (home.storage, other.storage):
+        assert is_decided(storage)
+        assert str(Watcher(storage).look()) == "nothing new: all 40 files are as they were read last"
+
+
 def test_a_checkpoint_whose_check_failed_is_not_the_current_one(watched: tuple[Home, Watcher], monkeypatch: Any) -> None:
     home, _ = watched
     before = find_current(home.storage.current_checkpoint)
@@ -141,5 +150,5 @@ def test_a_run_of_the_asset_graph_says_why_it_failed_and_is_not_retried_for_noth
         )
         run = instance.get_run_by_id(result.run_id)
     assert run is not None and run.job_name == "__ASSET_JOB" and run.status == dg.DagsterRunStatus.FAILURE
-    assert run.tags[MAX_RETRIES_TAG] == "0"
+    assert run.tags[RETRY_ON_ASSET_OR_OP_FAILURE_TAG] == "false"
     assert ["materialize the asset 'checkpoint' first" in text for text in said] == [True]

@@ -1,5 +1,6 @@
 """The whole lineage on a real Dagster instance, with real torchrun and DuckDB: what a rerun does, and does not do again."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,16 @@ def test_the_catalog_tells_the_same_story(trained_home: tuple[Home, Any]) -> Non
 def test_an_unchanged_rerun_reuses_everything_and_trains_nothing(trained_home: tuple[Home, Any]) -> None:
     home, first = trained_home
     before = files_of(home)
+    raw, opened, watched = str(home.storage.raw_text), list[str](), True
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:  # cannot be taken back
+        if watched and event == "open" and str(arguments[0]).startswith(raw):
+            opened.append(arguments[0])
+
+    sys.addaudithook(note)
     again = home.materialize()
+    watched = False
+    assert not opened
     assert ids(home, again) == ids(home, first)
     assert home.metadata(again, "checkpoint")["reused"]
     assert files_of(home) == before, "no file was written again"
@@ -114,6 +124,18 @@ def test_a_part_of_the_lineage_starts_from_what_is_current(trained_home: tuple[H
     home, first = trained_home
     part = home.materialize(checkpoint, evaluation, released_model)
     assert home.metadata(part, "released_model")["model_id"] == ids(home, first)["released_model"]
+
+
+def test_the_lineage_names_the_files_that_the_run_has_read(trained_home: tuple[Home, Any], clone: Any) -> None:
+    home, first = clone(trained_home)
+    (home.storage.raw_text / "more").rename(home.storage.raw_text / "moved")
+    made = home.metadata(home.materialize(checkpoint={"source_weights": {".": 1.0, "moved": 1.0}}), "checkpoint")
+    before = home.metadata(first, "checkpoint")
+    assert made["dataset_id"] == before["dataset_id"], "the same documents"
+    for run, folder in ((made, "moved"), (before, "more")):
+        lineage = home.catalog.lineage(run["checkpoint_id"])
+        assert {row["snapshot_id"] for row in lineage} == {run["snapshot_id"]}
+        assert {row["path"].split("/")[0] for row in lineage if "/" in row["path"]} == {folder}
 
 
 def test_two_processes_train_the_same_model_as_one(trained_home: tuple[Home, Any], clone: Any) -> None:

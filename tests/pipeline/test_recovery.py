@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import dagster as dg
 import psutil
 import pytest
+import yaml
 from dagster._core.storage.tags import PARENT_RUN_ID_TAG
 from dagster._daemon.auto_run_reexecution.event_log_consumer import EventLogConsumerDaemon
 
@@ -18,18 +21,20 @@ from llm_core.locks import held
 from llm_core.runlog import read_metrics
 from pipeline.catalog.catalog import Catalog
 from tests.pipeline.conftest import TINY
-from tests.pipeline.dagster_dev import DagsterDev, dagster_dev
+from tests.pipeline.dagster_dev import ROOT, DagsterDev, dagster_dev
 
 pytestmark = pytest.mark.slow
 
 STEPS = 1000
+POLL_SECONDS = 3
+"""Between two looks of Dagster at the runs."""
 
 
 @pytest.fixture(scope="module")
 def server(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev]:
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(corpus_dir, home / "raw_text_data")
-    monitoring = {"poll_interval_seconds": 3}
+    monitoring = {"poll_interval_seconds": POLL_SECONDS}
     with dagster_dev(home, tmp_path_factory.mktemp("dagster_home"), run_monitoring=monitoring) as server:
         yield server
 
@@ -97,6 +102,20 @@ def test_a_run_that_is_terminated_saves_and_leaves_no_process(server: DagsterDev
     assert (state["status"], state["steps_done"]) == ("preempted", last_step)
     runs = Catalog(server.home / "catalog.duckdb").query("SELECT run_id FROM training_runs WHERE status = 'preempted'")
     assert run_dir.name in {run["run_id"] for run in runs}
+
+
+def test_a_run_that_a_terminal_started_is_left_to_it(server: DagsterDev, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config(seed=8)))
+    command = [sys.executable, "-m", "dagster", "job", "execute", "-m", "pipeline.definitions", "-j", "pretrain"]
+    environment = os.environ | {"DAGSTER_HOME": str(server.dagster_home), "TEXTMILL_HOME": str(server.home)}
+    done = subprocess.run([*command, "-c", str(tmp_path / "run.yaml")], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = server.runs()[-1]
+    with dg.DagsterInstance.from_config(str(server.dagster_home)) as instance:
+        record = instance.get_run_record_by_id(run.run_id)
+        assert record is not None and record.end_time - record.start_time > 2 * POLL_SECONDS, "it was looked at meanwhile"
+        failures = instance.get_records_for_run(run.run_id, of_type=dg.DagsterEventType.RUN_FAILURE).records
+    assert run.status == dg.DagsterRunStatus.SUCCESS and not failures
 
 
 def test_what_a_person_must_mend_is_not_tried_again(server: DagsterDev) -> None:

@@ -2,10 +2,12 @@
 
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import dagster as dg
 import pytest
 
 from llm_core.config import ReleaseConfig
@@ -53,6 +55,19 @@ def test_a_model_with_another_tokenizer_competes_on_the_same_text(
     assert "on the same held-out text" in verdict["reason"]
     # 512 tokens of the new vocabulary stand for more text than 512 of the old one: another stretch, nearly the same figure.
     assert shown["released_bits_per_byte"] == pytest.approx(home.metadata(first, "evaluation")["bits_per_byte"], rel=0.05)
+
+
+def test_a_released_directory_that_was_deleted_is_made_again_and_troubles_no_other_line(
+    trained_home: tuple[Home, Any], clone: Callable[..., tuple[Home, Any]]
+) -> None:
+    home, first = clone(trained_home)
+    model_id = home.metadata(first, "released_model")["model_id"]
+    shutil.rmtree(home.storage.models / model_id)
+    other = Home(home.storage.root, dg.DagsterInstance.ephemeral(), release_line="other")
+    assert home.metadata(other.materialize(checkpoint={"seed": 5}), "released_model")["promoted"]
+    again = home.metadata(home.materialize(), "released_model")
+    assert again["promoted"] and again["model_id"] == model_id
+    assert (home.storage.models / model_id / "model.safetensors").is_file()
 
 
 def test_nothing_is_released_whose_evaluation_is_not_finite(

@@ -5,9 +5,11 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.storage.tags import RETRY_ON_ASSET_OR_OP_FAILURE_TAG
 
 from pipeline.catalog.catalog import Catalog
 from pipeline.definitions import defs
+from pipeline.resources import Storage
 from tests.pipeline.conftest import TINY
 
 
@@ -44,3 +46,36 @@ def test_the_catalog_is_waited_for_as_long_as_its_option_says(corpus_dir: Path, 
         result = defs.resolve_job_def("prepare_data").execute_in_process(config, instance=instance, raise_on_error=False)
     (failure,) = [event for event in result.all_events if event.is_step_failure]
     assert "busy for 0.5 seconds" in str(failure.event_specific_data)
+
+
+def test_a_folder_under_the_users_own_home_may_be_written_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage = Storage(home="~/mill", raw_text_dir="~/texts")
+    assert (storage.root, storage.raw_text) == (tmp_path / "mill", tmp_path / "texts")
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        ({"raw_text_dir": "no_such_folder"}, "no_such_folder: no such folder"),
+        ({"release_line": "../elsewhere"}, "storage.release_line ../elsewhere: not a name"),
+    ],
+)
+def test_a_wrong_option_of_the_storage_fails_in_a_step_and_is_not_tried_again(
+    storage: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home" / "raw_text_data").mkdir(parents=True)
+    for number in range(40):
+        (tmp_path / "home" / "raw_text_data" / f"{number}.txt").write_text(f"Some text of the number {number}. " * 40)
+    config: dict[str, Any] = {
+        "ops": {name: {"config": options} for name, options in TINY.items()},
+        "resources": {"storage": {"config": {"home": "home"} | storage}},
+    }
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = defs.resolve_job_def("pretrain").execute_in_process(config, instance=instance, raise_on_error=False)
+        run = instance.get_run_by_id(result.run_id)
+    assert message in str([event.event_specific_data for event in result.all_events if event.is_step_failure])
+    assert run is not None and run.tags[RETRY_ON_ASSET_OR_OP_FAILURE_TAG] == "false"
+    assert not (tmp_path / "no_such_folder").exists()
+    assert not [event for event in result.all_events if event.is_step_materialization], "no step went on with it"

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, MAX_RETRIES_TAG, RETRY_STRATEGY_TAG, WILL_RETRY_TAG
+from dagster._core.remote_origin import InProcessCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
+from dagster._core.storage.tags import (
+    AUTO_RETRY_RUN_ID_TAG,
+    RETRY_ON_ASSET_OR_OP_FAILURE_TAG,
+    RETRY_STRATEGY_TAG,
+    WILL_RETRY_TAG,
+)
+from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
 from llm_core.errors import DataError, UserError
 from pipeline import retries
@@ -18,8 +25,13 @@ def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dg.DagsterInsta
     return dg.DagsterInstance.local_temp(str(tmp_path))
 
 
-def failed_run(instance: dg.DagsterInstance, **tags: str) -> str:
-    run = instance.create_run_for_job(dg.GraphDefinition(name="pretrain").to_job(), tags={WILL_RETRY_TAG: "true"} | tags)
+LOCATION = InProcessCodeLocationOrigin(LoadableTargetOrigin(module_name="pipeline.definitions"))
+ORIGIN = RemoteJobOrigin(RemoteRepositoryOrigin(LOCATION, "__repository__"), "pretrain")
+
+
+def failed_run(instance: dg.DagsterInstance, origin: RemoteJobOrigin | None = ORIGIN, **tags: str) -> str:
+    job = dg.GraphDefinition(name="pretrain").to_job()
+    run = instance.create_run_for_job(job, tags={WILL_RETRY_TAG: "true"} | tags, remote_job_origin=origin)
     instance.report_run_failed(run)
     return run.run_id
 
@@ -40,8 +52,20 @@ def test_a_failure_without_its_retry_is_reported_once_more_and_not_again(instanc
     assert look(instance) == "retries asked for again: 1"
     assert failures(instance, run_id) == 2
     run = instance.get_run_by_id(run_id)
-    assert run is not None and run.status == dg.DagsterRunStatus.FAILURE and run.tags[ASKED_AGAIN_TAG] == "true"
+    assert run is not None and run.status == dg.DagsterRunStatus.FAILURE and run.tags[ASKED_AGAIN_TAG] == run_id
     assert look(instance) == "retries asked for again: 0"
+
+
+def test_a_run_that_goes_on_from_one_whose_retry_was_lost_is_asked_for_as_well(instance: dg.DagsterInstance) -> None:
+    run_id = failed_run(instance, **{ASKED_AGAIN_TAG: "the run it goes on from"})
+    assert look(instance) == "retries asked for again: 1"
+    assert failures(instance, run_id) == 2
+
+
+def test_what_a_terminal_started_and_dagster_cannot_start_again_is_left_alone(instance: dg.DagsterInstance) -> None:
+    run_id = failed_run(instance, origin=None)
+    assert look(instance) == "retries asked for again: 0"
+    assert failures(instance, run_id) == 1
 
 
 @pytest.mark.parametrize("tags", [{AUTO_RETRY_RUN_ID_TAG: "some run"}, {WILL_RETRY_TAG: "false"}])
@@ -58,15 +82,21 @@ def test_dagster_is_given_time_for_its_own_retry(instance: dg.DagsterInstance, m
     assert failures(instance, run_id) == 1
 
 
+FINAL, AGAIN = {RETRY_ON_ASSET_OR_OP_FAILURE_TAG: "false"}, {RETRY_ON_ASSET_OR_OP_FAILURE_TAG: "true"}
+
+
+@pytest.mark.parametrize("inherited", [{}, FINAL, AGAIN])
 @pytest.mark.parametrize(
     ("error", "tags"),
     [
-        (UserError("--wrong"), {MAX_RETRIES_TAG: "0"}),
-        (DataError("text.txt: changed since the snapshot was taken; run again"), {RETRY_STRATEGY_TAG: "ALL_STEPS"}),
-        (RuntimeError("out of memory"), {}),
+        (UserError("--wrong"), FINAL),
+        (DataError("text.txt: changed since the snapshot was taken; run again"), AGAIN | {RETRY_STRATEGY_TAG: "ALL_STEPS"}),
+        (RuntimeError("out of memory"), AGAIN),
     ],
 )
-def test_a_retry_begins_where_it_can_succeed(error: Exception, tags: dict[str, str]) -> None:
+def test_a_retry_begins_where_it_can_succeed_whatever_the_run_it_goes_on_from_had(
+    error: Exception, tags: dict[str, str], inherited: dict[str, str]
+) -> None:
     @dg.op
     def fails() -> None:
         raise error
@@ -76,7 +106,8 @@ def test_a_retry_begins_where_it_can_succeed(error: Exception, tags: dict[str, s
         fails()
 
     with dg.DagsterInstance.ephemeral() as instance:
-        result = job.execute_in_process(instance=instance, raise_on_error=False)
+        result = job.execute_in_process(instance=instance, raise_on_error=False, tags=inherited)
         run = instance.get_run_by_id(result.run_id)
     assert run is not None
-    assert {name: value for name, value in run.tags.items() if name in (MAX_RETRIES_TAG, RETRY_STRATEGY_TAG)} == tags
+    decided = (RETRY_ON_ASSET_OR_OP_FAILURE_TAG, RETRY_STRATEGY_TAG)
+    assert {name: value for name, value in run.tags.items() if name in decided} == tags

@@ -192,7 +192,9 @@ def test_the_configuration_may_name_environment_variables(
     monkeypatch.setenv("RAW_TEXT", str(elsewhere))
     assert "1 new or changed files (5 bytes)" in str(watcher.look())
     monkeypatch.delenv("RAW_TEXT")
-    with pytest.raises(Exception, match=r"storage\.raw_text_dir is the environment variable RAW_TEXT, which is not set"):
+    with pytest.raises(
+        Exception, match=r"storage\.config\.raw_text_dir of the run configuration is the environment variable RAW_TEXT"
+    ):
         watcher.look()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from llm_core.errors import UserError
 from llm_core.files import read_json
 from pipeline import checks
 from pipeline.assets.checkpoint import checkpoint
@@ -180,9 +181,9 @@ def test_each_line_has_its_own_release_and_is_compared_with_it_alone(
     assert verdict["reason"].startswith("first release")
     assert read_json(home.storage.models / "released_slow.json")["path"] == verdict["model_id"]
     assert read_json(home.storage.models / "released.json")["path"] == ids(home, first)["released_model"]
-    continued = home.materialize(checkpoint, checkpoint={"init_from": "released", "max_steps": 3})
+    continued = home.materialize(checkpoint, checkpoint=worse["checkpoint"] | {"init_from": "released"})
     assert home.metadata(continued, "checkpoint")["run_id"] == home.metadata(slow, "checkpoint")["run_id"]
     better = home.materialize(checkpoint, evaluation, released_model)
     assert home.metadata(better, "released_model")["promoted"], "in this line it is the better one"
-    with pytest.raises(ValueError, match="release_line"):
-        Storage(release_line="../elsewhere")
+    with pytest.raises(UserError, match="release_line"):
+        Storage(release_line="../elsewhere").released  # noqa: B018

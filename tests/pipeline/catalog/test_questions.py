@@ -87,7 +87,8 @@ def test_the_command_rebuilds_and_says_what_it_left_out(artifacts: Artifacts) ->
     ("arguments", "code", "message"),
     [
         (("lineage", "nope"), 2, "no such catalog"),
-        (("catalog", "rebuild"), 2, "no such folder"),
+        (("catalog", "rebuild"), 2, "no folder processed_data in it"),
+        (("gc",), 2, "no folder processed_data in it"),
         (("usage",), 2, "required"),
     ],
 )
