@@ -36,7 +36,7 @@ def choose_backend(
     try:
         import_module("flash_attn")
     except ImportError as error:  # not installed, or built for another PyTorch
-        obstacles.append(f"the package flash-attn cannot be loaded ({error}; pip install 'textmill[gpu]')")
+        obstacles.append(f'the package flash-attn cannot be loaded ({error}; pip install -c constraints.txt -e ".[gpu]")')
     if not obstacles:
         return "flash"
     if requested == "flash":
@@ -84,9 +84,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend, document
     if backend == "flash":
         return _flash_attention(q, k, v, documents)
     mask = documents.mask if documents is not None else None
-    if q.is_cuda and q.shape[2] != k.shape[2] and (mask is not None or q.dtype == torch.float32):
-        # On CUDA only the flash kernel knows grouped heads, and it takes neither a mask nor fp32: without this, PyTorch would
-        # fall back to the kernel that holds all T x T scores.
+    if q.is_cuda and q.shape[2] != k.shape[2] and (mask is not None or q.dtype == torch.float32 or _is_before_ampere(q)):
+        # On CUDA only the flash kernel knows grouped heads, and it takes neither a mask nor fp32 nor older GPUs: without this,
+        # PyTorch would fall back to the kernel that holds all T x T scores.
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),  # (B, H, T, D)
@@ -97,6 +97,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend, document
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
+
+
+def _is_before_ampere(tensor: Tensor) -> bool:
+    return torch.cuda.get_device_properties(tensor.device).major < 8
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:

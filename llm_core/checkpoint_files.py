@@ -4,11 +4,12 @@
 without a manifest does not exist. Truth is the highest step whose file matches its manifest; `latest.json` is only a hint.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_core.errors import DataError
+from llm_core.errors import DataError, UserError
 from llm_core.files import fsync_path, read_json, verify_file
 
 FORMAT_VERSION = 1
@@ -78,6 +79,24 @@ def newest_valid(run_dir: Path) -> tuple[CheckpointRecord | None, list[str]]:
     return None, damaged
 
 
+def named_checkpoint(checkpoint: str) -> Path:
+    """The checkpoint behind --checkpoint: the file itself, or of a run's folder the newest that is whole.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    path, remedy = Path(checkpoint), "name a checkpoint_step_<N>.pt in the folder it was written to"
+    if path.is_dir():
+        record, _ = newest_valid(path)
+        if record is None:
+            raise UserError(f"--checkpoint {checkpoint}: no whole checkpoint in this folder; {remedy}")
+        return record.path
+    if not manifest_path(path).is_file():
+        found = "it has no manifest (.json), so it may not be whole" if path.is_file() else "no such file"
+        raise UserError(f"--checkpoint {checkpoint}: {found}; {remedy}")
+    return path
+
+
 def sound_records(run_dir: Path) -> list[CheckpointRecord]:
     """The checkpoints of a run directory that look whole, the newest first; their bytes are not read."""
     records = []
@@ -100,7 +119,7 @@ def prune_checkpoints(run_dir: Path, keep: int, keep_step: int | None = None) ->
         What was deleted.
     """
     records = sound_records(run_dir)  # a damaged one must not count as kept
-    validated = [record for record in records if record.val_loss is not None]
+    validated = [record for record in records if record.val_loss is not None and math.isfinite(record.val_loss)]
     best = min(validated, key=lambda record: (record.val_loss, -record.step), default=None)
     deleted = []
     for record in records[keep:]:

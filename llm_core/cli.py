@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any, TypeVar
 from unicodedata import category
 
@@ -39,8 +40,10 @@ def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | 
             """The command line alone: an environment variable named like a field must not change a run."""
             return ()
 
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _refuse_unknown(options, prog, arguments)
     try:
-        parsed = CliApp.run(Settings, list(sys.argv[1:] if arguments is None else arguments))
+        parsed = CliApp.run(Settings, arguments)
     except ValidationError as error:
         print(f"{prog}: error:\n{describe_invalid(error)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -49,6 +52,18 @@ def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | 
         print(f"{prog}: error:\n--{field}: not readable as JSON ({reason})", file=sys.stderr)
         raise SystemExit(2) from None
     return options.model_validate(parsed.model_dump())
+
+
+def _refuse_unknown(options: type[BaseModel], prog: str, arguments: Sequence[str]) -> None:
+    """Ends the program where a flag is none of ours, with the one that was meant and not with all there are."""
+    known = ["--help", *(f"--{name}" for name in options.model_fields)]
+    known += [f"--no-{name}" for name, field in options.model_fields.items() if field.annotation is bool]
+    for flag in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+        if flag not in known:
+            similar = get_close_matches(flag, known, n=1)
+            meant = f"did you mean {similar[0]}? " if similar else ""
+            print(f"{prog}: error:\n{flag}: no such option; {meant}--help lists them all", file=sys.stderr)
+            raise SystemExit(2)
 
 
 def run_tool(main: Callable[[], None], prog: str) -> None:

@@ -318,6 +318,8 @@ class TrainConfig(StageConfig):
             raise ValueError(f"min_lr {self.min_lr} must not exceed learning_rate {self.learning_rate}")
         if self.profile is not None and int(self.profile.split(":")[0]) >= int(self.profile.split(":")[1]):
             raise ValueError(f"profile {self.profile} must end after it starts")
+        if self.profile is not None and int(self.profile.split(":")[1]) > self.max_steps:
+            raise ValueError(f"profile {self.profile} must end within the {self.max_steps} steps of the run")
         if self.replay_share is not None and self.init_from is None:
             raise ValueError(f"replay_share {self.replay_share} needs init_from: only a continued run has old text")
         if self.warmup_steps is not None and self.warmup_steps > self.max_steps:

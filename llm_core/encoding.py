@@ -25,7 +25,7 @@ _RUN_CHARACTERS = 1 << 19
 def check_engine(engine: Engine) -> None:
     """Raises UserError if the engine is not installed."""
     if engine == "ray" and importlib.util.find_spec("ray") is None:
-        raise UserError("--engine ray needs the package ray; install it with: pip install 'textmill[ray]'")
+        raise UserError('--engine ray needs the package ray; install it with: pip install -c constraints.txt -e ".[ray]"')
 
 
 def encode_all(tokenizer: Tokenizer, texts: Iterable[str], workers: int, engine: Engine = "local") -> Iterator[Ids]:

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from llm_core.checkpoint import load_model
-from llm_core.checkpoint_files import CheckpointRecord, manifest_path
+from llm_core.checkpoint_files import CheckpointRecord, manifest_path, named_checkpoint
 from llm_core.cli import parse_options, run_tool
 from llm_core.config import ModelConfig, StageConfig
 from llm_core.errors import UserError
@@ -86,7 +86,7 @@ def llama_weights(model: Transformer) -> dict[str, Tensor]:
 class ExportOptions(StageConfig):
     """Write a checkpoint as a Hugging Face directory."""
 
-    checkpoint: str = Field(description="A checkpoint_step_<N>.pt file, in the folder of its run.")
+    checkpoint: str = Field(description="A checkpoint_step_<N>.pt file, in the folder of its run, or that folder for its newest.")
     data_dir: str = Field("processed_data", description="Folder of the data preparation, which holds the tokenizers.")
     output_dir: str = Field(description="Directory to write; an exported model in it is replaced when the new one is whole.")
     evaluation: str | None = Field(None, description="An evaluation_step_<N>_*.json, to be shown in the model card.")
@@ -139,6 +139,8 @@ def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, 
     card: text of README.md, the model card. facts: go into textmill.json, with the SHA-256 of every file.
     """
     directory = directory.absolute()
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--output_dir {directory}: is a file; name a folder")
     if directory.exists() and not (directory / "textmill.json").is_file() and any(directory.iterdir()):
         raise UserError(f"--output_dir {directory}: holds files that are not an exported model; name a new or an empty folder")
     temporary, replaced = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))
@@ -180,7 +182,9 @@ def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, 
 def main() -> None:
     options = parse_options(ExportOptions, PROG)
     evaluation = None if options.evaluation is None else Path(options.evaluation)
-    export_checkpoint(Path(options.checkpoint), Path(options.data_dir), Path(options.output_dir), evaluation, options.reason)
+    export_checkpoint(
+        named_checkpoint(options.checkpoint), Path(options.data_dir), Path(options.output_dir), evaluation, options.reason
+    )
     print(options.output_dir)
 
 

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llm_core.checkpoint import load_model
+from llm_core.checkpoint_files import named_checkpoint
 from llm_core.cli import parse_options, printable, run_tool
 from llm_core.config import StageConfig
 from llm_core.model import KVCache, Transformer
@@ -19,7 +20,7 @@ PROG = "python -m llm_core.generate"
 class GenerateOptions(StageConfig):
     """Continue a prompt with a trained model."""
 
-    checkpoint: str = Field(description="A checkpoint_step_<N>.pt file.")
+    checkpoint: str = Field(description="A checkpoint_step_<N>.pt file, or the folder of a run for its newest.")
     data_dir: str = Field("processed_data", description="Folder of the data preparation, which holds the tokenizers.")
     prompt: str = Field("", description="Text to continue.")
     max_new_tokens: int = Field(128, ge=1, description="Tokens to write at most; the model may end the document earlier.")
@@ -82,9 +83,10 @@ def continue_prompt(options: GenerateOptions) -> str:
     """The prompt and what the model writes after it.
 
     Raises:
-        DataError: the checkpoint or its tokenizer is missing or damaged.
+        UserError: there is no such checkpoint.
+        DataError: it or its tokenizer is damaged, or the tokenizer is missing.
     """
-    model, state = load_model(Path(options.checkpoint))
+    model, state = load_model(named_checkpoint(options.checkpoint))
     tokenizer = Tokenizer.stored(Path(options.data_dir), state["tokenizer_id"])
     prompt = tokenizer.encode(options.prompt).tolist()
     tokens = generate(

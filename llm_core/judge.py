@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from llm_core.checkpoint import load_model
-from llm_core.checkpoint_files import CheckpointRecord, manifest_path
+from llm_core.checkpoint_files import CheckpointRecord, manifest_path, named_checkpoint
 from llm_core.cli import parse_options, printable, run_tool
 from llm_core.config import EvaluateConfig
 from llm_core.corpus import load_snapshot
@@ -40,7 +40,9 @@ PROG = "python -m llm_core.judge"
 class JudgeOptions(EvaluateConfig):
     """Evaluate a checkpoint on the held-out text of a dataset."""
 
-    checkpoint: str = Field(description="A checkpoint_step_<N>.pt file; the result is written beside it.")
+    checkpoint: str = Field(
+        description="A checkpoint_step_<N>.pt file, or a run's folder for its newest; the result is written beside it."
+    )
     data_dir: str = Field("processed_data", description="Folder written by the data preparation.")
     dataset_id: str | None = Field(None, description="Judge on this version of the dataset, of manifests/; default: the current.")
     snapshot_id: str | None = Field(
@@ -158,11 +160,16 @@ def _figures(held_out: HeldOut) -> dict[str, float]:
 def main() -> None:
     options = parse_options(JudgeOptions, PROG)
     result = evaluate_checkpoint(
-        Path(options.checkpoint), Path(options.data_dir), options.part(EvaluateConfig), options.dataset_id, options.snapshot_id
+        named_checkpoint(options.checkpoint),
+        Path(options.data_dir),
+        options.part(EvaluateConfig),
+        options.dataset_id,
+        options.snapshot_id,
     )
     for entry in result["metrics"]:
         if entry["source"] == "all":
-            print(f"{entry['metric']:<22} {entry['value']:,.4f}")
+            counts = entry["metric"] in ("tokens", "bytes")
+            print(f"{entry['metric']:<22} {entry['value']:,.{0 if counts else 4}f}")
     if table := by_source(result):
         print(f"\n{'source':<22} {'bits per byte':>13} {'loss':>8} {'bytes':>14}")
         for row in table:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm_core.checkpoint import TrainingState, load_checkpoint
-from llm_core.checkpoint_files import CheckpointRecord, checkpoint_manifests, manifest_path, step_of
+from llm_core.checkpoint_files import CheckpointRecord, checkpoint_manifests, named_checkpoint, step_of
 from llm_core.errors import DataError, UserError
 from llm_core.files import read_json
 
@@ -22,10 +22,7 @@ def find_resume_state(
         DataError: the named checkpoint is damaged, or there are checkpoints and all of them are.
     """
     if checkpoint is not None:
-        path = Path(checkpoint)
-        if not manifest_path(path).is_file():
-            found = "it has no manifest (.json), so it may not be whole" if path.is_file() else "no such file"
-            raise UserError(f"--checkpoint {checkpoint}: {found}; name a checkpoint_step_<N>.pt in the folder it was written to")
+        path = named_checkpoint(checkpoint)
         return path, load_checkpoint(path)
     manifests = checkpoint_manifests(run_dir)
     if resume == "never":

@@ -128,6 +128,10 @@ class Tokenizer:
             DataError: it is missing or damaged, or the id leads elsewhere.
         """
         path = inside(processed_dir / "tokenizers", f"{tokenizer_id}.json")
+        if not path.is_file():
+            raise DataError(
+                f"{path}: no such file; name the folder that the data of this checkpoint was prepared in with --data_dir"
+            )
         tokenizer = cls.load(path)
         if tokenizer.tokenizer_id != tokenizer_id:
             raise DataError(

@@ -79,7 +79,9 @@ def train(
     manifest = load_manifest(data_dir, dataset_id, snapshot_id)
     config = config.resolved(manifest.max_length, manifest.stride)
     with join_ranks(config, run_dir) as ranks, StopRequest() as stop, _run_log(run_dir, ranks, listener) as log:
-        ranks.require_same(config.model_dump(exclude={"threads_per_process"}) | {"dataset_id": manifest.dataset_id})
+        # The snapshot says which source a document belongs to: the same documents can lie in other folders.
+        data = {"dataset_id": manifest.dataset_id, "snapshot_id": manifest.snapshot_id if config.source_weights else None}
+        ranks.require_same(config.model_dump(exclude={"threads_per_process"}) | data | {"code_version": code_version()})
         found = ranks.from_main(lambda: find_resume_state(run_dir, checkpoint, resume))
         parent = ranks.from_main(lambda: _parent(config.init_from, found))
         trainer = Trainer(config, TrainingData.open(data_dir, manifest, config, parent), ranks, stop)
@@ -87,6 +89,10 @@ def train(
             trainer.restore(*found)
         elif parent is not None and (path := parent.path) is not None:
             trainer.start_from(path, ranks.from_main(lambda: load_checkpoint(path)))
+        if ranks.from_main(lambda: _is_finished(run_dir, trainer)):
+            if log is not None:
+                log.say(f"run {trainer.run_id} has finished, all {config.max_steps} steps of it: nothing left to do")
+            return
         set_aside = ranks.from_main(lambda: make_room(run_dir, trainer.run_id, trainer.step))
         resumed = (found[0], found[1]["precision"]) if found is not None else None
         found = None  # as large as the model and its optimizer
@@ -111,6 +117,14 @@ def _parent(init_from: str | None, resumed: tuple[Path, TrainingState] | None) -
         return None
     recorded = recorded_parent(resumed[0]) if resumed is not None else None
     return recorded or find_parent(init_from)
+
+
+def _is_finished(run_dir: Path, trainer: Trainer) -> bool:
+    """Whether the state that was loaded is a run's last one, and the run's own files say that it ended well."""
+    if trainer.step < trainer.config.max_steps or not (run_dir / "run.json").is_file():
+        return False
+    state = read_json(run_dir / "run.json")
+    return bool(state["run_id"] == trainer.run_id and state["status"] == "finished")
 
 
 @contextmanager

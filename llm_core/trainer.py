@@ -100,6 +100,8 @@ class Trainer:
         # Every rank lowers the scale by itself after a skip: with FSDP the overflow may lie in the share of one of them alone.
         overflow = skipped and self.scaler.is_enabled()
         self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor() if overflow else None)
+        if overflow:  # it grows after so many good steps in a row, which a scale given by hand does not begin to count anew
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"_growth_tracker": 0})
         self.phases.lap("optimizer")
 
         self.step += 1

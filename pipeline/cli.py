@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     runs.set_defaults(run=_runs)
 
     gc = commands.add_parser("gc", help="remove prepared data that no kept dataset needs", parents=[home])
-    gc.add_argument("--keep", type=int, default=1, help="newest datasets to keep beside the current one and those of runs")
+    gc.add_argument(
+        "--keep", type=_at_least_one, default=1, help="newest datasets to keep beside the current one and those of runs"
+    )
     gc.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
     gc.set_defaults(run=_gc)
 
@@ -87,7 +89,7 @@ def _gc(home: Path, path: Path, options: argparse.Namespace) -> None:
     _require_home(home)
     defaults = GarbageOptions()
     runs = [folder for folder in [home / "checkpoints"] if folder.is_dir()]
-    print(collect(home / "processed_data", runs, max(1, options.keep), defaults.min_age_hours, options.dry_run))
+    print(collect(home / "processed_data", runs, options.keep, defaults.min_age_hours, options.dry_run))
     print("nothing was removed (--dry-run)" if options.dry_run else "files younger than an hour stay: they may be in use")
 
 
@@ -99,6 +101,13 @@ def _rebuild(home: Path, path: Path, options: argparse.Namespace) -> None:
     print(f"{path}: rebuilt from {home}, {len(problems)} artifact(s) left out")
     if problems:
         raise SystemExit(DataError.exit_code)
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
 
 
 def _require_home(home: Path) -> None:

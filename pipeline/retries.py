@@ -33,8 +33,7 @@ def say_why_and_retry_only_what_may_go_away(context: dg.HookContext) -> None:
     them begin with its first step when what earlier steps made no longer fits.
     """
     error = context.op_exception
-    # Dagster prints its tracebacks after this, and that the run failed after these.
-    atexit.register(_say, f"textmill: {context.step_key} failed: {_reason(error)}")
+    say_at_the_end(f"{context.step_key} failed: {_reason(error)}")
     final = isinstance(error, UserError | ValidationError | DagsterAssetCheckFailedError) or (
         isinstance(error, dg.Failure) and not error.allow_retries
     )
@@ -46,6 +45,11 @@ def say_why_and_retry_only_what_may_go_away(context: dg.HookContext) -> None:
         # What an earlier step made does not fit any more, as when a file changed after the snapshot: a retry from the step that
         # failed would meet it again. The steps before make anew what differs, and no more.
         instance.add_run_tags(context.run_id, {RETRY_STRATEGY_TAG: ReexecutionStrategy.ALL_STEPS.value})
+
+
+def say_at_the_end(text: str) -> None:
+    """Has it in the last lines of this process: Dagster prints its tracebacks before, and that the run failed after these."""
+    atexit.register(_say, f"textmill: {text}")
 
 
 def _say(text: str) -> None:

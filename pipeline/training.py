@@ -3,8 +3,8 @@
 import shlex
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.assets.common import literal
 from pipeline.launcher import TorchrunProcess, option_list, torchrun_arguments, training_environment
 from pipeline.messages import MessageFile
 from pipeline.resources import Torchrun
+from pipeline.retries import say_at_the_end
 
 _ERROR = "python -m llm_core.train: error: "
 """How the training tool begins the message it ends with."""
@@ -93,6 +94,7 @@ def run_training(
             log_path=run_dir / "training.log",
             grace_seconds=torchrun.stop_seconds,
         )
+        stack.enter_context(_says_how_it_was_stopped(run_dir, config.max_steps))
         with process:
             context.log.info(f"training: {shlex.join(process.command)}\noutput: {process.log_path}")
             live = LiveRecords(context, record, torchrun.catalog_seconds)
@@ -107,6 +109,19 @@ def run_training(
     if last is None:
         raise _failure(run_dir, process, began=_stamp(run_dir / "run.json") != before)
     return last
+
+
+@contextmanager
+def _says_how_it_was_stopped(run_dir: Path, max_steps: int) -> Iterator[None]:
+    """A step that is cancelled does not fail: no hook tells the person at the terminal what became of the training."""
+    try:
+        yield
+    except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
+        state = read_json(run_dir / "run.json") if (run_dir / "run.json").exists() else {"status": "not started"}
+        saved = state["status"] == "preempted"
+        moment = f"at step {state['steps_done']} of {max_steps}, saved" if saved else "before it could save"
+        say_at_the_end(f"the training was stopped {moment}; run the same job again and it goes on (in {run_dir})")
+        raise
 
 
 def _wait_for_an_earlier_attempt(context: AssetExecutionContext, run_dir: Path, seconds: float) -> None:

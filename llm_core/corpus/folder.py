@@ -129,6 +129,8 @@ def walk(input_dir: Path) -> Folder:
         UserError: the folder is missing or cannot be listed.
     """
     if not input_dir.is_dir():
+        if input_dir.exists():
+            raise UserError(f"--input_dir {input_dir}: is a file; name the folder that it lies in")
         raise UserError(f"--input_dir {input_dir}: no such folder; create it and put {READABLE} files into it")
     root = os.path.realpath(input_dir)
     found = Folder()

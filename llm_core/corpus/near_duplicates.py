@@ -39,7 +39,8 @@ def check_available(threshold: float) -> None:
     """Raises UserError if the package that finds near duplicates is not installed."""
     if importlib.util.find_spec("datasketch") is None:
         raise UserError(
-            f"--near_duplicates {threshold} needs the package datasketch; install it with: pip install 'textmill[dedup]'"
+            f"--near_duplicates {threshold} needs the package datasketch; install it with: "
+            'pip install -c constraints.txt -e ".[dedup]"'
         )
 
 

@@ -22,7 +22,7 @@ from llm_core.corpus.folder import READABLE
 from llm_core.corpus.near_duplicates import check_available, mark_near_duplicates
 from llm_core.corpus.readers import iter_texts, read_file
 from llm_core.corpus.records import DOCUMENTS_SCHEMA, FILES_SCHEMA, KEPT, UNREADABLE, FileFacts, Rows
-from llm_core.corpus.source import InputDir, open_source
+from llm_core.corpus.source import InputDir, is_url, open_source
 from llm_core.errors import DataError, UserError
 from llm_core.files import atomic_writer, content_id, inside, read_json, verify_file, write_json
 from llm_core.tables import parquet_bytes, read_parquet
@@ -67,6 +67,10 @@ def take_snapshot(
         UserError: no folder, no text in it, or nothing on one side of the train/validation split.
         DataError: a file kept changing while it was read, or its place cannot be reached.
     """
+    if not is_url(input_dir) and processed_dir.resolve().is_relative_to(Path(input_dir).resolve()):
+        raise UserError(
+            f"--output_dir {processed_dir}: lies in --input_dir {input_dir} and would be read as text; name another one"
+        )
     if config.near_duplicates is not None:
         check_available(config.near_duplicates)
     source = open_source(input_dir)

@@ -1,5 +1,6 @@
 """Checkpoints are whole and verified, or not there."""
 
+import math
 import os
 import pickle
 from pathlib import Path
@@ -126,6 +127,13 @@ def test_retention_keeps_the_newest_and_the_best(trainer: Trainer, tmp_path: Pat
     deleted = prune_checkpoints(tmp_path, keep=2)
     assert {path.name for path in deleted} == {"checkpoint_step_1.pt", "checkpoint_step_3.pt"}
     assert [path.name.split("_")[2] for path in checkpoint_manifests(tmp_path)] == ["5.pt.json", "4.pt.json", "2.pt.json"]
+
+
+def test_a_validation_that_is_not_finite_is_not_the_best(trainer: Trainer, tmp_path: Path) -> None:
+    for step, val_loss in enumerate([1.0, 2.0, math.inf, math.nan], start=1):
+        save(trainer, tmp_path, step, val_loss)
+        prune_checkpoints(tmp_path, keep=2)
+    assert [path.name.split("_")[2] for path in checkpoint_manifests(tmp_path)] == ["4.pt.json", "3.pt.json", "1.pt.json"]
 
 
 def test_what_a_killed_deletion_left_goes_with_the_next(trainer: Trainer, tmp_path: Path) -> None:

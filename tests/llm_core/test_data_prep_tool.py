@@ -221,6 +221,7 @@ def test_retrain_tokenizer(tmp_path: Path) -> None:
         (["--tokenizer_type", "tiktoken", "--tiktoken_encoding", "gpt9"], "--tiktoken_encoding gpt9: unknown"),
         (["--tokenizer_type", "tiktoken", "--tiktoken_ranks", "/nowhere"], "--tiktoken_ranks /nowhere: no such file"),
         (["--input_dir", "/nowhere"], "--input_dir /nowhere: no such folder"),
+        (["--input_dir", __file__], "test_data_prep_tool.py: is a file; name the folder that it lies in"),
         (["--val_fraction", "0.0000001"], "--val_fraction 1e-07: none of the"),
     ],
 )
@@ -236,14 +237,24 @@ def test_a_wrong_option_ends_with_code_2_and_names_itself(
     assert not (tmp_path / "out" / "metadata.json").exists()
 
 
-def test_a_folder_that_cannot_be_written_ends_with_code_3_and_names_itself(
+def test_what_is_written_never_lies_among_what_is_read(
+    corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(corpus_dir, tmp_path / "raw")
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "raw", tmp_path / "raw" / "out")
+    assert ended.value.code == 2
+    assert f"lies in --input_dir {tmp_path / 'raw'} and would be read as text" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_ends_with_code_2_and_names_itself(
     corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").write_text("a file where the folder should be")
     with pytest.raises(SystemExit) as ended:
         run(corpus_dir, tmp_path / "out")
-    assert ended.value.code == 3
-    assert f"--output_dir {tmp_path / 'out'}" in capsys.readouterr().err
+    assert ended.value.code == 2
+    assert f"{tmp_path / 'out'}: not a folder to write to" in capsys.readouterr().err
 
 
 def test_damaged_metadata_ends_with_code_3_and_names_the_file(

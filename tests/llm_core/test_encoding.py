@@ -63,7 +63,7 @@ def test_ray_is_asked_for_by_name_where_it_is_not_installed(
         run(corpus_dir, tmp_path, "--engine", "ray")
     message = capsys.readouterr().err
     assert "--engine ray" in message
-    assert "textmill[ray]" in message
+    assert '".[ray]"' in message
 
 
 # With Ray

@@ -56,9 +56,23 @@ def test_the_tool_continues_a_prompt(processed_dir: Path, tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The class")
-    missing = subprocess.run([*command[:3], "--checkpoint", str(tmp_path / "none.pt")], capture_output=True, text=True)
-    assert missing.returncode == 3
-    assert "none.pt" in missing.stderr
     nothing = subprocess.run(command[:3], capture_output=True, text=True)
     assert nothing.returncode == 2
     assert "--checkpoint: missing" in nothing.stderr
+
+
+def test_a_wrong_path_is_told_with_its_remedy(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path / "run", max_steps=1)
+    generate = [sys.executable, "-m", "llm_core.generate", "--prompt", "The", "--max_new_tokens", "2"]
+
+    def said(**options: object) -> str:
+        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        done = subprocess.run([*generate, *arguments], capture_output=True, text=True)
+        return done.stderr if done.returncode else done.stdout
+
+    checkpoint = tmp_path / "run/checkpoint_step_1.pt"
+    assert "nope.pt: no such file; name a checkpoint_step_<N>.pt" in said(checkpoint="nope.pt", data_dir=processed_dir)
+    assert "no whole checkpoint in this folder" in said(checkpoint=tmp_path, data_dir=processed_dir)
+    assert "with --data_dir" in said(checkpoint=checkpoint, data_dir=tmp_path)
+    by_file = said(checkpoint=checkpoint, data_dir=processed_dir)
+    assert by_file.startswith("The") and said(checkpoint=tmp_path / "run", data_dir=processed_dir) == by_file

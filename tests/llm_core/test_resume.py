@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llm_core.checkpoint_files import checkpoint_manifests, newest_valid
+from llm_core.files import read_json, write_json
 from llm_core.runlog import read_metrics
 from tests.llm_core.training import assert_same_state, make_trainer, run_train, train_lines
 
@@ -17,6 +18,11 @@ SAVING: dict[str, Any] = {"save_interval": 2, "keep_checkpoints": 5}
 
 def steps(run_dir: Path) -> list[int]:
     return [int(path.name.split("_")[2].split(".")[0]) for path in checkpoint_manifests(run_dir)]
+
+
+def killed_at_the_end(run_dir: Path) -> None:
+    """As a kill leaves it that comes after the last save, but before the run is said to have finished."""
+    write_json(run_dir / "run.json", read_json(run_dir / "run.json") | {"status": "running"})
 
 
 def test_damaged_newer_checkpoints_are_set_aside_and_do_not_outlive_the_new_ones(processed_dir: Path, tmp_path: Path) -> None:
@@ -61,6 +67,7 @@ def test_a_kill_between_a_checkpoint_and_its_line_loses_neither(processed_dir: P
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     kept = [json.dumps(line) + "\n" for line in lines if (line["kind"], line["step"]) != ("checkpoint", 10)]
     path.write_text("".join(kept))
+    killed_at_the_end(tmp_path)
     (tmp_path / ".checkpoint_step_12.pt.1234.tmp").write_bytes(b"half a checkpoint")
     run_train(processed_dir, tmp_path, resume="auto", **SAVING)
     told = [line["step"] for line in read_metrics(path) if line["kind"] == "checkpoint"]
@@ -112,6 +119,7 @@ def test_a_damaged_line_of_the_log_is_named_and_a_lost_one_is_told_of(processed_
     run_train(processed_dir, tmp_path, **SAVING)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
+    killed_at_the_end(tmp_path)
     for damaged in (whole.replace(b'"step": 3', b'"step": 7', 1), whole.replace(b'"kind"', b'"ki\xffd"', 1)):
         path.write_bytes(damaged)
         done = run_train(processed_dir, tmp_path, check=False, resume="auto", **SAVING)
@@ -125,3 +133,18 @@ def test_a_damaged_line_of_the_log_is_named_and_a_lost_one_is_told_of(processed_
 def test_a_log_of_an_older_version_is_read_without_its_checksums(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.5}\n{"kind": "tr')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "train", "step": 1, "loss": 2.5}]
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_record(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path, max_steps=2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != ".lock"}
+    again = run_train(processed_dir, tmp_path, max_steps=2, resume="auto")
+    assert "has finished, all 2 steps of it: nothing left to do" in again.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != ".lock"} == before
+
+
+def test_a_run_that_was_killed_after_its_last_save_is_finished_by_the_next_start(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path, max_steps=2)
+    killed_at_the_end(tmp_path)
+    run_train(processed_dir, tmp_path, max_steps=2, resume="auto")
+    assert read_json(tmp_path / "run.json")["status"] == "finished"

@@ -1,7 +1,9 @@
 """Two machines train one model."""
 
 import json
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -58,6 +60,23 @@ def test_machines_that_were_started_differently_are_refused(nodes: TwoNodes, pro
     for node in range(2):
         assert nodes.wait(node, 120) != 0
         assert "learning_rate is 0.001 on rank 0 and 0.002 on rank 1" in nodes.logs[node].read_text()
+
+
+def test_machines_on_which_the_same_documents_belong_to_other_sources_are_refused(
+    nodes: TwoNodes, corpus_dir: Path, processed_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(corpus_dir, tmp_path / "raw")
+    (tmp_path / "raw" / "more").rename(tmp_path / "raw" / "moved")
+    shutil.copytree(processed_dir, tmp_path / "processed")
+    prepare = [sys.executable, "-m", "llm_core.data_prep_tool", "--input_dir", "raw", "--output_dir", "processed"]
+    prepare += ["--max_document_bytes", "2048", "--vocab_size", "512", "--max_length", "64"]
+    subprocess.run(prepare, cwd=tmp_path, check=True, capture_output=True)
+    for node, data_dir in enumerate((processed_dir, tmp_path / "processed")):
+        meeting = (*STATIC, f"--node_rank={node}")
+        nodes.start(node, meeting, data_dir, tmp_path / f"node{node}", source_weights='{"*": 1}')
+    for node in range(2):
+        assert nodes.wait(node, 120) != 0
+        assert "snapshot_id is " in nodes.logs[node].read_text()
 
 
 def test_a_rendezvous_numbers_the_machines_itself_and_trains_the_same(

@@ -41,9 +41,10 @@ def start_step(home: Home) -> tuple[subprocess.Popen[bytes], list[psutil.Process
     root = home.storage.root
     known = set(home.storage.checkpoints.iterdir())
     # A process group of its own, so that nothing but a signal to its processes can end them.
-    process = subprocess.Popen(
-        [sys.executable, "-c", _STEP, str(root)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    with open(root / "step.err", "wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _STEP, str(root)], stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+        )
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
         for run_dir in set(home.storage.checkpoints.iterdir()) - known:
@@ -75,6 +76,9 @@ def test_ending_the_step_saves_leaves_no_process_and_loses_at_most_a_step(
     assert record is not None
     assert record.step >= last_step - 1
     assert json.loads((run_dir / "run.json").read_text())["status"] == "preempted"
+    if number != signal.SIGKILL:
+        said = (home.storage.root / "step.err").read_text().strip().splitlines()[-1]
+        assert said.startswith(f"textmill: the training was stopped at step {record.step} of 10000000, saved; run the same job")
 
 
 @pytest.mark.slow
