@@ -1,7 +1,6 @@
 """Causal attention behind one function: the flash-attn package where it runs, else PyTorch's scaled dot product attention."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import import_module
 from typing import Literal
 
@@ -48,32 +47,25 @@ def choose_backend(
 class Documents:
     """Where the documents of a batch begin, for attention that stays inside them.
 
-    Built once per batch from the input ids; every block shares it.
+    Built once per batch from the input ids, outside of the blocks: every block shares it, and a compiled one need not build it.
     """
 
-    ids: Tensor  # (B, T) number of the document each token belongs to, counted from 0 in each window
     positions: Tensor  # (B, T) position of each token in its document
+    mask: Tensor | None = None  # for sdpa: (B, 1, T, T), true where a query may look: same document and not the future
+    bounds: Tensor | None = None  # for flash: where documents begin in the flattened batch, and its end (int32)
+    longest: int = 0  # tokens of the longest document, for flash
 
     @classmethod
-    def from_inputs(cls, inputs: Tensor, eot_id: int) -> "Documents":
+    def from_inputs(cls, inputs: Tensor, eot_id: int, backend: Backend) -> "Documents":
         """A document begins at its leading end-of-text token; a window may begin inside one. inputs: (B, T)."""
         starts = inputs == eot_id
         index = torch.arange(inputs.shape[1], device=inputs.device)
-        last_start = torch.where(starts, index, 0).cummax(dim=1).values
-        return cls(ids=starts.cumsum(dim=1), positions=index - last_start)
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """(B, 1, T, T), true where a query may look: same document and not the future."""
-        same = self.ids[:, None, :, None] == self.ids[:, None, None, :]
-        return same.tril()
-
-    @cached_property
-    def sequence_starts(self) -> tuple[Tensor, int]:
-        """Cumulative document starts over the flattened batch (int32) and the longest document, for flash-attn's varlen call."""
-        starts = torch.nonzero((self.positions == 0).flatten()).flatten()
-        bounds = F.pad(starts, (0, 1), value=self.ids.numel()).to(torch.int32)
-        return bounds, int(bounds.diff().max())
+        positions = index - torch.where(starts, index, 0).cummax(dim=1).values
+        if backend == "sdpa":
+            ids = starts.cumsum(dim=1)  # number of the document that each token belongs to
+            return cls(positions, mask=(ids[:, None, :, None] == ids[:, None, None, :]).tril())
+        bounds = F.pad(torch.nonzero((positions == 0).flatten()).flatten(), (0, 1), value=inputs.numel()).to(torch.int32)
+        return cls(positions, bounds=bounds, longest=int(bounds.diff().max()))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend, documents: Documents | None = None) -> Tensor:
@@ -109,15 +101,14 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | Non
     if documents is None:
         out: Tensor = flash_attn_func(q, k, v, causal=True)
         return out
-    bounds, longest = documents.sequence_starts
     packed = flash_attn_varlen_func(
         q.flatten(0, 1),  # (B*T, H, D)
         k.flatten(0, 1),
         v.flatten(0, 1),
-        cu_seqlens_q=bounds,
-        cu_seqlens_k=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        cu_seqlens_q=documents.bounds,
+        cu_seqlens_k=documents.bounds,
+        max_seqlen_q=documents.longest,
+        max_seqlen_k=documents.longest,
         causal=True,
     )
     return packed.view_as(q)

@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         documents = None
         if self.config.document_masking and cache is None:
-            documents = Documents.from_inputs(inputs, self.eot_id)
+            documents = Documents.from_inputs(inputs, self.eot_id, self.backend)
             rotary = (self.cos[documents.positions].unsqueeze(2), self.sin[documents.positions].unsqueeze(2))  # (B, T, 1, D/2)
         else:
             span = slice(start, start + inputs.shape[1])

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llm_core.attention import Documents, causal_attention, choose_backend
+from llm_core.attention import Backend, Documents, causal_attention, choose_backend
 from llm_core.checkpoint import load_model
 from llm_core.generate import generate
 from llm_core.loss import nll_sum
@@ -61,33 +62,41 @@ def test_two_gpus_train_what_one_does_over_nccl(sharding: str, precision: str, p
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3 if precision == "fp32" else 2e-2)
 
 
-def attention_inputs(dtype: torch.dtype, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Documents]:
+def attention_inputs(dtype: torch.dtype, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 64, heads, 32, generator=generator) for heads in (8, kv_heads, kv_heads))
     inputs = torch.randint(0, 9, (2, 64), generator=generator)  # 0 is the end of text
-    return *(x.to("cuda", dtype).requires_grad_() for x in (q, k, v)), Documents.from_inputs(inputs.cuda(), 0)
+    return *(x.to("cuda", dtype).requires_grad_() for x in (q, k, v)), inputs.cuda()
+
+
+def documents_of(inputs: torch.Tensor, backend: Backend, masked: bool) -> Documents | None:
+    return Documents.from_inputs(inputs, 0, backend) if masked else None
 
 
 @flash
 @pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize("masked", [False, True])
 def test_flash_attention_is_the_attention_of_pytorch(kv_heads: int, masked: bool) -> None:
-    q, k, v, documents = attention_inputs(torch.bfloat16, kv_heads)
+    q, k, v, inputs = attention_inputs(torch.bfloat16, kv_heads)
     found = []
-    for backend in ("flash", "sdpa"):
-        out = causal_attention(q, k, v, backend, documents if masked else None)  # type: ignore[arg-type]
+    backends: list[Backend] = ["flash", "sdpa"]
+    for backend in backends:
+        out = causal_attention(q, k, v, backend, documents_of(inputs, backend, masked))
         found.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_grouped_heads_on_a_gpu_do_what_they_do_on_a_cpu(masked: bool) -> None:
-    q, k, v, documents = attention_inputs(torch.float32, 2)
-    there = causal_attention(q, k, v, "sdpa", documents if masked else None)
-    on_cpu = Documents(documents.ids.cpu(), documents.positions.cpu())
-    here = causal_attention(q.cpu(), k.cpu(), v.cpu(), "sdpa", on_cpu if masked else None)
-    torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_grouped_heads_on_a_gpu_do_what_they_do_on_a_cpu_and_never_hold_all_scores(dtype: torch.dtype, masked: bool) -> None:
+    q, k, v, inputs = attention_inputs(dtype, 2)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]):
+        there = causal_attention(q, k, v, "sdpa", documents_of(inputs, "sdpa", masked))
+    on_cpu = (x.float().cpu() for x in (q, k, v))
+    here = causal_attention(*on_cpu, "sdpa", documents_of(inputs.cpu(), "sdpa", masked))
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(there.float().cpu(), here, rtol=tolerance, atol=tolerance)
 
 
 @flash

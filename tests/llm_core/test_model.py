@@ -194,6 +194,15 @@ def test_gradient_checkpointing_changes_memory_not_gradients(tokens: Tensor) -> 
         assert torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
 
 
+def test_a_block_is_one_graph_to_the_compiler_with_document_masking_too(tokens: Tensor) -> None:
+    plain, compiled = (build(document_masking=True, num_kv_heads=2) for _ in range(2))
+    for block in compiled.blocks:
+        block.compile(fullgraph=True, backend="eager")
+    inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:]
+    inputs[:, 9] = plain.eot_id
+    assert torch.equal(compiled(inputs, targets), plain(inputs, targets))
+
+
 def test_rule_13_document_masking_leaks_nothing_and_restarts_positions() -> None:
     model = build(document_masking=True, num_kv_heads=2)
     model.eval()
