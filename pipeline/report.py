@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from shutil import get_terminal_size
 
 from pipeline.resources import Storage
 
@@ -10,7 +11,7 @@ def report_table(title: str, rows: Mapping[str, object]) -> str:
     """Rows of name and value, aligned, under a title."""
     width = max(len(name) for name in rows)
     lines = [f"  {name:<{width}}  {_shown(value)}" for name, value in rows.items()]
-    rule = "-" * max(len(title), *(len(line) for line in lines))
+    rule = "-" * min(max(len(title), *(len(line) for line in lines)), get_terminal_size().columns)
     return "\n".join([rule, title, rule, *lines, rule])
 
 

@@ -58,6 +58,11 @@ def _say(text: str) -> None:
 
 def _reason(error: BaseException | None) -> str:
     if isinstance(error, ValidationError):
+        # Pydantic holds what a validator raised where Python's garbage collection does not look: with its traceback all frames of
+        # the step would outlive the process, and DuckDB's binding report its objects as leaked, after the reason.
+        for problem in error.errors():
+            if isinstance(raised := problem.get("ctx", {}).get("error"), BaseException):
+                raised.__traceback__ = None
         return describe_invalid(error, prefix="")
     return (error.description if isinstance(error, dg.Failure) else str(error)) or type(error).__name__
 

@@ -69,6 +69,9 @@ def test_a_failure_is_an_exit_code_and_a_reason_in_the_last_lines(
     assert training.returncode == 1
     assert "textmill: checkpoint failed: --batch_size 5 is not a multiple of --micro_batch_size 2" in last_lines(training)
 
+    shape = dagster(home, *job, "pretrain", **TINY | {"checkpoint": {"hidden_size": 64, "num_heads": 5}})
+    assert last_lines(shape, 1) == "textmill: checkpoint failed: num_heads 5 must divide hidden_size 64 into heads of even width"
+
     for path in sorted(home.storage.raw_text.rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     empty = dagster(home, *job, "pretrain", raw_text={})
