@@ -34,10 +34,15 @@ def take_pictures(page: Any, steps: int) -> None:
     page.screenshot(path=DOCS / "run.png")
 
     page.get_by_text(re.compile("^Success$")).first.wait_for(timeout=900_000)
+    before = page.viewport_size
+    page.set_viewport_size({"width": 1900, "height": 420})  # the graph is fitted into what there is
     page.goto(f"/asset-groups?expanded={GROUPS}")
     page.get_by_text("released_model", exact=True).first.wait_for()
     page.wait_for_timeout(3000)  # the graph moves to its place
-    page.screenshot(path=DOCS / "lineage.png", clip={"x": 0, "y": 0, "width": 1400, "height": 460})
+    page.get_by_text("Hide navigation").click()
+    page.wait_for_timeout(1000)
+    page.screenshot(path=DOCS / "lineage.png", clip={"x": 369, "y": 52, "width": 1531, "height": 330})
+    page.set_viewport_size(before)
 
     for asset, entry in (("checkpoint", "loss_curve"), ("evaluation", "comparison")):
         page.goto(f"/assets/{asset}")
