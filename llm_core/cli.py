@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 from unicodedata import category
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from llm_core.errors import TextmillError
@@ -56,8 +56,11 @@ def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | 
 
 def _refuse_unknown(options: type[BaseModel], prog: str, arguments: Sequence[str]) -> None:
     """Ends the program where a flag is none of ours, with the one that was meant and not with all there are."""
-    known = ["--help", *(f"--{name}" for name in options.model_fields)]
-    known += [f"--no-{name}" for name, field in options.model_fields.items() if field.annotation is bool]
+    known = ["--help"]
+    for name, field in options.model_fields.items():
+        aliases = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
+        known += [f"--{alias}" for alias in (name, *aliases)]
+        known += [f"--no-{name}"] if field.annotation is bool else []
     for flag in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         if flag not in known:
             similar = get_close_matches(flag, known, n=1)
