@@ -26,7 +26,7 @@ def choose_backend(
     obstacles = []
     if device.type != "cuda":
         obstacles.append(f"device is {device.type}, not cuda")
-    elif torch.cuda.get_device_capability(device) < (8, 0):
+    elif _is_before_ampere(device):
         obstacles.append("the GPU is older than compute capability 8.0")
     if dtype not in (torch.bfloat16, torch.float16):
         obstacles.append(f"precision is {dtype}, not bf16 or fp16")
@@ -41,6 +41,11 @@ def choose_backend(
     if requested == "flash":
         raise UserError(f"--attention flash: {'; '.join(obstacles)}; use --attention auto or sdpa")
     return "sdpa"
+
+
+def _is_before_ampere(device: torch.device) -> bool:
+    """Whether a GPU is older than compute capability 8.0; asked for in a way that does not break a compiled graph."""
+    return torch.cuda.get_device_properties(device).major < 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend, document
     if backend == "flash":
         return _flash_attention(q, k, v, documents)
     mask = documents.mask if documents is not None else None
-    if q.is_cuda and q.shape[2] != k.shape[2] and (mask is not None or q.dtype == torch.float32 or _is_before_ampere(q)):
+    if q.is_cuda and q.shape[2] != k.shape[2] and (mask is not None or q.dtype == torch.float32 or _is_before_ampere(q.device)):
         # On CUDA only the flash kernel knows grouped heads, and it takes neither a mask nor fp32 nor older GPUs: without this,
         # PyTorch would fall back to the kernel that holds all T x T scores.
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
@@ -89,10 +94,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend, document
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
-
-
-def _is_before_ampere(tensor: Tensor) -> bool:
-    return torch.cuda.get_device_properties(tensor.device).major < 8
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:

@@ -34,6 +34,8 @@ def say_why_and_retry_only_what_may_go_away(context: dg.HookContext) -> None:
     """
     error = context.op_exception
     say_at_the_end(f"{context.step_key} failed: {_reason(error)}")
+    if isinstance(error, ValidationError):
+        _let_go_of_the_frames(error)
     final = isinstance(error, UserError | ValidationError | DagsterAssetCheckFailedError) or (
         isinstance(error, dg.Failure) and not error.allow_retries
     )
@@ -58,13 +60,18 @@ def _say(text: str) -> None:
 
 def _reason(error: BaseException | None) -> str:
     if isinstance(error, ValidationError):
-        # Pydantic holds what a validator raised where Python's garbage collection does not look: with its traceback all frames of
-        # the step would outlive the process, and DuckDB's binding report its objects as leaked, after the reason.
-        for problem in error.errors():
-            if isinstance(raised := problem.get("ctx", {}).get("error"), BaseException):
-                raised.__traceback__ = None
         return describe_invalid(error, prefix="")
     return (error.description if isinstance(error, dg.Failure) else str(error)) or type(error).__name__
+
+
+def _let_go_of_the_frames(error: ValidationError) -> None:
+    """Pydantic holds what a validator raised where Python's garbage collection does not look.
+
+    With its traceback all frames of the step would stay to the very end, and DuckDB's binding report its objects as leaked.
+    """
+    for problem in error.errors():
+        if isinstance(raised := problem.get("ctx", {}).get("error"), BaseException):
+            raised.__traceback__ = None
 
 
 @dg.sensor(

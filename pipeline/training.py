@@ -94,8 +94,7 @@ def run_training(
             log_path=run_dir / "training.log",
             grace_seconds=torchrun.stop_seconds,
         )
-        stack.enter_context(_says_how_it_was_stopped(run_dir, config.max_steps))
-        with process:
+        with _says_how_it_was_stopped(run_dir, config.max_steps), process:
             context.log.info(f"training: {shlex.join(process.command)}\noutput: {process.log_path}")
             live = LiveRecords(context, record, torchrun.catalog_seconds)
             for _ in process.wait(torchrun.report_seconds):
