@@ -96,7 +96,9 @@ def load_checkpoint(path: Path) -> TrainingState:
 def load_model(path: Path) -> tuple[Transformer, TrainingState]:
     """Rebuilds the model of a checkpoint, on the CPU and in evaluation mode."""
     state = load_checkpoint(path)
-    model = Transformer(ModelConfig.model_validate(state["model_config"]), state["eot_id"])
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.model_validate(state["model_config"]), state["eot_id"])
+    model.materialize(torch.device("cpu"))
     model.load_state_dict(state["model"], strict=True)
     return model.eval(), state
 

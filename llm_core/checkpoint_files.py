@@ -79,21 +79,21 @@ def newest_valid(run_dir: Path) -> tuple[CheckpointRecord | None, list[str]]:
     return None, damaged
 
 
-def named_checkpoint(checkpoint: str) -> Path:
-    """The checkpoint behind --checkpoint: the file itself, or of a run's folder the newest that is whole.
+def named_checkpoint(checkpoint: str, option: str = "--checkpoint") -> Path:
+    """The checkpoint that an option names: the file itself, or of a run's folder the newest that is whole.
 
     Raises:
         UserError: there is no such checkpoint.
     """
-    path, remedy = Path(checkpoint), "name a checkpoint_step_<N>.pt in the folder it was written to"
+    path, remedy = Path(checkpoint), "name a checkpoint_step_<N>.pt in the folder it was written to, or that folder"
     if path.is_dir():
         record, _ = newest_valid(path)
         if record is None:
-            raise UserError(f"--checkpoint {checkpoint}: no whole checkpoint in this folder; {remedy}")
+            raise UserError(f"{option} {checkpoint}: no whole checkpoint in this folder; {remedy}")
         return record.path
     if not manifest_path(path).is_file():
         found = "it has no manifest (.json), so it may not be whole" if path.is_file() else "no such file"
-        raise UserError(f"--checkpoint {checkpoint}: {found}; {remedy}")
+        raise UserError(f"{option} {checkpoint}: {found}; {remedy}")
     return path
 
 

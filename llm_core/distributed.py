@@ -55,7 +55,8 @@ class Ranks:
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on the main rank, on every rank; where it raises there, every rank fails.
 
-        What is read from the disk is read once: ranks of other machines may see other files, or none.
+        What is read from the disk is read once: ranks of other machines may see other files, or none. Tensors stay where they
+        are: the other ranks get outlines of them, on the meta device, and their parts by `sharding.share_of`.
         """
         if self.world_size == 1:
             return make()
@@ -67,26 +68,9 @@ class Ranks:
             except Exception as failure:
                 error = failure
         self.main_first_error(error)
-        tensors: list[Tensor] = []
-        skeleton = [_taken_out(value, tensors)]
-        dist.broadcast_object_list(skeleton, device=self.device)
-        return cast(T, self._filled_in(skeleton[0], iter(tensors)))
-
-    def _filled_in(self, value: Any, tensors: Iterator[Tensor]) -> Any:
-        """Puts the main rank's tensors into their slots, one after the other."""
-        if isinstance(value, dict):
-            return {name: self._filled_in(item, tensors) for name, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)([self._filled_in(item, tensors) for item in value])
-        if not isinstance(value, _Slot):
-            return value
-        if self.is_main:
-            own = next(tensors)
-            dist.broadcast(own.to(self.device).contiguous(), src=0)
-            return own
-        received = torch.empty(value.shape, dtype=value.dtype, device=self.device)
-        dist.broadcast(received, src=0)
-        return received.cpu()
+        received = [_outline(value)]
+        dist.broadcast_object_list(received, device=self.device)
+        return value if self.is_main else cast(T, received[0])
 
     def require_same(self, facts: Mapping[str, Any]) -> None:
         """Compares `facts` with those of the main rank: machines that differ would train on, wrongly, or wait for each other.
@@ -113,24 +97,13 @@ class Ranks:
             raise error if error is not None else TextmillError("rank 0 failed; its own message says why")
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """Where a tensor stands in a value that travels between the ranks."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-def _taken_out(value: Any, tensors: list[Tensor]) -> Any:
-    """The same value with slots for its tensors, which are added to `tensors`."""
+def _outline(value: Any) -> Any:
+    """The same value with tensors that have a shape and a dtype and no content."""
     if isinstance(value, dict):
-        return {name: _taken_out(item, tensors) for name, item in value.items()}
+        return {name: _outline(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)([_taken_out(item, tensors) for item in value])
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _Slot(value.shape, value.dtype)
-    return value
+        return type(value)([_outline(item) for item in value])
+    return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
 
 
 def choose_device(requested: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:

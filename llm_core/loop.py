@@ -47,7 +47,8 @@ class TrainingLoop:
         trainer.phases = PhaseClock()  # what came before was preparation
         # Validation goes through the same model: its parts are counted as its own.
         trainer.model.on_phase = lambda phase: trainer.phases.lap(phase if trainer.model.training else "validation")
-        with step_profiler(config.profile, self.run_dir, self.ranks.rank) as profiled_step:
+        say = self.log.say if self.log is not None else lambda text: None
+        with step_profiler(config.profile, self.run_dir, self.ranks.rank, say) as profiled_step:
             while trainer.step < config.max_steps:
                 tokens_before = trainer.tokens_seen
                 result = trainer.train_step()

@@ -7,7 +7,7 @@ Shapes in comments: B windows, T tokens, C hidden size, H query heads, K key-val
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -156,9 +156,15 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Draws every weight from one seed.
+    def materialize(self, device: torch.device) -> None:
+        """Gives a model that was made on the meta device its memory; the weights are still to be set."""
+        self.to_empty(device=device)
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.cos, self.sin = (table.to(device) for table in rotary_tables(self.config))
+
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Draws every weight from one seed, on the CPU, and one at a time: together they may be more than its memory holds.
 
         | weights                           | distribution                        |
         |-----------------------------------|-------------------------------------|
@@ -168,14 +174,21 @@ class Transformer(nn.Module):
 
         The residual stream sums 2 * layers outputs; the smaller std keeps its variance independent of depth (GPT-2).
         """
-        generator = torch.Generator(device=self.embedding.weight.device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
-                parameter.fill_(1.0)
+                yield name, torch.ones(parameter.shape)
             else:
                 std = residual_std if name.endswith(("attention.out.weight", "mlp.down.weight")) else 0.02
-                parameter.normal_(0.0, std, generator=generator)
+                yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Sets the `initial_weights` of a model that lies whole on one device."""
+        parameters = dict(self.named_parameters())
+        for name, weight in self.initial_weights(seed):
+            parameters[name].copy_(weight)
 
     def hidden(self, inputs: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final hidden states (B, T, C) of token ids (B, T); with a cache, T new tokens behind the known ones."""

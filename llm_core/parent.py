@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llm_core.checkpoint_files import CheckpointRecord, checkpoint_path, manifest_path, newest_valid
+from llm_core.checkpoint_files import CheckpointRecord, checkpoint_path, manifest_path, named_checkpoint
 from llm_core.config import TrainConfig
-from llm_core.errors import DataError, UserError
+from llm_core.errors import DataError
 from llm_core.files import atomic_writer, read_json, verify_file
 from llm_core.schedule import decay_start
 from llm_core.tables import parquet_bytes, read_parquet
@@ -39,16 +39,7 @@ def find_parent(init_from: str) -> Parent:
         UserError: there is no such checkpoint.
         DataError: it is damaged.
     """
-    path = Path(init_from)
-    remedy = "name a checkpoint_step_<N>.pt (with its .json) or its folder"
-    if path.is_dir():
-        record = _before_decay(path) or newest_valid(path)[0]
-        if record is None:
-            raise UserError(f"--init_from {init_from}: no whole checkpoint in this folder; {remedy}")
-    elif manifest_path(path).is_file():
-        record = CheckpointRecord.read(manifest_path(path))
-    else:
-        raise UserError(f"--init_from {init_from}: no such checkpoint; {remedy}")
+    record = _before_decay(Path(init_from)) or CheckpointRecord.read(manifest_path(named_checkpoint(init_from, "--init_from")))
     return Parent(record.checkpoint_id, record.run_id, record.step, record.path, _known_documents(record))
 
 

@@ -4,9 +4,10 @@ Checkpoints do not know the difference: `whole` gathers what is saved, `share_of
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -14,24 +15,40 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llm_core.distributed import Ranks
+from llm_core.errors import DataError
 from llm_core.model import Transformer
 
 Sharding = Literal["ddp", "fsdp"]
 
 
-def spread(model: Transformer, ranks: Ranks, sharding: Sharding) -> nn.Module:
-    """Puts a model onto the ranks' devices and returns what the training step calls; one rank alone calls the model itself."""
-    if ranks.world_size == 1:
-        return model.to(ranks.device)
-    if sharding == "fsdp":
+def spread(model: Transformer, ranks: Ranks, sharding: Sharding, seed: int) -> nn.Module:
+    """Gives a model that was made on the meta device its place and its first weights; returns what the training step calls.
+
+    One rank alone calls the model itself.
+    """
+    shared = sharding == "fsdp" and ranks.world_size > 1
+    if shared:
         # Block by block: no device ever holds more than its share and one block.
         mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        return model.to(ranks.device)  # the rotary tables, which are no parameters
+    model.materialize(ranks.device)
+    if not shared:
+        model.init_weights(seed)
+        return model if ranks.world_size == 1 else _replicated(model, ranks)
+    present = model.state_dict()
+    for name, weight in model.initial_weights(seed):
+        # Every rank draws the same whole tensor and keeps its part.
+        parameter = cast(DTensor, present[name])
+        own = distribute_tensor(weight.to(ranks.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(own)
+    return model
+
+
+def _replicated(model: Transformer, ranks: Ranks) -> nn.Module:
     return DistributedDataParallel(
-        model.to(ranks.device),
+        model,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         forward_sync_buffers=False,  # the rotary tables are the same everywhere
@@ -69,27 +86,45 @@ def whole(value: Any, keep: bool) -> Any:
     return value
 
 
-def share_of(parameter: Tensor, full: Tensor) -> Tensor:
-    """This rank's part of a tensor that belongs to `parameter` and has its shape: the weight itself or a moment of it."""
-    if not isinstance(parameter, DTensor) or full.shape != parameter.shape:
+def share_of(parameter: Tensor, full: Tensor, ranks: Ranks) -> Tensor:
+    """This rank's part of a tensor that the main rank holds, of a `parameter`: the weight itself, a moment or a number of it.
+
+    All ranks call this together; the others give an outline of the tensor (`Ranks.from_main`).
+    """
+    if ranks.world_size == 1:
         return full
-    full = full.to(parameter.device)
-    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    full = full.to(ranks.device).contiguous() if ranks.is_main else torch.empty(full.shape, dtype=full.dtype, device=ranks.device)
+    if full.shape != parameter.shape:
+        dist.broadcast(full, src=0)
+        return full.cpu()  # a number of steps, which is not the device's
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(full, parameter.device_mesh, parameter.placements)
+    dist.broadcast(full, src=0)
+    return full
 
 
-def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads whole weights, strictly."""
+@torch.no_grad()
+def load_model_state(model: nn.Module, state: dict[str, Tensor], ranks: Ranks) -> None:
+    """Loads the main rank's whole weights, tensor by tensor: no rank but that ever holds more than its share and one of them.
+
+    Raises:
+        DataError: they are not those of such a model.
+    """
     present = model.state_dict()
-    shares = {name: share_of(present[name], tensor) if name in present else tensor for name, tensor in state.items()}
-    model.load_state_dict(shares, strict=True)
+    names = present.keys() ^ state.keys() or {name for name in present if present[name].shape != state[name].shape}
+    if names:
+        raise DataError(f"the checkpoint's weights are not those of this model: {', '.join(sorted(names))} differ")
+    for name, full in state.items():
+        present[name].copy_(share_of(present[name], full, ranks))
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads whole moments; the numbers in `state` count the parameters through all groups."""
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any], ranks: Ranks) -> None:
+    """Loads the main rank's whole moments likewise; the numbers in `state` count the parameters through all groups."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shares = {
         number: {
-            name: share_of(parameters[number], value) if isinstance(value, Tensor) else value for name, value in entry.items()
+            name: share_of(parameters[number], value, ranks) if isinstance(value, Tensor) else value
+            for name, value in entry.items()
         }
         for number, entry in state["state"].items()
     }

@@ -53,13 +53,13 @@ class Trainer:
 
         model_config = ModelConfig.of(config, data.tokenizer.vocab_size)
         require_memory(config, model_config, self.micro_batch_size, ranks)
-        self.model = Transformer(model_config, data.tokenizer.eot_id)
-        self.model.init_weights(config.seed)
+        with torch.device("meta"):
+            self.model = Transformer(model_config, data.tokenizer.eot_id)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.model.backend = choose_backend(config.attention, ranks.device, DTYPES[self.precision], self.model.config.head_dim)
         if config.compile_model:
             _compile_blocks(self.model, ranks.device)
-        self.module = spread(self.model, ranks, config.sharding)
+        self.module = spread(self.model, ranks, config.sharding, config.seed)
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         self.phases = PhaseClock()
@@ -171,24 +171,26 @@ class Trainer:
         }
 
     def start_from(self, path: Path, state: TrainingState) -> None:
-        """Takes over the weights alone: the optimizer, the schedule and the data begin anew.
+        """Takes over the weights alone: the optimizer, the schedule and the data begin anew. All ranks call this together.
+
+        state: the main rank's own, an outline of it on the others (`Ranks.from_main`).
 
         Raises:
             UserError: the weights are of another shape or tokenizer; the message names what differs.
         """
         require_same(path, _shape(state), _shape(self._facts()))
-        load_model_state(self.model, state["model"])
+        load_model_state(self.model, state["model"], self.ranks)
 
     def restore(self, path: Path, state: TrainingState) -> None:
-        """Takes over a saved state.
+        """Takes over a saved state, as `start_from` does the weights.
 
         Raises:
             UserError: the checkpoint is of another model, configuration or dataset; the message names what differs.
         """
         require_same(path, _compared(state), _compared(self._facts()))
-        load_model_state(self.model, state["model"])
+        load_model_state(self.model, state["model"], self.ranks)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            load_optimizer_state(optimizer, saved)
+            load_optimizer_state(optimizer, saved, self.ranks)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]

@@ -5,16 +5,22 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import fully_shard
 
 from llm_core import background, train
 from llm_core import trainer as trainer_module
+from llm_core.checkpoint import load_checkpoint
 from llm_core.checkpoint_files import checkpoint_path, manifest_path
 from llm_core.config import TrainConfig
 from llm_core.distributed import Ranks, StopRequest, join_ranks, run_rank
@@ -95,6 +101,31 @@ def lose_a_share(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
     return {"skipped": result.skipped, "lowered": trainer.scaler.get_scale() < before, "scale": trainer.scaler.get_scale()}
 
 
+grown_by: dict[str, int] = {}
+
+
+@contextmanager
+def peak_memory(phase: str) -> Iterator[None]:
+    """Keeps by how many bytes this process grew at its largest; 0 where the system does not tell."""
+    if sys.platform != "linux":
+        grown_by[phase] = 0
+        yield
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = psutil.Process().memory_info().rss
+    yield
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    grown_by[phase] = int(peak.split()[1]) * 1024 - before
+
+
+def resume(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
+    """How much memory it took to start, and takes to take over a state."""
+    path = checkpoint_path(run_dir, 1)
+    with peak_memory("resume"):
+        trainer.restore(path, trainer.ranks.from_main(lambda: load_checkpoint(path)))
+    return grown_by | {"weights": 4 * trainer.model.config.num_parameters}
+
+
 def notice_a_shutdown(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
     """Whether Python shuts down at the end of a rank is told by a file that only its shutdown writes."""
     trainer.train_step()
@@ -124,7 +155,11 @@ def main() -> None:
     config = TrainConfig(**(SMALL | {"threads_per_process": 1, "device": "cpu"} | options)).resolved(64, 0)
     with join_ranks(config, run_dir) as ranks, StopRequest() as stop:
         assert isinstance(ranks, Ranks)
-        trainer = Trainer(config, TrainingData.open(data_dir, manifest, config, None), ranks, stop)
+        data = TrainingData.open(data_dir, manifest, config, None)
+        if config.sharding == "fsdp":  # what PyTorch loads for it first is not counted
+            fully_shard(torch.nn.Linear(2, 2), mesh=init_device_mesh("cpu", (ranks.world_size,)))
+        with peak_memory("start"):
+            trainer = Trainer(config, data, ranks, stop)
         seen = globals()[scenario](trainer, run_dir)
         (run_dir / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
 

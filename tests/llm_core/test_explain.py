@@ -76,7 +76,9 @@ def test_explain_prints_the_run_and_trains_nothing(processed_dir: Path, tmp_path
 
 
 def test_profile_writes_a_trace_of_the_steps_asked_for(processed_dir: Path, tmp_path: Path) -> None:
-    run_train(processed_dir, tmp_path, profile="1:3", max_steps=5)
+    done = run_train(processed_dir, tmp_path, profile="1:3", max_steps=5)
+    assert f"trace of steps 1:3 in {tmp_path / 'trace_rank0.json'}" in done.stderr
+    assert "warmup" not in done.stderr, "what the profiler warns of is not the user's doing"
     trace = (tmp_path / "trace_rank0.json").read_text()
     assert "aten::mm" in trace
     assert trace.count("Optimizer.step#AdamW.step") >= 2

@@ -189,7 +189,7 @@ def test_a_continued_run_resumes_bit_for_bit(grown: Path, tmp_path: Path) -> Non
     ("options", "message"),
     [
         ({"replay_share": 0.1}, "replay_share 0.1 needs init_from"),
-        ({"init_from": "nowhere.pt"}, "--init_from nowhere.pt: no such checkpoint"),
+        ({"init_from": "nowhere.pt"}, "--init_from nowhere.pt: no such file; name a checkpoint_step_<N>.pt"),
         ({"init_from": "."}, "--init_from .: no whole checkpoint in this folder"),
         ({"init_from": "parent", "hidden_size": 64}, "hidden_size is 32 in the checkpoint and 64 now"),
     ],

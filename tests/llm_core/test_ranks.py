@@ -12,6 +12,7 @@ import torch
 
 from llm_core.distributed import choose_device
 from llm_core.errors import UserError
+from tests.llm_core.training import run_train
 
 pytestmark = pytest.mark.slow
 
@@ -83,3 +84,15 @@ def test_rule_3_an_overflow_on_one_rank_skips_the_step_on_all(sharding: str, pro
     assert [rank["skipped"] for rank in ranks] == [True, True]
     assert [rank["lowered"] for rank in ranks] == [True, True]
     assert ranks[0]["scale"] == ranks[1]["scale"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process's memory anew")
+def test_fsdp_starts_and_resumes_in_the_memory_of_a_share(processed_dir: Path, tmp_path: Path) -> None:
+    """Of two ranks each has half, and one whole tensor at a time. Only the rank that reads the checkpoint holds all of it."""
+    options = {"hidden_size": 256, "num_layers": 16, "max_steps": 1}
+    run_train(processed_dir, tmp_path, **options)
+    main, other = seen_by_each("resume", processed_dir, tmp_path, sharding="fsdp", **options)
+    weights, checkpoint = main["weights"], (tmp_path / "checkpoint_step_1.pt").stat().st_size
+    assert max(main["start"], other["start"]) < 0.8 * weights
+    assert other["resume"] < 0.5 * checkpoint, "the moments' share is a third of it"
+    assert main["resume"] > checkpoint, "or nothing was measured"
