@@ -46,7 +46,7 @@ def prepare(options: DataPrepOptions) -> None:
     input_dir, output_dir = options.input_dir, Path(options.output_dir)
     try:
         with preparing(output_dir, _say):
-            with _progress("Reading", "files") as show:
+            with _progress("Looking", "files") as show:
                 snapshot = take_snapshot(input_dir, output_dir, options.part(CorpusConfig), show)
             _say("Tokenizer ...")
             artifact = prepare_tokenizer(snapshot, input_dir, output_dir, options.part(TokenizerConfig))
@@ -65,7 +65,7 @@ def _facts(
 ) -> Iterator[tuple[str, str]]:
     summary, report = snapshot.summary, artifact.report
     passed_over = summary["files_ignored"] + sum(summary["files_skipped"].values())
-    yield "Files", f"{summary['files']:,} read, {passed_over:,} passed over"
+    yield "Files", f"{summary['files']:,} of text, {passed_over:,} passed over"
     yield (
         "Text",
         f"{summary['bytes_kept']:,} bytes in {summary['documents']:,} documents, of {summary['bytes_read']:,} bytes read",
@@ -81,6 +81,12 @@ def _facts(
     origin = "kept" if artifact.reused else "new"
     yield "Tokenizer", f"{artifact.tokenizer_id}, {report['tokenizer_type']}, {report['vocab_size']:,} tokens, {origin}"
     yield "", f"{report['bytes_per_token']:.2f} bytes per token, {report['tokens_per_word']:.2f} tokens per word"
+    trial = artifact.trial
+    if trial is not None and trial.drift is not None:
+        less_or_more = "fewer" if trial.drift > 0 else "more"
+        yield "", f"{abs(trial.drift):.1%} {less_or_more} bytes per token on text that came since it was made"
+    for text in [*trial.changed.values()][:5] if trial is not None else []:
+        yield "", printable(f"a document does not come back from its tokens: {text!r}")
     for split, totals in manifest.splits.items():
         yield f"Tokens, {split}", f"{totals.tokens:,} in {totals.documents:,} documents"
     yield "Shards", f"{written} written, {len(manifest.shards) - written} reused"

@@ -17,7 +17,7 @@ from llm_core.cli import parse_options, run_tool
 from llm_core.config import StageConfig
 from llm_core.corpus.file_index import last_look
 from llm_core.errors import UserError
-from llm_core.files import read_json
+from llm_core.files import ID_LENGTH, read_json, sha256_file
 from llm_core.locks import preparing
 from llm_core.shards import DatasetManifest, load_manifest
 
@@ -56,7 +56,9 @@ def find_garbage(processed_dir: Path, run_folders: list[Path], keep: int, min_ag
     needed = {path for manifest in _kept(processed_dir, run_folders, keep) for path in _files_of(processed_dir, manifest)}
     for snapshot_id in _current_snapshots(processed_dir):
         needed |= set(_snapshot_files(processed_dir, snapshot_id))
-    needed |= set(_tokenizer_files(processed_dir, load_manifest(processed_dir).tokenizer.tokenizer_id))
+    current = processed_dir / "tokenizer.json"  # it may be newer than the dataset: none was made with it yet
+    if current.is_file():
+        needed |= set(_tokenizer_files(processed_dir, sha256_file(current)[:ID_LENGTH]))
     patterns = {
         "manifests": ["manifests/*.json"],
         # What says that an artifact exists before what it consists of.

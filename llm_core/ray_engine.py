@@ -37,7 +37,13 @@ def encode_on_ray(tokenizer: Tokenizer, runs: Iterator[Run], workers: int) -> It
 
 
 def _collect(reference: Any) -> list[Ids]:
-    ids: list[Ids] = ray.get(reference)
+    try:
+        ids: list[Ids] = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"--engine ray: a worker failed ({reason}); every machine of the cluster needs this version of textmill"
+        ) from None
     return ids
 
 

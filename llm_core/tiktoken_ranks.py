@@ -22,6 +22,9 @@ PATTERNS = {
 }
 """How each encoding divides text; a pattern is not part of a ranks file."""
 
+_SIZES = {"gpt2": 50_256, "r50k_base": 50_256, "p50k_base": 50_280, "cl100k_base": 100_256, "o200k_base": 199_998}
+"""Tokens in each encoding's ranks file, by which one that was given for another encoding is told."""
+
 
 def ready_tokenizer(config: TokenizerConfig) -> tokenizers.Tokenizer:
     """The encoding that `config` names, from a local ranks file or tiktoken's download.
@@ -38,6 +41,9 @@ def ready_tokenizer(config: TokenizerConfig) -> tokenizers.Tokenizer:
         source, ranks = f"--tiktoken_encoding {name}", _downloaded_ranks(name)
     else:
         source, ranks = f"--tiktoken_ranks {config.tiktoken_ranks}", read_ranks(Path(config.tiktoken_ranks))
+    others = [other for other, size in _SIZES.items() if size == len(ranks)]
+    if others and name not in others:
+        raise UserError(f"{source}: {len(ranks)} tokens, as {others[0]} has them; give --tiktoken_encoding {others[0]}")
     if any(token.encode() in ranks for token in config.special_tokens):
         raise UserError(f"--special_tokens {config.special_tokens}: {source} already has one of them as ordinary text")
     size = len(ranks) + len(config.special_tokens)
@@ -72,8 +78,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         if not line:
             continue
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            encoded, rank = line.split()
+            token = base64.b64decode(encoded, validate=True)
+            if ranks.setdefault(token, int(rank)) != int(rank):
+                raise UserError(f"--tiktoken_ranks {path}: line {number} gives a second rank to the token {token!r}")
         except (ValueError, binascii.Error):
             raise UserError(f'--tiktoken_ranks {path}: line {number} is not "<token in base64> <rank>"') from None
     if len(set(ranks.values())) < len(ranks) or not all(bytes([byte]) in ranks for byte in range(256)):

@@ -41,7 +41,7 @@ O200K_PATTERN = (
 
 # tiktoken's engine gives up on a run of about a million whitespace characters; `tokenizers` does not.
 _ENDLESS = 200_000
-_ENDLESS_WHITESPACE = re.compile(rf"\s{{{_ENDLESS}}}")
+_ENDLESS_WHITESPACE = re.compile(rf"(?<!\s)\s{{{_ENDLESS}}}")  # looked for at the beginning of a run only
 
 Ids = npt.NDArray[Any]
 """Token ids: uint16 where the vocabulary fits (at most 65,536 tokens), uint32 elsewhere."""
@@ -71,6 +71,11 @@ def byte_level_tokenizer(model: models.BPE, pattern: str) -> tokenizers.Tokenize
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def has_border(token: str) -> bool:
+    """Whether a token begins as it ends: a text in front of it can then end in such a way that the token begins too early."""
+    return any(token.startswith(token[-length:]) for length in range(1, len(token)))
 
 
 class Tokenizer:
@@ -157,10 +162,11 @@ class Tokenizer:
             encodings = self.reference.encode_batch_fast(texts, add_special_tokens=False)
             return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
         separator = self.special_tokens[0]
-        if not texts or any(len(text) >= _ENDLESS or separator in text for text in texts):
+        if not texts or has_border(separator) or any(len(text) >= _ENDLESS or separator in text for text in texts):
             return [self.encode(text) for text in texts]
-        # One call for all, instead of one for each and a wait for the lock in between. No text has the separator in it, so
-        # that its id stands only between texts, and nothing is merged across a special token.
+        # One call for all, instead of one for each and a wait for the lock in between. No text has the separator in it, nor does
+        # the end of one make it with the beginning of the separator itself, so that its id stands only between texts, and
+        # nothing is merged across a special token.
         joined = self._engine.encode_to_numpy(separator.join(texts), allowed_special={separator}, disallowed_special=())
         ids = joined.astype(self.dtype, copy=False)
         bounds = [-1, *np.flatnonzero(ids == self.eot_id).tolist(), len(ids)]

@@ -2,12 +2,12 @@
 
 tokenizers/<tokenizer_id>.json         every tokenizer made, in Hugging Face's format
 tokenizers/<tokenizer_id>.report.json  what it was made from and how well it compresses
-tokenizers/<tokenizer_id>.tried.json   how it does on the newest text that it was tried on; a cache, never the truth
+tokenizers/<tokenizer_id>.tried.json   how it does on text that came later, see `tokenizer_trial`
 tokenizers/frozen.json                 for each configuration the tokenizer that it means here
 tokenizer.json                         a copy of the current one; written last
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,15 @@ import numpy as np
 import pyarrow as pa
 
 from llm_core.config import TokenizerConfig
-from llm_core.corpus import InputDir, Snapshot, iter_texts, load_snapshot, source_of
+from llm_core.corpus import InputDir, Snapshot, iter_texts, source_of
 from llm_core.errors import DataError, UserError
 from llm_core.files import ID_LENGTH, content_id, read_json, sha256_file, write_json
 from llm_core.tokenizer import Ids, Tokenizer
 from llm_core.tokenizer_training import train_tokenizer
+from llm_core.tokenizer_trial import Trial, try_out
 
 _MEASURED_BYTES = 16 << 20
-_DRIFT_BYTES = 2 << 20
 _LISTED_SOURCES = 50
-_ROUND_TRIP_DOCUMENTS = 100
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class TokenizerArtifact:
     report: dict[str, Any]
     sha256: str
     reused: bool
-    drift: float | None = None  # see `fertility_drift`; None where the text is that of the report
+    trial: Trial | None = None  # on the present text
+    replaced_drift: float | None = None  # of the tokenizer that this one was trained to replace
 
     @property
     def tokenizer_id(self) -> str:
@@ -69,6 +69,7 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Pa
             f"{current}: not a tokenizer made here, or damaged; copy the right one over it from {store}, or make a new one"
             " with --retrain_tokenizer"
         )
+    replaced_drift = None
     config_id, frozen_ids = content_id(identity), _frozen(store)
     frozen_id = frozen_ids.get(config_id, current_id)
     # The frozen one first: it stays even if another of the same configuration was made from just this text.
@@ -79,11 +80,12 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Pa
         if report["config"] == identity and (frozen or report["snapshot_id"] == snapshot.snapshot_id):
             copies = (store / f"{report['tokenizer_id']}.json", current)
             if kept := _load_and_mend(copies, report["sha256"]):
-                drift = fertility_drift(kept, report, snapshot, input_dir, processed_dir)
-                if drift is not None and config.retrain_on_drift is not None and drift > config.retrain_on_drift:
+                trial = try_out(kept, report, snapshot, input_dir, processed_dir)
+                if config.retrain_on_drift is not None and (trial.drift or 0.0) > config.retrain_on_drift:
+                    replaced_drift = trial.drift
                     continue
                 _freeze(store, frozen_ids, config_id, kept.tokenizer_id)
-                return TokenizerArtifact(kept, report, report["sha256"], reused=True, drift=drift)
+                return TokenizerArtifact(kept, report, report["sha256"], reused=True, trial=trial)
             if frozen:
                 raise DataError(
                     f"{copies[0]}: missing or damaged, and no copy of it is whole; restore it, or make a new tokenizer with"
@@ -110,7 +112,8 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, processed_dir: Pa
     write_json(store / f"{tokenizer.tokenizer_id}.report.json", report)
     _freeze(store, frozen_ids, config_id, tokenizer.tokenizer_id)
     tokenizer.save(current)
-    return TokenizerArtifact(tokenizer, report, report["sha256"], reused=False)
+    trial = try_out(tokenizer, report, snapshot, input_dir, processed_dir)
+    return TokenizerArtifact(tokenizer, report, report["sha256"], reused=False, trial=trial, replaced_drift=replaced_drift)
 
 
 def _frozen(store: Path) -> dict[str, str]:
@@ -135,63 +138,6 @@ def load_tokenizer(processed_dir: Path, tokenizer_id: str | None = None) -> Toke
         tokenizer = Tokenizer.stored(processed_dir, tokenizer_id)
     report = read_json(processed_dir / "tokenizers" / f"{tokenizer.tokenizer_id}.report.json")
     return TokenizerArtifact(tokenizer, report, report["sha256"], reused=True)
-
-
-def fertility_drift(
-    tokenizer: Tokenizer, report: dict[str, Any], snapshot: Snapshot, input_dir: InputDir, processed_dir: Path
-) -> float | None:
-    """By which share the bytes per token on new text lie below those of the text that the tokenizer was made for.
-
-    New are the documents that the tokenizer's own snapshot does not have; a sample of them is encoded. None where there are none,
-    or where that snapshot is gone.
-    """
-    if report["snapshot_id"] == snapshot.snapshot_id:
-        return None
-    try:
-        known = load_snapshot(processed_dir, report["snapshot_id"]).kept_documents()["document_id"].combine_chunks()
-    except DataError:
-        return None
-    documents = snapshot.kept_documents()
-    new = documents.filter(pa.compute.invert(pa.compute.is_in(documents["document_id"], value_set=known)))
-    if not new.num_rows:
-        return None
-    sample = _sample(new, _DRIFT_BYTES, seed=0)
-
-    def drift() -> float:
-        tokens = sum(len(tokenizer.encode(text)) for text in iter_texts(input_dir, sample, snapshot.config))
-        return float(1 - (pa.compute.sum(sample["bytes"]).as_py() / tokens) / report["bytes_per_token"])
-
-    return float(_tried(processed_dir, tokenizer, snapshot, "drift", drift))
-
-
-def round_trip(tokenizer: Tokenizer, snapshot: Snapshot, input_dir: InputDir, processed_dir: Path) -> dict[str, Any]:
-    """How many of a snapshot's first documents do not come back from their tokens, and how the first such one begins."""
-
-    def back_and_forth() -> dict[str, Any]:
-        documents = snapshot.kept_documents().slice(0, _ROUND_TRIP_DOCUMENTS)
-        texts = list(iter_texts(input_dir, documents, snapshot.config))
-        if tokenizer.tokenizer_type == "wordpiece":  # which does not keep white space
-            changed = [text for text in texts if not len(tokenizer.encode(text)) and text.strip()]
-        else:
-            changed = [text for text in texts if tokenizer.decode(tokenizer.encode(text)) != text]
-        return {"documents": len(texts), "changed": len(changed)} | ({"first": changed[0][:200]} if changed else {})
-
-    return dict(_tried(processed_dir, tokenizer, snapshot, "round_trip", back_and_forth))
-
-
-def _tried(processed_dir: Path, tokenizer: Tokenizer, snapshot: Snapshot, name: str, measure: Callable[[], Any]) -> Any:
-    """What `measure` found with this tokenizer on this text: no file is opened a second time for it."""
-    path = processed_dir / "tokenizers" / f"{tokenizer.tokenizer_id}.tried.json"
-    try:
-        known = read_json(path)
-    except DataError:
-        known = {}
-    if known.get("snapshot_id") != snapshot.snapshot_id:
-        known = {"snapshot_id": snapshot.snapshot_id}
-    if name not in known:
-        known[name] = measure()
-        write_json(path, known)
-    return known[name]
 
 
 def _load_and_mend(copies: tuple[Path, Path], sha256: str) -> Tokenizer | None:
@@ -251,7 +197,7 @@ class _Measure:
         """More bytes per token and fewer tokens per word are better."""
         return {
             "measured_bytes": self.bytes,
-            "bytes_per_token": self.bytes / self.tokens,
+            "bytes_per_token": self.bytes / max(1, self.tokens),
             "tokens_per_word": self.tokens / max(1, self.words),
             "vocab_used": float(self.used.mean()),
         }

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from llm_core.corpus import Snapshot
 from llm_core.evaluation_file import Evaluation, metric
 from llm_core.shards import DatasetManifest
+from llm_core.tokenizer_store import TokenizerArtifact
 
 MAX_DRIFT = 0.2
 MAX_SKIPPED_SHARE = 0.05
@@ -33,7 +34,7 @@ TRAINED_TOKENIZER = [
     _spec(
         "trained_tokenizer",
         "fertility_drift",
-        f"New text has at most {MAX_DRIFT:.0%} fewer bytes per token than the text it was made for.",
+        f"New text has at most retrain_on_drift (not set: {MAX_DRIFT:.0%}) fewer bytes per token than the text it was made for.",
     ),
 ]
 TOKENIZED_SHARDS = [
@@ -67,13 +68,27 @@ def raw_text(snapshot: Snapshot) -> Checks:
     ]
 
 
-def trained_tokenizer(drift: float | None, round_trip: dict[str, Any]) -> Checks:
-    """What `tokenizer_store` tells of the tokenizer on this text."""
-    shown = {"drift": round(drift, 4)} if drift is not None else {"drift": "no new text"}
+def trained_tokenizer(artifact: TokenizerArtifact, max_drift: float | None) -> Checks:
+    """max_drift: the configured `retrain_on_drift`, beyond which the tokenizer was made anew."""
+    trial = artifact.trial
+    assert trial is not None, "prepare_tokenizer tries what it returns"
+    shown: dict[str, Any] = {"documents": trial.round_trips, "changed": len(trial.changed)}
+    if trial.changed:
+        shown["first"] = next(iter(trial.changed.values()))
+    limit = MAX_DRIFT if max_drift is None else max_drift
     return [
-        _result(not round_trip["changed"], "round_trip", round_trip),
-        _result(drift is None or drift <= MAX_DRIFT, "fertility_drift", shown, warn_only=True),
+        _result(not trial.changed, "round_trip", shown),
+        _result((trial.drift or 0.0) <= limit, "fertility_drift", {"drift": drift_of(artifact), "limit": limit}, warn_only=True),
     ]
+
+
+def drift_of(artifact: TokenizerArtifact) -> float | str:
+    """By which share new text has fewer bytes per token than the text it was made for, or why there is no such number."""
+    if artifact.replaced_drift is not None:
+        return f"{artifact.replaced_drift:.1%} with the one before: trained again"
+    if artifact.trial is None or artifact.trial.drift is None:
+        return "no new text since it was made"
+    return round(artifact.trial.drift, 4)
 
 
 def tokenized_shards(manifest: DatasetManifest, snapshot: Snapshot) -> Checks:

@@ -8,6 +8,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
+from llm_core.corpus import folder as local_folder
 from llm_core.corpus import take_snapshot
 from llm_core.shards import build_dataset
 from llm_core.tokenizer_store import prepare_tokenizer
@@ -34,3 +35,17 @@ def processed_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     artifact = prepare_tokenizer(snapshot, corpus_dir, folder, TokenizerConfig(vocab_size=512))
     build_dataset(snapshot, artifact, corpus_dir, folder, ShardConfig(max_length=64, num_workers=2, shard_bytes=1 << 16))
     return folder
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of the files in folders of text that are opened from here on."""
+    paths: list[str] = []
+    original = local_folder._open
+
+    def recording(root: Path | str, path: str) -> int:
+        paths.append(path)
+        return original(root, path)
+
+    monkeypatch.setattr(local_folder, "_open", recording)
+    return paths

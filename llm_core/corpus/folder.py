@@ -45,12 +45,14 @@ class Stamp(NamedTuple):
     size: int
     mtime_ns: int
     inode: int
+    ctime_ns: int = 0
+    """Nobody can set it: it tells of a file that was written anew and given its old time, as archives are unpacked."""
     tag: str = ""
     """What a remote file system says about the version of a file."""
 
     @classmethod
     def of(cls, status: os.stat_result) -> "Stamp":
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
 
 
 @dataclass
@@ -74,17 +76,17 @@ class LocalFolder:
     """A folder of this machine as a `Source`."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
 
     def address(self, path: str) -> str:
-        return str(self._root / path)
+        return str(self.root / path)
 
     def walk(self) -> Folder:
-        return walk(self._root)
+        return walk(self.root)
 
     @contextmanager
     def open(self, path: str) -> Iterator[OpenFile]:
-        descriptor = _open_inside(self._root, path)
+        descriptor = _open_inside(self.root, path)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -92,7 +94,7 @@ class LocalFolder:
             raw: IO[bytes]
             if status.st_size <= _SMALL:
                 # Read at once: of many small files, the layers of an open file would take as long as all the rest.
-                raw = io.BytesIO(os.read(descriptor, status.st_size + 1))
+                raw = io.BytesIO(b"".join(iter(lambda: os.read(descriptor, status.st_size + 1), b"")))
             else:
                 raw = open(descriptor, "rb", closefd=False)
             yield OpenFile(raw, lambda: Stamp.of(status), lambda: Stamp.of(os.fstat(descriptor)))
@@ -100,23 +102,35 @@ class LocalFolder:
             os.close(descriptor)
 
 
-def _open(path: str) -> int:
-    """A descriptor; O_NONBLOCK, so that a FIFO put in the file's place cannot hold us."""
-    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-
-
 def _open_inside(root: Path, path: str) -> int:
     """A descriptor. Where a link leads is looked at once more: it may have been put there after the walk."""
-    name = f"{root}/{path}"
     try:
-        return _open(name)
+        return _open(root, path)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-    target = os.path.realpath(name)
-    if not _is_inside(target, os.path.realpath(root)):
+    real_root, target = os.path.realpath(root), os.path.realpath(f"{root}/{path}")
+    if not _is_inside(target, real_root):
         raise OSError(errno.ELOOP, "a link that leaves the folder", path)
-    return _open(target)
+    return _open(real_root, os.path.relpath(target, real_root))
+
+
+def _open(root: Path | str, path: str) -> int:
+    """A descriptor, reached from the root without following a link: a folder may have been replaced by one since the walk.
+
+    O_NONBLOCK, so that a FIFO put in the file's place cannot hold us.
+    """
+    *folders, name = path.split("/")
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    at = os.open(root, flags | os.O_DIRECTORY)
+    try:
+        for folder in folders:
+            inner = os.open(folder, flags | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            os.close(at)
+            at = inner
+        return os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=at)
+    finally:
+        os.close(at)
 
 
 def walk(input_dir: Path) -> Folder:
@@ -161,6 +175,9 @@ def _entries(directory: str, prefix: str, skipped: Counter[str]) -> Iterator[tup
     """Every entry that is neither hidden nor a folder, with its path from the root."""
     try:
         entries = list(os.scandir(directory))
+    except FileNotFoundError:  # removed a moment ago
+        skipped["vanished"] += 1
+        return
     except OSError as error:
         raise UserError(f"--input_dir: cannot list {directory} ({error.strerror}); make it readable or move it away") from None
     for entry in entries:

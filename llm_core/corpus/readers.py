@@ -30,13 +30,14 @@ _AT_ONCE = 1 << 13
 """Documents that are Python objects at any time."""
 
 BYTES_PER_TEXT = 16
-"""A file with more lines or rows than one for each of so many of its bytes was made to exhaust memory: a row takes about 150."""
+"""A file with more lines or rows than one for each of so many bytes that come out of it, or than one for each byte of its own,
+was made to exhaust memory: a row takes about 190. Lines of logs and short comments have 40 and more, compressed still 3."""
 
 MAX_TEXTS_FREE = 1 << 18
 """Up to this many lines or rows the size of the file does not matter."""
 
-MAX_UNUSABLE = 1 << 16
-"""A file with more unusable lines or rows than this, and than usable ones, is set aside as a whole."""
+MAX_UNUSABLE = 1 << 18
+"""A file that begins with more unusable lines or rows than this, and than usable ones, is set aside as a whole."""
 
 
 def read_file(source: Source, path: str, config: CorpusConfig) -> tuple[FileFacts, Rows]:
@@ -67,12 +68,12 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     try:
         byte_order_mark = content.skip_byte_order_mark() if content else 0
         if content is None:
-            found = _Found.collect(parquet_documents(raw, path, config, meter), size)
+            found = _Found.collect(parquet_documents(raw, path, config, meter), size, meter)
         elif format == "text":
             # Its pieces are as long as was asked for: their number says nothing of the file.
-            found = _Found.collect(iter(text_documents(content, path, config)))
+            found = _Found.collect(iter(text_documents(content, path, config)), size)
         else:
-            found = _Found.collect(jsonl_documents(content, path, config), size)
+            found = _Found.collect(jsonl_documents(content, path, config), size, meter)
             # A rejected line counts whole, under its own reason; of every other line all but the text is envelope.
             jsonl_envelope = meter.position - byte_order_mark - found.bytes
         status = KEPT if found.kept else found.first.status if found.first else "empty"
@@ -99,8 +100,8 @@ class _Found:
         self.kept = False
 
     @classmethod
-    def collect(cls, documents: Iterator[Document], size: int | None = None) -> "_Found":
-        """The documents of a file; size: its bytes, where its lines or rows are to be in proportion to them.
+    def collect(cls, documents: Iterator[Document], size: int, meter: Meter | None = None) -> "_Found":
+        """The documents of a file of `size` bytes; meter: of what comes out of it, where their number is to be in proportion.
 
         Raises:
             Quarantine: they are more than such a file has a use for.
@@ -108,14 +109,15 @@ class _Found:
         found = cls()
         while some := list(itertools.islice(documents, _AT_ONCE)):
             found._add(some)
-            if size is None:
+            if meter is None:
                 continue
-            if found.count > (most := max(MAX_TEXTS_FREE, size // BYTES_PER_TEXT)):
-                raise Quarantine("too_many_texts", f"more than {most} lines or rows in {size} bytes")
             if found.unusable > MAX_UNUSABLE and 2 * found.unusable > found.count:
                 raise Quarantine(
                     "mostly_unusable", f"{found.unusable} of the first {found.count} lines or rows, the last: {some[-1].status}"
                 )
+            if found.count > max(MAX_TEXTS_FREE, min(meter.position // BYTES_PER_TEXT, size)):
+                come_out = f", {meter.position} as they are read" if meter.position != size else ""
+                raise Quarantine("too_many_texts", f"{found.count} lines or rows and more in {size} bytes{come_out}")
         return found
 
     def _add(self, documents: list[Document]) -> None:
@@ -152,7 +154,9 @@ def iter_texts(input_dir: InputDir, rows: pa.Table, config: CorpusConfig) -> Ite
 
 
 def _changed(source: Source, path: str) -> DataError:
-    return DataError(f"{source.address(path)}: changed since the snapshot was taken; run again")
+    return DataError(
+        f"{source.address(path)}: changed since the snapshot was taken; run again (and if it says so again: touch the file)"
+    )
 
 
 @contextmanager

@@ -102,7 +102,7 @@ class RemoteFolder:
         moment = _moment(next((info[name] for name in _TIMES if info.get(name)), None))
         certain = digests or (moment and (moment % 1 or time.time() - moment > _COARSE_CLOCK))
         tag = json.dumps(digests, sort_keys=True) if certain else self._unknown
-        return Stamp(info.get("size") or 0, int((moment or 0.0) * 1e9), info.get("ino") or 0, tag)
+        return Stamp(info.get("size") or 0, int((moment or 0.0) * 1e9), info.get("ino") or 0, tag=tag)
 
 
 class _RemoteFile(io.RawIOBase):

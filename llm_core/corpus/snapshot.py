@@ -18,11 +18,11 @@ from llm_core.config import CorpusConfig
 from llm_core.corpus.accounting import byte_totals, file_changes, quarantine
 from llm_core.corpus.duplicates import mark_duplicates
 from llm_core.corpus.file_index import last_look, let_the_clock_tick, remember_look
-from llm_core.corpus.folder import READABLE
+from llm_core.corpus.folder import READABLE, LocalFolder
 from llm_core.corpus.near_duplicates import check_available, mark_near_duplicates
 from llm_core.corpus.readers import iter_texts, read_file
 from llm_core.corpus.records import DOCUMENTS_SCHEMA, FILES_SCHEMA, KEPT, UNREADABLE, FileFacts, Rows
-from llm_core.corpus.source import InputDir, is_url, open_source
+from llm_core.corpus.source import InputDir, open_source
 from llm_core.errors import DataError, UserError
 from llm_core.files import atomic_writer, content_id, inside, read_json, verify_file, write_json
 from llm_core.tables import parquet_bytes, read_parquet
@@ -60,20 +60,20 @@ def take_snapshot(
 ) -> Snapshot:
     """Reads what is new in `input_dir` and returns the snapshot of the whole; `on_progress` gets (done files, all files).
 
-    A file whose size, time and inode (behind a URL, its version there) are those of the last look is not opened. The same content
-    and configuration give the same snapshot, which is then not written again.
+    A file whose size, times and inode (behind a URL, its version there) are those of the last look is not opened. The same
+    content and configuration give the same snapshot, which is then not written again.
 
     Raises:
         UserError: no folder, no text in it, or nothing on one side of the train/validation split.
         DataError: a file kept changing while it was read, or its place cannot be reached.
     """
-    if not is_url(input_dir) and processed_dir.resolve().is_relative_to(Path(input_dir).resolve()):
+    source = open_source(input_dir)
+    if isinstance(source, LocalFolder) and processed_dir.resolve().is_relative_to(source.root.resolve()):
         raise UserError(
             f"--output_dir {processed_dir}: lies in --input_dir {input_dir} and would be read as text; name another one"
         )
     if config.near_duplicates is not None:
         check_available(config.near_duplicates)
-    source = open_source(input_dir)
     folder = source.walk()
     if not folder.files:
         raise UserError(

@@ -1,17 +1,19 @@
 """Plain text and .jsonl: a stream of bytes to documents."""
 
 import json
+import re
 from collections.abc import Iterator
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus.content import BLOCK, Content
-from llm_core.corpus.documents import divided, document, not_utf8, of_wanted_length, piece_end, rejected
+from llm_core.corpus.documents import divided, document, of_wanted_length, piece_end, rejected
 from llm_core.corpus.records import Document, Quarantine
 
 MAX_LINE_BYTES = 64 << 20
 """A .jsonl line is held in memory; a file with a longer one is quarantined."""
 
 _LARGE = 4 << 20
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _BYTES_PER_VALUE = 8
 """Of a line above _LARGE bytes. Each value takes about 60 bytes of memory, though three can stand for it in the line."""
 
@@ -45,8 +47,6 @@ def jsonl_documents(content: Content, path: str, config: CorpusConfig) -> Iterat
             continue
         try:
             text = jsonl_text(line, config.text_field)
-        except UnicodeDecodeError as error:
-            raise not_utf8(start, error) from None
         except Quarantine as quarantine:
             yield rejected(line, path, start, end, config, quarantine.reason)
             continue
@@ -57,14 +57,17 @@ def jsonl_text(line: bytes, text_field: str) -> bytes:
     """UTF-8 bytes of the text in one line. Never longer than the line: no JSON escape is shorter than what it stands for.
 
     Raises:
-        UnicodeDecodeError: the line is not UTF-8.
         Quarantine: there is no text in it.
     """
     if b"\0" in line:
         raise Quarantine("binary", "NUL in it")
-    if len(line) > _LARGE and sum(map(line.count, (b",", b"[", b"{"))) > len(line) // _BYTES_PER_VALUE:
+    most = len(line) // _BYTES_PER_VALUE
+    if len(line) > _LARGE and _values(line) > most and _values(_STRING.sub(b"", line)) > most:  # a string may be a table
         raise Quarantine("too_many_values", f"more than one in {_BYTES_PER_VALUE} bytes")
-    decoded = line.decode()
+    try:
+        decoded = line.decode()
+    except UnicodeDecodeError as error:
+        raise Quarantine("not_utf8", error.reason) from None
     try:
         value = json.loads(decoded)
     except (ValueError, RecursionError) as error:
@@ -79,3 +82,8 @@ def jsonl_text(line: bytes, text_field: str) -> bytes:
     if b"\0" in data:
         raise Quarantine("binary", "an escape stands for NUL")
     return data
+
+
+def _values(line: bytes) -> int:
+    """About how many values stand in a line, and never fewer."""
+    return sum(map(line.count, (b",", b"[", b"{")))

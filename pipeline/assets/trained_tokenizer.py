@@ -4,7 +4,7 @@ import dagster as dg
 
 from llm_core.config import TokenizerConfig
 from llm_core.locks import preparing
-from llm_core.tokenizer_store import prepare_tokenizer, round_trip
+from llm_core.tokenizer_store import prepare_tokenizer
 from pipeline import checks
 from pipeline.assets.common import DATA, HOOKS, OWNERS, rounded, table
 from pipeline.assets.raw_text import raw_text
@@ -29,12 +29,11 @@ def trained_tokenizer(
     with preparing(storage.processed, context.log.info):
         snapshot = Upstream(context, storage).snapshot()
         artifact = prepare_tokenizer(snapshot, storage.raw_text, storage.processed, config.part(TokenizerConfig))
-        came_back = round_trip(artifact.tokenizer, snapshot, storage.raw_text, storage.processed)
         catalog.open(storage).record_tokenizer(storage.processed, artifact.tokenizer_id)
     report = artifact.report
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.tokenizer_id),
-        check_results=checks.trained_tokenizer(artifact.drift, came_back),
+        check_results=checks.trained_tokenizer(artifact, config.retrain_on_drift),
         metadata={
             "tokenizer_id": artifact.tokenizer_id,
             "tokenizer_type": report["tokenizer_type"],
@@ -42,7 +41,7 @@ def trained_tokenizer(
             "bytes_per_token": rounded(report["bytes_per_token"], 3),
             "tokens_per_word": rounded(report["tokens_per_word"], 3),
             "share_of_vocabulary_used": rounded(report["vocab_used"]),
-            "fertility_drift": rounded(artifact.drift) if artifact.drift is not None else "no new text since it was made",
+            "fertility_drift": checks.drift_of(artifact),
             "sources": table(
                 report["sources"],
                 source="string",
@@ -50,6 +49,9 @@ def trained_tokenizer(
                 bytes_per_token="float",
                 tokens_per_word="float",
                 vocab_used="float",
+            ),
+            "sources_of_new_text": table(
+                artifact.trial.sources if artifact.trial else [], source="string", measured_bytes="int", bytes_per_token="float"
             ),
             "file": dg.MetadataValue.path(storage.processed / artifact.file),
         },

@@ -19,7 +19,7 @@ from dagster._cli.dev import dev_command
 from dagster_webserver.cli import dagster_webserver
 
 from llm_core.checkpoint import load_checkpoint
-from llm_core.corpus import load_snapshot, readers, take_snapshot
+from llm_core.corpus import folder, load_snapshot, readers, take_snapshot
 from llm_core.errors import DataError
 from llm_core.files import read_json, sha256_file, write_json
 from llm_core.shards import load_manifest
@@ -185,6 +185,27 @@ def test_a_link_put_in_a_files_place_after_the_walk_leads_nowhere(tmp_path: Path
     rows = {row["path"]: row for row in snapshot.documents.to_pylist()}
     assert rows["plain08.txt"]["document_id"] == rows["plain01.txt"]["document_id"], "a link that stays inside is read"
     assert secret.stat().st_size not in snapshot.documents["bytes"].to_pylist()
+
+
+def test_a_link_put_in_a_folders_place_after_the_walk_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, secret = tmp_path / "raw", tmp_path / "secret"
+    fill(raw)
+    (raw / "inner").mkdir()
+    secret.mkdir()
+    for place, text in ((raw / "inner", "harmless"), (secret, "a secret outside of the folder")):
+        (place / "text.txt").write_text(text)
+    original: Callable[..., Any] = folder.walk
+
+    def swapping(input_dir: Path) -> Any:
+        found = original(input_dir)
+        shutil.rmtree(raw / "inner")
+        (raw / "inner").symlink_to(secret)
+        return found
+
+    monkeypatch.setattr(folder, "walk", swapping)
+    snapshot = take_snapshot(raw, tmp_path / "out", HALF)
+    status = dict(zip(snapshot.files["path"].to_pylist(), snapshot.files["status"].to_pylist(), strict=True))
+    assert status["inner/text.txt"] == "unreadable"
 
 
 # Files

@@ -27,20 +27,6 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the corpus files opened from here on."""
-    names: list[str] = []
-    original = folder._open
-
-    def recording(path: str) -> Any:
-        names.append(Path(path).name)
-        return original(path)
-
-    monkeypatch.setattr(folder, "_open", recording)
-    return names
-
-
 # What is looked at
 
 
@@ -66,6 +52,28 @@ def test_hidden_files_links_out_of_the_folder_and_special_files_are_skipped(raw:
         "not_a_regular_file": 2,
     }
     assert summary["bytes_dropped"] == {"duplicate": (raw / "plain00.txt").stat().st_size}  # the link that stays inside
+
+
+def test_a_folder_that_goes_while_it_is_looked_through_is_counted(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (raw / "going").mkdir()
+    (raw / "going" / "a.txt").write_text("soon gone")
+    original = os.scandir
+
+    def removing(path: Any) -> Any:
+        if str(path).endswith("going"):
+            (raw / "going" / "a.txt").unlink()
+            (raw / "going").rmdir()
+        return original(path)
+
+    monkeypatch.setattr(folder.os, "scandir", removing)
+    assert take_snapshot(raw, out, HALF).summary["files_skipped"] == {"vanished": 1}
+
+
+def test_a_file_that_comes_in_pieces_is_read_whole(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = take_snapshot(raw, out, HALF).snapshot_id
+    original = os.read
+    monkeypatch.setattr(folder.os, "read", lambda descriptor, size: original(descriptor, min(size, 7)))
+    assert take_snapshot(raw, out.with_name("pieces"), HALF).snapshot_id == expected
 
 
 # Identity, duplicates, split
@@ -148,6 +156,39 @@ def test_a_change_of_content_that_keeps_the_size_is_seen(raw: Path, out: Path) -
     first = take_snapshot(raw, out, HALF)
     (raw / "plain02.txt").write_text("That is text number 2.\n" * 3)
     assert take_snapshot(raw, out, HALF).snapshot_id != first.snapshot_id
+
+
+def test_a_change_that_keeps_size_time_and_inode_is_seen(raw: Path, out: Path) -> None:
+    """What unpacking the next version of an archive with fixed times does."""
+    os.utime(raw / "plain02.txt", (1_000_000_000, 1_000_000_000))
+    first = take_snapshot(raw, out, HALF)
+    before = (raw / "plain02.txt").stat()
+    (raw / "plain02.txt").write_text("That is text number 2.\n" * 3)
+    os.utime(raw / "plain02.txt", (1_000_000_000, 1_000_000_000))
+    after = (raw / "plain02.txt").stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    assert take_snapshot(raw, out, HALF).snapshot_id != first.snapshot_id
+
+
+def test_a_file_of_the_same_size_and_times_in_another_place_on_the_disk_is_another_file(raw: Path, out: Path) -> None:
+    stamps = folder.walk(raw).files
+    (raw / "twin.txt").write_bytes((raw / "plain02.txt").read_bytes())
+    times = (stamps["plain02.txt"].mtime_ns, stamps["plain02.txt"].mtime_ns)
+    os.utime(raw / "twin.txt", ns=times)
+    twin = folder.walk(raw).files["twin.txt"]
+    assert twin[:2] == stamps["plain02.txt"][:2]
+    assert twin.inode != stamps["plain02.txt"].inode
+
+
+def test_a_write_within_the_same_tick_of_the_clock_cannot_hide(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("llm_core.corpus.file_index.time.sleep", waited.append)
+    (raw / "plain02.txt").touch()
+    take_snapshot(raw, out, HALF)
+    assert 0 < waited[0] <= 0.02, "a file written a moment ago"
+    monkeypatch.setattr("llm_core.corpus.file_index.time.time", lambda: (raw / "plain02.txt").stat().st_ctime + 1)
+    take_snapshot(raw, out, HALF)
+    assert waited[1] == 0
 
 
 def test_another_configuration_reads_again(raw: Path, out: Path, opened: list[str]) -> None:

@@ -47,6 +47,38 @@ def test_the_pieces_of_a_text_are_not_too_many_whatever_its_size(tmp_path: Path,
     assert statuses(snapshot) == {"text.txt": "kept", "lines.jsonl": "too_many_texts"}
 
 
+def test_short_texts_are_no_attack_however_well_they_compress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines and rows are held against what comes out of the file; a file of fewer bytes than lines is still set aside."""
+    monkeypatch.setattr("llm_core.corpus.readers.MAX_TEXTS_FREE", 100)
+    (tmp_path / "raw").mkdir()
+    comments = [f"comment {number:x} {number % 7} ok" for number in range(5000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in comments).encode()
+    (tmp_path / "raw" / "lines.jsonl.gz").write_bytes(gzip.compress(lines))
+    assert len(lines) > 16 * 5000 > (tmp_path / "raw" / "lines.jsonl.gz").stat().st_size
+    pq.write_table(pa.table({"text": comments}), tmp_path / "raw" / "rows.parquet", compression="zstd")
+    (tmp_path / "raw" / "same.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one and the same"}\n' * 200_000))
+    snapshot = take_snapshot(tmp_path / "raw", tmp_path / "out", HALF)
+    assert statuses(snapshot) == {"lines.jsonl.gz": "kept", "rows.parquet": "kept", "same.jsonl.gz": "too_many_texts"}
+
+
+def test_a_line_of_another_encoding_is_set_aside_alone(raw: Path, out: Path) -> None:
+    (raw / "lines.jsonl").write_bytes(b'{"text": "before"}\n{"text": "caf\xe9"}\n{"text": "after"}\n')
+    snapshot = take_snapshot(raw, out, HALF)
+    rows = [row for row in snapshot.documents.to_pylist() if row["path"] == "lines.jsonl"]
+    assert [row["status"] for row in rows] == ["kept", "not_utf8", "kept"]
+    assert snapshot.summary["bytes_dropped"]["not_utf8"] == len(b'{"text": "caf\xe9"}\n')
+    assert_bytes_add_up(snapshot)
+
+
+def test_numbers_in_a_long_text_are_not_values_of_its_line(raw: Path, out: Path) -> None:
+    table = "1,2,3,4,5,6,7,8\n" * 300_000
+    write_jsonl(raw / "table.jsonl", {"text": table})
+    write_jsonl(raw / "values.jsonl", {"text": "few", "values": [0] * 2_500_000})
+    snapshot = take_snapshot(raw, out, HALF)
+    assert statuses(snapshot)["table.jsonl"] == "kept"
+    assert statuses(snapshot)["values.jsonl"] == "too_many_values"
+
+
 def test_reads_every_format_in_sorted_order_through_nested_folders(raw: Path, out: Path) -> None:
     deep = raw / "a" / "b"
     deep.mkdir(parents=True)

@@ -47,6 +47,16 @@ def place(corpus_dir: Path, tmp_path: Path) -> Place:
     return Place(corpus_dir, tmp_path)
 
 
+def test_a_tokenizer_that_has_no_dataset_yet_stays_while_it_is_the_current_one(place: Place) -> None:
+    place.prepare()
+    snapshot = take_snapshot(place.raw, place.processed, CorpusConfig(max_document_bytes=2048))
+    newer = prepare_tokenizer(snapshot, place.raw, place.processed, TokenizerConfig(vocab_size=600))
+    place.collect()
+    again = prepare_tokenizer(snapshot, place.raw, place.processed, TokenizerConfig(vocab_size=600))
+    assert again.reused and again.tokenizer_id == newer.tokenizer_id
+    place.prepare()
+
+
 def test_an_old_dataset_goes_with_everything_that_it_alone_needs(place: Place) -> None:
     first = place.prepare()
     second = place.prepare(vocab_size=600)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llm_core.config import CorpusConfig
-from llm_core.corpus import Snapshot, folder, near_duplicates, take_snapshot
+from llm_core.corpus import Snapshot, near_duplicates, take_snapshot
 from llm_core.errors import UserError
 
 pytest.importorskip("datasketch", reason="the extra dedup is not installed")
@@ -103,13 +103,11 @@ def test_rule_33_the_first_in_order_is_kept_whatever_was_there_before(raw: Path,
     assert take_snapshot(raw, tmp_path / "out", CONFIG).documents.equals(first.documents)
 
 
-def test_only_new_documents_are_read_to_be_compared(raw: Path, tmp_path: Path, signed: list[int], monkeypatch: Any) -> None:
+def test_only_new_documents_are_read_to_be_compared(raw: Path, tmp_path: Path, signed: list[int], opened: list[str]) -> None:
     take_snapshot(raw, tmp_path / "out", CONFIG)
     take_snapshot(raw, tmp_path / "out", CONFIG)
     write(raw, "new.txt", prose(100))
-    opened: list[str] = []
-    original = folder._open
-    monkeypatch.setattr(folder, "_open", lambda path: opened.append(Path(path).name) or original(path))
+    opened.clear()
     take_snapshot(raw, tmp_path / "out", CONFIG)
     assert signed == [12, 1]
     assert set(opened) == {"new.txt"}

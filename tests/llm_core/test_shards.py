@@ -15,7 +15,7 @@ import pytest
 
 from llm_core import encoding, shard_file, shards
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
-from llm_core.corpus import folder, iter_texts, take_snapshot
+from llm_core.corpus import iter_texts, take_snapshot
 from llm_core.dataset import TokenStream, Windows
 from llm_core.errors import DataError, UserError
 from llm_core.files import read_json, write_json
@@ -185,20 +185,6 @@ def test_rule_33_the_same_bytes_at_any_worker_count_and_batch_size(raw: Path, ou
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the corpus files opened from here on."""
-    names: list[str] = []
-    original = folder._open
-
-    def recording(path: str) -> Any:
-        names.append(Path(path).name)
-        return original(path)
-
-    monkeypatch.setattr(folder, "_open", recording)
-    return names
-
-
-@pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Texts encoded from here on."""
     texts: list[str] = []
@@ -233,6 +219,17 @@ def test_an_added_file_is_the_only_one_opened_and_tokenized(raw: Path, out: Path
     second = prepare(raw, out)
     assert set(opened) == {"new.txt"}
     assert "".join(encoded) == (raw / "new.txt").read_text()
+    opened.clear()
+    (raw / "newer.txt").write_text("".join(f"Line {number} of the newer file.\n" for number in range(500)))
+    prepare(raw, out)
+    assert set(opened) == {"newer.txt"}, "what came after the tokenizer was made, and before this, is not tried on it again"
+    opened.clear()
+    (raw / "newer.txt").unlink()
+    (raw / "new.txt").rename(raw / "renamed.txt")
+    prepare(raw, out)
+    assert set(opened) == {"renamed.txt"}
+    (raw / "renamed.txt").rename(raw / "new.txt")
+    second = prepare(raw, out)
     assert [shard for shard in second.shards if shard in first.shards] == first.shards
     assert len(second.shards) > len(first.shards)
     assert second.parent_dataset_id == first.dataset_id

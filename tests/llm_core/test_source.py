@@ -170,3 +170,8 @@ def test_what_is_a_url() -> None:
         False,
     ]
     assert isinstance(source.open_source("file:///raw"), LocalFolder)
+
+
+def test_a_file_url_whose_folder_holds_the_output_is_refused(raw: Path) -> None:
+    with pytest.raises(UserError, match="lies in --input_dir file://"):
+        take_snapshot(f"file://{raw}", raw / "processed", HALF)

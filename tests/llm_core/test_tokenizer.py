@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from llm_core import tokenizer as tokenizer_module
+from llm_core import tokenizer_trial
 from llm_core.config import END_OF_TEXT, CorpusConfig, TokenizerConfig
 from llm_core.corpus import Snapshot, take_snapshot
 from llm_core.encoding import encode_all
@@ -32,8 +34,9 @@ from llm_core.files import read_json
 from llm_core.sample_corpus import write_sample_corpus
 from llm_core.tiktoken_ranks import PATTERNS, merges_of
 from llm_core.tokenizer import CL100K_PATTERN, GPT2_PATTERN, Tokenizer, byte_characters, id_dtype
-from llm_core.tokenizer_store import TokenizerArtifact, prepare_tokenizer, round_trip, tokenizer_identity
+from llm_core.tokenizer_store import TokenizerArtifact, prepare_tokenizer, tokenizer_identity
 from llm_core.tokenizer_training import train_tokenizer
+from llm_core.tokenizer_trial import Trial
 
 TEXTS = list(islice(topics.values(), 25))
 HOSTILE = f"a {END_OF_TEXT} b{END_OF_TEXT}{END_OF_TEXT}[UNK]\n<|pad|>"
@@ -278,6 +281,7 @@ from itertools import islice
 from pydoc_data.topics import topics
 from llm_core.config import TokenizerConfig
 from llm_core.tokenizer_training import train_tokenizer
+from llm_core.tokenizer_trial import Trial
 texts = list(islice(topics.values(), 25))
 print(train_tokenizer(lambda: iter(texts), TokenizerConfig(tokenizer_type={kind!r}, vocab_size=600)).tokenizer_id)
 """
@@ -524,64 +528,159 @@ def test_rule_31_both_engines_agree_on_ten_thousand_random_strings_and_on_the_wh
         assert ours.decode(mine) == text
 
 
+@pytest.mark.parametrize("separator", ["|eot|", "__eos__", "<|end|><", "--- eos ---", "<|endoftext|>"])
+def test_texts_that_end_like_the_separator_begins_are_encoded_as_alone(separator: str) -> None:
+    tokenizer = train(vocab_size=300, special_tokens=[separator])
+    beginnings = [separator[:length] for length in range(len(separator))]
+    texts = ["A text " + part for part in beginnings] + [part + " a text" for part in beginnings] + [separator[1:], "", "last"]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text).tolist() for text in texts]
+
+
+@pytest.mark.timeout(120)
+def test_runs_of_white_space_below_the_limit_are_looked_through_once(bpe: Tokenizer) -> None:
+    """A search that began anew at each of their characters would take some minutes."""
+    text = (" " * 199_999 + "x") * 6
+    assert bpe.decode(bpe.encode(text)) == text
+
+
 # The report, and drift
 
 
-def test_the_report_tells_each_source_apart(make: Callable[..., TokenizerArtifact], snapshot: Snapshot) -> None:
+def test_the_report_tells_each_source_apart(make: Callable[..., TokenizerArtifact], snapshot: Snapshot, corpus_dir: Path) -> None:
     report = make(snapshot).report
     sources = {source["source"]: source for source in report["sources"]}
     assert set(sources) == {".", "more"}
     assert sum(source["measured_bytes"] for source in sources.values()) == report["measured_bytes"]
     tokens = sum(source["measured_bytes"] / source["bytes_per_token"] for source in sources.values())
     assert report["measured_bytes"] / report["bytes_per_token"] == pytest.approx(tokens)
+    tokenizer = make(snapshot).tokenizer
+    for name, source in sources.items():
+        texts = [path.read_text() for path in corpus_dir.glob("more/*" if name == "more" else "*.txt")]
+        ids = [tokenizer.encode(text) for text in texts]
+        words = sum(len(text.split()) for text in texts)
+        assert source["tokens_per_word"] == pytest.approx(sum(map(len, ids)) / words, rel=0.01)
+        assert source["vocab_used"] == pytest.approx(len(set(np.concatenate(ids).tolist())) / 300, abs=0.01)
 
 
-def test_what_a_tokenizer_did_on_a_text_is_not_tried_again_on_the_same(
-    corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@dataclass
+class Growing:
+    """A folder of text that grows, and its tokenizer."""
+
+    raw: Path
+    processed: Path
+
+    def add(self, name: str, text: str) -> None:
+        (self.raw / name).parent.mkdir(exist_ok=True)
+        (self.raw / name).write_text(text)
+
+    def make(self, **options: Any) -> TokenizerArtifact:
+        snapshot = take_snapshot(self.raw, self.processed, CorpusConfig(max_document_bytes=2048))
+        return prepare_tokenizer(snapshot, self.raw, self.processed, TokenizerConfig(**{"vocab_size": 600} | options))
+
+    def trial(self, **options: Any) -> Trial:
+        trial = self.make(**options).trial
+        assert trial is not None
+        return trial
+
+    @property
+    def note(self) -> Path:
+        (note,) = (self.processed / "tokenizers").glob("*.tried.json")
+        return note
+
+
+@pytest.fixture
+def growing(corpus_dir: Path, tmp_path: Path) -> Growing:
+    shutil.copytree(corpus_dir, tmp_path / "raw")
+    return Growing(tmp_path / "raw", tmp_path / "processed")
+
+
+JAPANESE = "".join(f"これは別の言葉の文で、番号は {n} です。" for n in range(200))
+
+
+def test_what_a_tokenizer_did_on_a_text_is_not_tried_again_on_the_same(growing: Growing, opened: list[str]) -> None:
+    first = growing.trial()
+    assert (first.drift, first.round_trips, first.changed) == (None, 100, {})
+    growing.add("added.txt", "A text that the tokenizer has not seen. " * 60)
+    found = growing.trial()
+    assert found.drift is not None and found.round_trips > 100
+    opened.clear()
+    assert growing.trial() == found
+    assert opened == []
+    growing.note.write_text("{")
+    again = growing.trial()
+    assert (again.drift, again.sources) == (found.drift, found.sources), "a damaged note is made again"
+
+
+def test_drift_counts_all_text_that_came_since_and_reads_only_what_came_last(growing: Growing, opened: list[str]) -> None:
+    growing.make()
+    growing.add("web/a.txt", JAPANESE)
+    foreign = growing.trial()
+    opened.clear()
+    growing.add("books/b.txt", "The value of the expression is the name of the object. " * 400)
+    both = growing.trial()
+    assert set(opened) == {"books/b.txt"}
+    assert foreign.drift is not None and both.drift is not None
+    assert both.drift < foreign.drift
+    sources = {source["source"]: source for source in both.sources}
+    assert sources["web"] == foreign.sources[0]
+    assert sources["web"]["measured_bytes"] == len(JAPANESE.encode())
+    assert sources["books"]["bytes_per_token"] > sources["web"]["bytes_per_token"]
+    opened.clear()
+    (growing.raw / "books/b.txt").unlink()
+    assert growing.trial().drift == foreign.drift, "what is gone does not count"
+    assert opened == []
+
+
+def test_drift_is_measured_on_a_sample_that_stays_the_same(
+    growing: Growing, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw, processed = tmp_path / "raw", tmp_path / "processed"
-    shutil.copytree(corpus_dir, raw)
-
-    def try_on() -> tuple[float | None, dict[str, Any]]:
-        snapshot = take_snapshot(raw, processed, CorpusConfig(max_document_bytes=2048))
-        made = prepare_tokenizer(snapshot, raw, processed, TokenizerConfig(vocab_size=600))
-        return made.drift, round_trip(made.tokenizer, snapshot, raw, processed)
-
-    assert try_on() == (None, {"documents": 100, "changed": 0})
-    (raw / "added.txt").write_text("A text that the tokenizer has not seen. " * 60)
-    found = try_on()
-    assert found[0] is not None
-    with monkeypatch.context() as nobody_reads:
-        nobody_reads.setattr("llm_core.tokenizer_store.iter_texts", None)
-        assert try_on() == found
-    (note,) = (processed / "tokenizers").glob("*.tried.json")
-    note.write_text("{")
-    assert try_on() == found, "a damaged note is made again"
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "something else")
-    note.unlink()
-    _, lossy = try_on()
-    assert (lossy["documents"], lossy["changed"]) == (100, 100) and lossy["first"]
+    monkeypatch.setattr(tokenizer_trial, "_SAMPLED_BYTES", 20_000)
+    growing.make()
+    for number in range(30):
+        growing.add(f"new/{number}.txt", f"Text number {number} of those that came later. " * 40)
+    growing.trial()
+    measured = len(read_json(growing.note)["tokens"])
+    assert 5 < measured < 15
+    opened.clear()
+    growing.add("new/last.txt", JAPANESE[:500])
+    trial = growing.trial()
+    assert set(opened) == {"new/last.txt"}
+    assert abs(len(read_json(growing.note)["tokens"]) - measured) <= 1
+    assert sum(source["measured_bytes"] for source in trial.sources) <= 20_000
 
 
-def test_text_of_another_kind_is_a_drift_and_a_new_tokenizer_where_that_is_asked_for(corpus_dir: Path, tmp_path: Path) -> None:
-    raw, processed = tmp_path / "raw", tmp_path / "processed"
-    shutil.copytree(corpus_dir, raw)
+def test_text_that_does_not_come_back_is_told_of_until_it_is_gone(growing: Growing, monkeypatch: pytest.MonkeyPatch) -> None:
+    growing.make()
+    growing.add("lost.txt", "This text is lost.")
+    with monkeypatch.context() as forgetful:
+        forgetful.setattr(Tokenizer, "decode", lambda self, ids: "something else")
+        assert [*growing.trial().changed.values()] == ["This text is lost."]
+    growing.add("sound.txt", "This text is sound.")
+    assert [*growing.trial().changed.values()] == ["This text is lost."]
+    (growing.raw / "lost.txt").unlink()
+    assert growing.trial().changed == {}
 
-    def make(**options: Any) -> TokenizerArtifact:
-        snapshot = take_snapshot(raw, processed, CorpusConfig(max_document_bytes=2048))
-        return prepare_tokenizer(snapshot, raw, processed, TokenizerConfig(vocab_size=600, **options))
 
-    first = make()
-    assert first.drift is None
-    assert make().drift is None, "nothing is new"
-    (raw / "same.txt").write_text("The value of the expression is the name of the object. " * 40)
-    assert make().drift < 0.2  # type: ignore[operator]
-    (raw / "japanese.txt").write_text("".join(f"これは別の言葉の文で、番号は {n} です。" for n in range(200)))
-    kept = make()
+def test_text_of_which_wordpiece_keeps_nothing_is_no_failure(growing: Growing) -> None:
+    options: dict[str, Any] = {"tokenizer_type": "wordpiece", "vocab_size": 600}
+    growing.make(**options)
+    growing.add("zero_width.txt", "\u200b")
+    trial = growing.trial(**options)
+    assert trial.drift is None
+    assert trial.changed == {}
+
+
+def test_text_of_another_kind_is_a_drift_and_a_new_tokenizer_where_that_is_asked_for(growing: Growing) -> None:
+    first = growing.make()
+    growing.add("same.txt", "The value of the expression is the name of the object. " * 40)
+    assert growing.trial().drift < 0.2  # type: ignore[operator]
+    growing.add("japanese.txt", JAPANESE)
+    kept = growing.make()
     assert kept.reused and kept.tokenizer_id == first.tokenizer_id, "frozen unless asked"
-    assert kept.drift is not None and kept.drift > 0.3
-    assert make(retrain_on_drift=0.9).reused
-    retrained = make(retrain_on_drift=0.3)
+    assert kept.trial is not None and kept.trial.drift is not None and kept.trial.drift > 0.3
+    assert growing.make(retrain_on_drift=0.9).reused
+    retrained = growing.make(retrain_on_drift=0.3)
     assert not retrained.reused and retrained.tokenizer_id != first.tokenizer_id
-    again = make(retrain_on_drift=0.3)
+    assert retrained.replaced_drift == kept.trial.drift
+    again = growing.make(retrain_on_drift=0.3)
     assert again.reused and again.tokenizer_id == retrained.tokenizer_id

@@ -10,6 +10,8 @@ from llm_core.evaluation_file import read_evaluation
 from llm_core.files import read_json
 from llm_core.runlog import read_metrics
 from llm_core.shards import load_manifest
+from llm_core.tokenizer_store import load_tokenizer
+from llm_core.tokenizer_trial import Trial
 from pipeline import checks
 from pipeline.assets.raw_text import raw_text
 from pipeline.assets.trained_tokenizer import trained_tokenizer
@@ -44,11 +46,19 @@ def test_bytes_that_are_lost_and_text_on_both_sides_are_found(trained_home: tupl
     assert failed(checks.raw_text(both)) == {"splits_are_disjoint"}
 
 
-def test_a_tokenizer_that_loses_text_or_has_drifted_is_found() -> None:
-    sound, lossy = {"documents": 100, "changed": 0}, {"documents": 100, "changed": 1, "first": "Some text"}
-    assert not failed(checks.trained_tokenizer(None, sound)) and not failed(checks.trained_tokenizer(0.1, sound))
-    assert failed(checks.trained_tokenizer(0.5, sound)) == {"fertility_drift"}
-    assert failed(checks.trained_tokenizer(None, lossy)) == {"round_trip"}
+def test_a_tokenizer_that_loses_text_or_has_drifted_is_found(trained_home: tuple[Home, Any]) -> None:
+    home, _ = trained_home
+    made = load_tokenizer(home.storage.processed)
+
+    def found(max_drift: float | None = None, **trial: Any) -> set[str]:
+        result = Trial(**{"drift": None, "sources": [], "round_trips": 100, "changed": {}} | trial)
+        return failed(checks.trained_tokenizer(dataclasses.replace(made, trial=result), max_drift))
+
+    assert not found() and not found(drift=0.1)
+    assert found(drift=0.5) == {"fertility_drift"}
+    assert found(drift=0.1, max_drift=0.05) == {"fertility_drift"}, "the configured share decides"
+    assert not found(drift=0.5, max_drift=0.6)
+    assert found(changed={"an id": "Some text"}) == {"round_trip"}
 
 
 def test_a_dataset_that_lacks_a_document_is_found(trained_home: tuple[Home, Any]) -> None:

@@ -99,8 +99,12 @@ def test_a_changed_learning_rate_retrains_only(trained_home: tuple[Home, Any], c
     assert touched <= {"checkpoints", "models"}
 
 
-def test_one_added_file_is_the_only_one_tokenized_and_trains_a_new_run(trained_home: tuple[Home, Any], clone: Any) -> None:
+def test_one_added_file_is_the_only_one_opened_and_tokenized_and_trains_a_new_run(
+    trained_home: tuple[Home, Any], clone: Any, opened: list[str]
+) -> None:
     home, first = clone(trained_home)
+    home.materialize(raw_text)  # a copied home has other files, which are read once
+    opened.clear()
     text = "\n".join(f"A line about the number {number}, which nobody has written before." for number in range(400))
     (home.storage.raw_text / "added.txt").write_text(text)
     known_shards = {row["shard_id"] for row in home.catalog.query("SELECT shard_id FROM shards")}
@@ -115,6 +119,7 @@ def test_one_added_file_is_the_only_one_tokenized_and_trains_a_new_run(trained_h
         [sorted(known_shards)],
     )
     assert new_documents == [{"path": "added.txt"}]
+    assert set(opened) == {"added.txt"}, "each asset reads what is new, the tokenizer's trial too"
     assert home.metadata(again, "raw_text")["files_added"] == 1
     parent = home.catalog.query("SELECT parent_dataset_id FROM datasets WHERE dataset_id = ?", [found["tokenized_shards"]])
     assert parent == [{"parent_dataset_id": known["tokenized_shards"]}]
