@@ -227,6 +227,9 @@ def main() -> None:
                 rows.append((speed.name.removeprefix(f"{name}, "), speed, ratio, shown, f"{memory.median:.2f}"))
             path = keep("train", figures)
         print(table([name, "tokens/s", "transformers is 1", "of peak", "GB"], rows) + "\n", flush=True)
+    if options.eager or options.shapes != list(SHAPES):
+        print(f"kept in {path}; only a whole run is drawn")
+        return
     draw(everything, RESULTS / "train.png")
     print(f"kept in {path}, drawn in {RESULTS / 'train.png'}")
 

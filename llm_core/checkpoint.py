@@ -105,15 +105,17 @@ def load_model(path: Path) -> tuple[Transformer, TrainingState]:
 
 def require_same(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
     """Raises UserError naming each field in which a checkpoint differs from the run that wants it, with both values."""
-    differences = [
-        f"{name} is {saved.get(name)} in the checkpoint and {present.get(name)} now"
-        for name in sorted(saved.keys() | present.keys())
-        if saved.get(name) != present.get(name)
-    ]
-    if differences:
+    differing = [name for name in sorted(saved.keys() | present.keys()) if saved.get(name) != present.get(name)]
+    # The run's id follows from all the others; it is told where nothing else explains it.
+    told = [name for name in differing if name != "run_id"] or differing
+    if told:
+        differences = [f"{name} is {saved.get(name)} in the checkpoint and {present.get(name)} now" for name in told]
+        remedy = "give the options and the data that it was made with"
+        if "dataset_id" in told:
+            remedy += f" (--dataset_id {saved.get('dataset_id')} is its text, without what came since)"
         raise UserError(
-            f"{path}: does not fit this run: {'; '.join(differences)}; give the options and the data that it was made with, or "
-            "begin a new run from its weights with --init_from"
+            f"{path}: does not fit this run: {'; '.join(differences)}; {remedy},"
+            " or begin a new run from its weights with --init_from"
         )
 
 

@@ -1,5 +1,6 @@
 """From a stage's configuration class to its command line, with errors that a person can act on."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -7,12 +8,32 @@ from typing import Any, TypeVar
 from unicodedata import category
 
 from pydantic import AliasChoices, BaseModel, ValidationError
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from llm_core.errors import TextmillError
 from llm_core.files import keep_others_from_writing
 
 Options = TypeVar("Options", bound=BaseModel)
+
+_ELSEWHERE = {
+    "lr": "--learning_rate",
+    "epochs": "--max_steps",
+    "num_train_epochs": "--max_steps",
+    "gradient_accumulation": "--micro_batch_size",
+    "gradient_accumulation_steps": "--micro_batch_size",
+    "seq_len": "--max_length",
+    "block_size": "--max_length",
+    "vocab_size": "it is an option of llm_core.data_prep_tool",
+    "num_workers": "it is an option of llm_core.data_prep_tool",
+}
+"""What flags of other programs, or of another tool here, are called: by their letters they resemble something else."""
+
+
+class _Help(argparse.HelpFormatter):
+    """Leaves out defaults that say nothing: the description tells what the absence of a value means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return (action.help or "").replace(" (default: null)", "")
 
 
 def describe_invalid(error: ValidationError, prefix: str = "--") -> str:
@@ -43,13 +64,15 @@ def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _refuse_unknown(options, prog, arguments)
     try:
-        parsed = CliApp.run(Settings, arguments)
+        source: Any = CliSettingsSource(Settings, formatter_class=_Help, cli_exit_on_error=False)
+        parsed = CliApp.run(Settings, arguments, source)
     except ValidationError as error:
-        print(f"{prog}: error:\n{describe_invalid(error)}", file=sys.stderr)
+        print(f"{prog}: error: {describe_invalid(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except SettingsError as error:
         field, _, reason = str(error).removeprefix("Parsing error encountered for ").partition(": ")
-        print(f"{prog}: error:\n--{field}: not readable as JSON ({reason})", file=sys.stderr)
+        message = reason if field == "error parsing CLI" else f"--{field}: not readable as JSON ({reason})"
+        print(f"{prog}: error: {message.removeprefix('argument ')}", file=sys.stderr)
         raise SystemExit(2) from None
     return options.model_validate(parsed.model_dump())
 
@@ -63,10 +86,17 @@ def _refuse_unknown(options: type[BaseModel], prog: str, arguments: Sequence[str
         known += [f"--no-{name}"] if field.annotation is bool else []
     for flag in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         if flag not in known:
-            similar = get_close_matches(flag, known, n=1)
-            meant = f"did you mean {similar[0]}? " if similar else ""
-            print(f"{prog}: error:\n{flag}: no such option; {meant}--help lists them all", file=sys.stderr)
+            meant = _meant(flag, known)
+            print(f"{prog}: error: {flag}: no such option; {meant}--help lists them all", file=sys.stderr)
             raise SystemExit(2)
+
+
+def _meant(flag: str, known: Sequence[str]) -> str:
+    here = _ELSEWHERE.get(flag[2:].replace("-", "_"), "")
+    if here.startswith("it is"):
+        return f"{here}; "
+    similar = [here] if here in known else get_close_matches(flag, known, n=1, cutoff=0.75)
+    return f"did you mean {similar[0]}? " if similar else ""
 
 
 def run_tool(main: Callable[[], None], prog: str) -> None:

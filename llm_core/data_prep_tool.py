@@ -22,6 +22,7 @@ from llm_core.errors import DataError
 from llm_core.locks import preparing
 from llm_core.shards import DatasetManifest, build_dataset
 from llm_core.tokenizer_store import TokenizerArtifact, prepare_tokenizer
+from llm_core.tokenizer_training import check_tokenizer
 
 PROG = "python -m llm_core.data_prep_tool"
 
@@ -43,6 +44,7 @@ def prepare(options: DataPrepOptions) -> None:
         DataError: a file is damaged, or cannot be written.
     """
     check_engine(options.engine)
+    check_tokenizer(options.part(TokenizerConfig))
     input_dir, output_dir = options.input_dir, Path(options.output_dir)
     try:
         with preparing(output_dir, _say):

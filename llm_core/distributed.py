@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from llm_core.processes import available_cores, die_with_parent, keep_freed_memo
 T = TypeVar("T")
 
 _groups: list[Any] = []
+
+_SAME_INTERRUPT = 2.0
+"""Seconds in which a second SIGINT is torchrun's copy of the first."""
 
 
 @dataclass(frozen=True)
@@ -233,11 +237,13 @@ def _meet_on_this_machine(run_dir: Path) -> str:
 class StopRequest:
     """Notices SIGINT and SIGTERM without interrupting the step; the loop asks at the end of each step.
 
-    The first rank says at once that it did: a step may take a minute.
+    The first rank says at once that it did: a step may take a minute. Whoever does not want to wait for it presses Ctrl-C again;
+    torchrun hands on what the terminal sent to all, so that what comes at once is the same Ctrl-C.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._first_interrupt = 0.0
         self._tells = int(os.environ.get("RANK", 0)) == 0
 
     def __enter__(self) -> "StopRequest":
@@ -249,7 +255,15 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
+        # Not printed: the signal may have come in the middle of a print, whose buffer may not be entered twice.
         if self._tells and not self.requested:
-            # Not printed: the signal may have come in the middle of a print, whose buffer may not be entered twice.
-            os.write(2, b"\nstop requested: finishing this step and saving it\n")
+            os.write(2, b"\nstop requested: finishing this step and saving it (Ctrl-C again: stop without)\n")
         self.requested = True
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._first_interrupt and now - self._first_interrupt > _SAME_INTERRUPT:
+            if self._tells:
+                os.write(2, b"\nstopped without saving; --resume auto goes on from the last checkpoint\n")
+            os._exit(128 + signal.SIGINT)
+        self._first_interrupt = self._first_interrupt or now

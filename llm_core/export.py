@@ -112,13 +112,18 @@ def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evalua
         )
     metrics = {m["metric"]: m["value"] for m in judged["metrics"] if m["source"] == "all"} if judged else {}
     identifier = model_id(record.checkpoint_id)
-    lineage = {"run_id": record.run_id, "checkpoint_id": record.checkpoint_id, "step": record.step}
+    lineage = {
+        "run_id": record.run_id,
+        "checkpoint_id": record.checkpoint_id,
+        "step": record.step,
+        "tokens_seen": record.tokens_seen,
+    }
     lineage |= {name: run[name] for name in ("dataset_id", "tokenizer_id", "code_version", "git_commit", "seed")}
     lineage |= {"parent_run_id": run["parent_run_id"]} if run["parent_run_id"] is not None else {}
     manifest = inside(data_dir / "manifests", f"{run['dataset_id']}.json")
     if manifest.is_file():  # a model can be exported after its data is gone
         dataset = read_json(manifest)
-        lineage |= {"snapshot_id": dataset["snapshot_id"], "training_tokens": dataset["splits"]["train"]["tokens"]}
+        lineage |= {"snapshot_id": dataset["snapshot_id"], "dataset_tokens": dataset["splits"]["train"]["tokens"]}
     facts = {
         "format_version": 1,
         "model_id": identifier,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from llm_core.cli import parse_options, run_tool
 from llm_core.config import StageConfig
@@ -35,7 +35,9 @@ class GarbageOptions(StageConfig):
     min_age_hours: float = Field(
         1.0, ge=0, description="Younger files stay: they may belong to a preparation that is going on now."
     )
-    dry_run: bool = Field(False, description="Only tell what would be removed.")
+    dry_run: bool = Field(
+        False, validation_alias=AliasChoices("dry_run", "dry-run"), description="Only tell what would be removed."
+    )
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,6 @@ def _cell(text: str) -> str:
 def _table(left: str, right: str, rows: Mapping[str, Any]) -> str:
     lines = [f"| {left} | {right} |", "|---|---|"]
     for name, value in rows.items():
-        shown = f"{value:.4f}" if isinstance(value, float) and 0.001 < abs(value) < 1e6 else str(value)
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
         lines.append(f"| {_cell(name)} | {_cell(shown)} |")
     return "\n".join(lines)

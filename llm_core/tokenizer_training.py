@@ -8,7 +8,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llm_core.config import TokenizerConfig
 from llm_core.errors import UserError
-from llm_core.tiktoken_ranks import ready_tokenizer
+from llm_core.tiktoken_ranks import PATTERNS, ready_tokenizer
 from llm_core.tokenizer import CL100K_PATTERN, Tokenizer, byte_characters, byte_level_tokenizer
 
 UNKNOWN = "[UNK]"
@@ -24,7 +24,7 @@ def train_tokenizer(texts: Texts, config: TokenizerConfig) -> Tokenizer:
     Raises:
         UserError: the vocabulary size or a special token does not fit.
     """
-    _check_special_tokens(config)
+    check_tokenizer(config)
     if config.tokenizer_type == "tiktoken":
         return Tokenizer(ready_tokenizer(config).to_str(pretty=True).encode())
     trained = _train_bpe(texts, config) if config.tokenizer_type == "bpe" else _train_wordpiece(texts, config)
@@ -35,6 +35,17 @@ def train_tokenizer(texts: Texts, config: TokenizerConfig) -> Tokenizer:
             + (" or less, or add text to --input_dir" if size < config.vocab_size else " or more")
         )
     return Tokenizer(trained.to_str(pretty=True).encode())
+
+
+def check_tokenizer(config: TokenizerConfig) -> None:
+    """What can be known of a configuration before any text is read.
+
+    Raises:
+        UserError: a special token does not fit, or there is no such encoding.
+    """
+    if config.tokenizer_type == "tiktoken" and config.tiktoken_encoding not in PATTERNS:
+        raise UserError(f"--tiktoken_encoding {config.tiktoken_encoding}: unknown; choose one of {', '.join(PATTERNS)}")
+    _check_special_tokens(config)
 
 
 def _check_special_tokens(config: TokenizerConfig) -> None:

@@ -51,7 +51,10 @@ class TrainOptions(TrainConfig):
     snapshot_id: str | None = Field(
         None, description="With dataset_id: the snapshot that tells the source of its documents; default: the one it was made of."
     )
-    save_dir: str = Field("checkpoints", description="Folder for checkpoints, metrics and the run's state.")
+    save_dir: str | None = Field(
+        None,
+        description="Folder for checkpoints, metrics and the run's state; default: that of --checkpoint, else checkpoints.",
+    )
     checkpoint: str | None = Field(None, description="Resume from this checkpoint_step_<N>.pt.")
     resume: Literal["never", "auto"] = Field(
         "never", description="auto: continue from the newest checkpoint in save_dir that verifies."
@@ -200,6 +203,8 @@ def _announce(
         f"{ranks.world_size} rank(s) on {ranks.device.type} with {ranks.threads} thread(s), {trainer.precision}, "
         f"attention {model.backend}, micro batch {trainer.micro_batch_size} x {accumulation}"
     )
+    if config.sharding == "fsdp" and ranks.world_size == 1:
+        log.say("--sharding fsdp: one rank has nobody to share the model with")
     if data.parent is not None:
         log.say(f"weights from step {data.parent.step} of run {data.parent.run_id}")
     if data.parts is not None:
@@ -234,6 +239,16 @@ def print_explanation(options: TrainOptions) -> None:
             print(f"{name:<22} {value}")
 
 
+def _save_dir(options: TrainOptions) -> Path:
+    """A run goes on where it was, unless it is told otherwise."""
+    if options.save_dir is not None:
+        return Path(options.save_dir)
+    named = Path(options.checkpoint) if options.checkpoint is not None else None
+    if named is None:
+        return Path("checkpoints")
+    return named if named.is_dir() else named.parent
+
+
 def _options() -> TrainOptions:
     """The command line. All ranks of a machine have the same one: the first of them says what is wrong with it."""
     if not int(os.environ.get("LOCAL_RANK", 0)):
@@ -257,7 +272,7 @@ def main(listener: Listener | None = None) -> None:
         train(
             options.part(TrainConfig),
             Path(options.data_dir),
-            Path(options.save_dir),
+            _save_dir(options),
             dataset_id=options.dataset_id,
             snapshot_id=options.snapshot_id,
             checkpoint=options.checkpoint,

@@ -117,7 +117,12 @@ def checkpoint(state: dict[str, Any], metrics: list[dict[str, Any]], vocab_size:
         began = _result(True, "first_loss", {"not_applicable": "the weights are those of another run"}, warn_only=True)
     else:
         near = first is not None and abs(first - expected) <= FIRST_LOSS_TOLERANCE
-        began = _result(near, "first_loss", {"first_loss": first, "ln_vocabulary": round(expected, 4)}, warn_only=True)
+        began = _result(
+            near,
+            "first_loss",
+            {"first_loss": round(first, 4) if first is not None else None, "ln_vocabulary": round(expected, 4)},
+            warn_only=True,
+        )
     return [_result(finite, "losses_are_finite", facts), began]
 
 

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,12 @@ def _parser() -> argparse.ArgumentParser:
     home.add_argument("--home", help="root of everything textmill wrote (default: TEXTMILL_HOME or ./data)")
     description = "Asks the catalog where a model came from and where a text went."
     parser = argparse.ArgumentParser(prog=PROG, description=description, parents=[home])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"textmill {version('textmill')}")
+    parser.set_defaults(run=lambda *_: parser.print_help())
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     lineage = commands.add_parser("lineage", help="everything a checkpoint was made from", parents=[home])
-    lineage.add_argument("checkpoint", help="id of a checkpoint")
+    lineage.add_argument("checkpoint", help="id of a checkpoint or of a run (its last checkpoint), or how it begins")
     lineage.set_defaults(run=_lineage)
 
     usage = commands.add_parser("usage", help="the checkpoints that have seen a document or a raw file", parents=[home])
@@ -47,9 +51,12 @@ def _parser() -> argparse.ArgumentParser:
 
     gc = commands.add_parser("gc", help="remove prepared data that no kept dataset needs", parents=[home])
     gc.add_argument(
-        "--keep", type=_at_least_one, default=1, help="newest datasets to keep beside the current one and those of runs"
+        "--keep",
+        type=_at_least_one,
+        default=1,
+        help="newest datasets to keep, the current one among them; those of runs stay anyway",
     )
-    gc.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    gc.add_argument("--dry-run", "--dry_run", action="store_true", help="only tell what would be removed")
     gc.set_defaults(run=_gc)
 
     catalog = commands.add_parser("catalog", help="care for the catalog file").add_subparsers(required=True, metavar="COMMAND")
@@ -59,20 +66,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _lineage(home: Path, path: Path, options: argparse.Namespace) -> None:
-    rows = Catalog(path).lineage(options.checkpoint)
+    checkpoint_id = Catalog(path).checkpoint_id(options.checkpoint)
+    rows = Catalog(path).lineage(checkpoint_id)
     runs = {row["generation"]: row for row in rows}
     facts = ("run_id", "step", "seed", "dataset_id", "snapshot_id", "tokenizer_id", "code_version", "git_commit")
     for generation, run in runs.items():
-        title = (
-            {"checkpoint_id": options.checkpoint} if generation == 0 else {"began with": f"the weights of run {run['run_id']}"}
-        )
+        title = {"checkpoint_id": checkpoint_id} if generation == 0 else {"began with": f"the weights of run {run['run_id']}"}
         told = title | {name: run[name] for name in facts}
-        told |= {f"config {name}": json.dumps(value) for name, value in json.loads(run["config"] or "{}").items()}
+        told |= {
+            f"config {name}": f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
+            for name, value in json.loads(run["config"] or "{}").items()
+        }
         print(_table([{"what": name, "value": value} for name, value in told.items()]))
         print()
     places = ("path", "start_byte", "end_byte", "document_id", "first_step", *(["run_id"] if len(runs) > 1 else []))
     seen = [{name: row[name] for name in places} for row in rows if row["document_id"] is not None]
-    print(_table(seen) if seen else f"checkpoint {options.checkpoint} has seen no text yet")
+    print(_table(seen) if seen else f"checkpoint {checkpoint_id} has seen no text yet")
 
 
 def _usage(home: Path, path: Path, options: argparse.Namespace) -> None:
@@ -127,6 +136,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M} UTC"
     if value is None:
         return "-"
     return printable(str(value))

@@ -100,4 +100,4 @@ def lost_retries(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     for run in lost:
         context.instance.add_run_tags(run.run_id, {ASKED_AGAIN_TAG: run.run_id})
         context.instance.report_run_failed(run, "It was to be launched again and was not: reported once more.")
-    return dg.SkipReason(f"retries asked for again: {len(lost)}")
+    return dg.SkipReason(f"retries asked for again: {len(lost)}" if lost else None)

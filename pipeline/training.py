@@ -94,7 +94,7 @@ def run_training(
             log_path=run_dir / "training.log",
             grace_seconds=torchrun.stop_seconds,
         )
-        with _says_how_it_was_stopped(run_dir, config.max_steps), process:
+        with _says_how_it_was_stopped(context, run_dir, config.max_steps), process:
             context.log.info(f"training: {shlex.join(process.command)}\noutput: {process.log_path}")
             live = LiveRecords(context, record, torchrun.catalog_seconds)
             for _ in process.wait(torchrun.report_seconds):
@@ -111,15 +111,17 @@ def run_training(
 
 
 @contextmanager
-def _says_how_it_was_stopped(run_dir: Path, max_steps: int) -> Iterator[None]:
-    """A step that is cancelled does not fail: no hook tells the person at the terminal what became of the training."""
+def _says_how_it_was_stopped(context: AssetExecutionContext, run_dir: Path, max_steps: int) -> Iterator[None]:
+    """A step that is cancelled does not fail: no hook tells what became of the training, in the terminal or on the run's page."""
     try:
         yield
     except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
         state = read_json(run_dir / "run.json") if (run_dir / "run.json").exists() else {"status": "not started"}
         saved = state["status"] == "preempted"
         moment = f"at step {state['steps_done']} of {max_steps}, saved" if saved else "before it could save"
-        say_at_the_end(f"the training was stopped {moment}; run the same job again and it goes on (in {run_dir})")
+        told = f"the training was stopped {moment}; run the same job again and it goes on (in {run_dir})"
+        say_at_the_end(told)
+        context.log.warning(told)
         raise
 
 

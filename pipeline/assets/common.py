@@ -24,9 +24,18 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 
 
 def table(rows: Iterable[Mapping[str, Any]], **columns: str) -> dg.TableMetadataValue:
-    """Rows as a table of the asset page; columns: name -> type ("string", "int" or "float"), in the order they are shown."""
+    """Rows as a table of the asset page; columns: name -> type ("string", "int" or "float"), in the order they are shown.
+
+    Numbers are rounded to four digits after the point: the page shows all there are.
+    """
     schema = dg.TableSchema(columns=[dg.TableColumn(name, type) for name, type in columns.items()])
-    return dg.MetadataValue.table([dg.TableRecord({name: row[name] for name in columns}) for row in rows], schema)
+    shown = ({name: round(row[name], 4) if isinstance(row[name], float) else row[name] for name in columns} for row in rows)
+    return dg.MetadataValue.table([dg.TableRecord(row) for row in shown], schema)
+
+
+def tables(**found: dg.TableMetadataValue) -> dict[str, dg.TableMetadataValue]:
+    """Those that have rows: a heading alone looks like an error."""
+    return {name: value for name, value in found.items() if value.records}
 
 
 def markdown_table(rows: Iterable[Mapping[str, object]]) -> dg.MarkdownMetadataValue:

@@ -8,7 +8,7 @@ from llm_core.evaluation_file import by_source, metric, read_evaluation
 from llm_core.files import content_id
 from pipeline import checks
 from pipeline.assets.checkpoint import checkpoint
-from pipeline.assets.common import HOOKS, MODEL, OWNERS, literal, rounded, table
+from pipeline.assets.common import HOOKS, MODEL, OWNERS, literal, rounded, table, tables
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.current import set_current
 from pipeline.handover import Upstream
@@ -77,15 +77,17 @@ def evaluation(
             "xz_bits_per_byte": rounded(metric(result, "xz_bits_per_byte")),
             **({"released_bits_per_byte": rounded(metric(released, "bits_per_byte"))} if released is not None else {}),
             "share_of_text": rounded(metric(result, "share_of_text")),
-            "by_source": table(
-                [{name: value for name, value in row.items() if name != "perplexity"} for row in by_source(result)],
-                source="string",
-                loss="float",
-                bits_per_byte="float",
-                tokens="float",
-                bytes="float",
+            **tables(
+                by_source=table(
+                    [{name: value for name, value in row.items() if name != "perplexity"} for row in by_source(result)],
+                    source="string",
+                    loss="float",
+                    bits_per_byte="float",
+                    tokens="float",
+                    bytes="float",
+                ),
+                lm_eval=table(tasks, task="string", metric="string", value="float", standard_error="float", examples="float"),
             ),
-            "lm_eval": table(tasks, task="string", metric="string", value="float", standard_error="float", examples="float"),
             "loss": rounded(metric(result, "loss")),
             "perplexity": rounded(metric(result, "perplexity"), 2),
             "tokens": int(metric(result, "tokens")),

@@ -8,7 +8,7 @@ from llm_core.config import CorpusConfig
 from llm_core.corpus import take_snapshot
 from llm_core.locks import preparing
 from pipeline import checks
-from pipeline.assets.common import DATA, HOOKS, OWNERS, table
+from pipeline.assets.common import DATA, HOOKS, OWNERS, table, tables
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.current import set_current
 from pipeline.resources import CatalogResource, Storage
@@ -53,7 +53,7 @@ def raw_text(
             "bytes_dropped": sum(dropped.values()),
             "dropped_by_reason": table([{"reason": why, "bytes": dropped[why]} for why in dropped], reason="string", bytes="int"),
             "quarantined": sum(summary["quarantined_by_reason"].values()),
-            "quarantined_files": table(summary["quarantined"], path="string", reason="string", detail="string"),
+            **tables(quarantined_files=table(summary["quarantined"], path="string", reason="string", detail="string")),
             "folder": dg.MetadataValue.path(place),
         },
     )

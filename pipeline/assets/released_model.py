@@ -49,7 +49,8 @@ def released_model(
     sample = result["samples"][0]
     rows: dict[str, object] = {
         "documents": sum(split.documents for split in manifest.splits.values()),
-        "training tokens": manifest.splits["train"].tokens,
+        "tokens to train on": manifest.splits["train"].tokens,
+        "tokens trained on": record.tokens_seen,
         "parameters": run["parameters"],
         "steps": record.step,
         "bits per byte": metric(result, "bits_per_byte"),

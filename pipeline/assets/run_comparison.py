@@ -35,7 +35,7 @@ def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog:
         raise UserError(f"evaluation {judged['evaluation_id']}: not in the catalog; make it anew with: textmill catalog rebuild")
     rows = [
         {
-            "run": run["run_id"],
+            "run": run["run_id"][:8],
             "parameters": run["parameters"],
             "window": run["max_length"],
             "tokens": run["tokens_seen"],

@@ -6,7 +6,7 @@ from llm_core.config import TokenizerConfig
 from llm_core.locks import preparing
 from llm_core.tokenizer_store import prepare_tokenizer
 from pipeline import checks
-from pipeline.assets.common import DATA, HOOKS, OWNERS, rounded, table
+from pipeline.assets.common import DATA, HOOKS, OWNERS, rounded, table, tables
 from pipeline.assets.raw_text import raw_text
 from pipeline.handover import Upstream
 from pipeline.resources import CatalogResource, Storage
@@ -50,8 +50,13 @@ def trained_tokenizer(
                 tokens_per_word="float",
                 vocab_used="float",
             ),
-            "sources_of_new_text": table(
-                artifact.trial.sources if artifact.trial else [], source="string", measured_bytes="int", bytes_per_token="float"
+            **tables(
+                sources_of_new_text=table(
+                    artifact.trial.sources if artifact.trial else [],
+                    source="string",
+                    measured_bytes="int",
+                    bytes_per_token="float",
+                )
             ),
             "file": dg.MetadataValue.path(storage.processed / artifact.file),
         },

@@ -35,10 +35,15 @@ class Questions:
                 SELECT checkpoint_id, max_by(value, evaluated_at) AS bits_per_byte FROM evaluations
                 WHERE metric = 'bits_per_byte' AND source = 'all' GROUP BY ALL
             ),
-            last AS (SELECT run_id, max_by(checkpoint_id, step) AS checkpoint_id FROM checkpoints GROUP BY ALL)
-            SELECT r.run_id, r.status, r.steps_done, r.tokens_seen, r.parameters, r.dataset_id, r.started_at, checkpoint_id,
-                   bits_per_byte
-            FROM training_runs r LEFT JOIN last USING (run_id) LEFT JOIN judged USING (checkpoint_id)
+            last AS (SELECT run_id, max_by(checkpoint_id, step) AS checkpoint_id FROM checkpoints GROUP BY ALL),
+            -- A run's own count is written with its checkpoints; while it trains its metrics are ahead of it.
+            reported AS (SELECT run_id, max(step) AS step, max(tokens) AS tokens FROM train_metrics GROUP BY ALL)
+            SELECT r.run_id, r.status,
+                   CASE WHEN r.status = 'running' THEN greatest(r.steps_done, step) ELSE r.steps_done END AS steps_done,
+                   CASE WHEN r.status = 'running' THEN greatest(r.tokens_seen, tokens) ELSE r.tokens_seen END AS tokens_seen,
+                   r.parameters, r.dataset_id, r.started_at, checkpoint_id, bits_per_byte
+            FROM training_runs r
+            LEFT JOIN reported USING (run_id) LEFT JOIN last USING (run_id) LEFT JOIN judged USING (checkpoint_id)
             ORDER BY r.started_at DESC
             """
         )
@@ -87,16 +92,30 @@ class Questions:
             curves[row["run_id"]].append({"tokens": row["tokens"], "loss": row["loss"]})
         return curves
 
+    def checkpoint_id(self, named: str) -> str:
+        """The checkpoint that an id of a checkpoint means, or of a run (its last one), or the unmistakable beginning of one.
+
+        Raises:
+            UserError: there is none, or there are several.
+        """
+        found = self.query(
+            """
+            SELECT checkpoint_id FROM checkpoints WHERE starts_with(checkpoint_id, $1)
+            UNION SELECT max_by(checkpoint_id, step) FROM checkpoints WHERE starts_with(run_id, $1) GROUP BY run_id
+            """,
+            [named],
+        )
+        if len(found) != 1:
+            which = f"{len(found)} checkpoints or runs begin so" if found else "neither a checkpoint nor a run in the catalog"
+            raise UserError(f"{named}: {which}; `textmill runs` lists them")
+        return str(found[0]["checkpoint_id"])
+
     def lineage(self, checkpoint_id: str) -> list[Row]:
         """Everything a checkpoint was made from: its own run (generation 0) and those whose weights it began with (1, 2, ...).
 
         For each run a row for each place in a raw file whose text it has seen; one row without a document where it has seen none.
-
-        Raises:
-            UserError: there is no such checkpoint.
+        Of a checkpoint that the catalog does not know there are none.
         """
-        if not self.query("SELECT 1 FROM checkpoints WHERE checkpoint_id = ?", [checkpoint_id]):
-            raise UserError(f"checkpoint {checkpoint_id}: not in the catalog; `SELECT checkpoint_id FROM checkpoints` lists them")
         return self.query(
             "SELECT * FROM checkpoint_lineage WHERE checkpoint_id = ? ORDER BY generation, path, start_byte", [checkpoint_id]
         )

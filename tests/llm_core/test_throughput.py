@@ -40,6 +40,8 @@ def test_rule_25_mfu_is_flops_per_second_over_the_peak(monkeypatch: pytest.Monke
     throughput = Throughput(warmup_steps=0, flops_per_token=1000, peak_flops=200_000)
     clock.step(throughput, 1.0, tokens=120)
     assert throughput.mfu == pytest.approx(0.6)
+    clock.step(throughput, 1.0, tokens=1000)
+    assert throughput.mfu == 1, "the peak was measured while others used the processor"
 
 
 def test_rule_25_the_peak_is_the_fastest_product_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

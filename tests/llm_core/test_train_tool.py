@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 from llm_core import train as train_module
 from llm_core.checkpoint import load_model
 from llm_core.checkpoint_files import newest_valid
-from tests.llm_core.training import run_train
+from llm_core.shards import load_manifest
+from tests.llm_core.training import flags, run_train, train_arguments
 
 
 def test_the_documented_flags_train_a_model(processed_dir: Path, tmp_path: Path) -> None:
@@ -82,6 +84,8 @@ def test_help_explains_every_flag() -> None:
         ({"snapshot_id": "abc"}, "--snapshot_id abc: only with --dataset_id"),
         ({"no_such_flag": 1}, "--no_such_flag: no such option; --help lists them all"),
         ({"max_stpes": 1}, "--max_stpes: no such option; did you mean --max_steps?"),
+        ({"lr": 1}, "--lr: no such option; did you mean --learning_rate?"),
+        ({"vocab_size": 1}, "--vocab_size: no such option; it is an option of llm_core.data_prep_tool"),
         ({"profile": "10:13", "max_steps": 5}, "profile 10:13 must end within the 5 steps of the run"),
     ],
 )
@@ -146,6 +150,33 @@ def test_a_second_run_never_overwrites_the_first(processed_dir: Path, tmp_path: 
     assert "--resume auto" in done.stderr
     again = run_train(processed_dir, tmp_path, max_steps=1, resume="auto")
     assert "nothing left to do" in again.stderr
+
+
+def test_a_checkpoint_goes_on_in_the_folder_it_lies_in(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path / "mine", max_steps=2, save_interval=1)
+    first = tmp_path / "mine/checkpoint_step_1.pt"
+    arguments = train_arguments(processed_dir, tmp_path, max_steps=2, save_interval=1, checkpoint=first)
+    at = arguments.index("--save_dir")
+    done = subprocess.run([sys.executable, *arguments[:at], *arguments[at + 2 :]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stderr
+    assert (tmp_path / "mine/set_aside/checkpoint_step_2.pt").exists() and (tmp_path / "mine/checkpoint_step_2.pt").exists()
+
+
+def test_a_resume_on_grown_data_names_the_dataset_it_began_with(corpus_dir: Path, tmp_path: Path) -> None:
+    raw, processed = Path(shutil.copytree(corpus_dir, tmp_path / "raw")), tmp_path / "processed"
+    options = {"max_document_bytes": 2048, "vocab_size": 512, "max_length": 64, "num_workers": 1}
+    prepare = [sys.executable, "-m", "llm_core.data_prep_tool", *flags({"input_dir": raw, "output_dir": processed} | options)]
+    subprocess.run(prepare, check=True, capture_output=True)
+    before = load_manifest(processed).dataset_id
+    run_train(processed, tmp_path / "run", max_steps=2, save_interval=1)
+    (raw / "new.txt").write_text("A text that came later. " * 50)
+    subprocess.run(prepare, check=True, capture_output=True)
+    refused = run_train(processed, tmp_path / "run", max_steps=2, save_interval=1, resume="auto", check=False)
+    assert refused.returncode == 2
+    assert f"(--dataset_id {before} is its text, without what came since)" in refused.stderr
+    assert "run_id is" not in refused.stderr, "what follows from the other differences"
+    run_train(processed, tmp_path / "run", max_steps=2, save_interval=1, resume="auto", dataset_id=before)
 
 
 def test_two_trainings_never_share_a_directory(processed_dir: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import dagster as dg
 import pytest
 
 from llm_core.config import ReleaseConfig
-from llm_core.evaluation_file import Evaluation
+from llm_core.evaluation_file import Evaluation, metric, read_evaluation
 from llm_core.model_card import model_card
 from pipeline.assets.released_model import released_model
 from pipeline.release import decide
@@ -105,6 +105,7 @@ def test_nothing_in_a_model_card_is_markup_but_its_own() -> None:
 def test_the_model_card_tells_data_tokenizer_configuration_metrics_and_commit(trained_home: tuple[Home, Any]) -> None:
     home, result = trained_home
     model, data = home.metadata(result, "released_model"), home.metadata(result, "tokenized_shards")
+    judged = read_evaluation(Path(home.metadata(result, "evaluation")["file"]))
     card = (Path(model["directory"]) / "README.md").read_text()
     (run,) = home.catalog.query("SELECT * FROM training_runs")
     told = {
@@ -112,13 +113,14 @@ def test_the_model_card_tells_data_tokenizer_configuration_metrics_and_commit(tr
         "checkpoint_id": model["checkpoint_id"],
         "dataset_id": data["dataset_id"],
         "snapshot_id": data["snapshot_id"],
-        "training_tokens": data["train_tokens"],
+        "dataset_tokens": data["train_tokens"],
         "tokenizer_id": home.metadata(result, "trained_tokenizer")["tokenizer_id"],
         "code_version": run["code_version"],
         "git_commit": run["git_commit"],
         "seed": 1337,
-        "bits_per_byte": f"{model['bits_per_byte']:.4f}",
-        "learning_rate": "0.0100",
+        "bits_per_byte": f"{metric(judged, 'bits_per_byte'):.6g}",
+        "learning_rate": "0.01",
+        "tokens_seen": home.metadata(result, "checkpoint")["tokens_seen"],
         "hidden_size": 32,
     }
     for name, value in told.items():

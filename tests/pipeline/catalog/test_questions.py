@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm_core.errors import DataError, UserError
+from llm_core.files import read_json, write_json
 from pipeline.catalog.catalog import Catalog
 from tests.pipeline.catalog.artifacts import NASTY, Artifacts, document_id, python
 
@@ -32,10 +33,33 @@ def test_rule_37_one_query_tells_which_checkpoints_saw_a_text(catalog: Catalog) 
 
 
 def test_what_was_never_recorded_is_said_so(catalog: Catalog) -> None:
-    with pytest.raises(UserError, match="checkpoint nope: not in the catalog"):
-        catalog.lineage("nope")
+    with pytest.raises(UserError, match="nope: neither a checkpoint nor a run in the catalog"):
+        catalog.checkpoint_id("nope")
     with pytest.raises(UserError, match=r"nope\.txt: neither a document id nor the path of a raw file"):
         catalog.usage("nope.txt")
+
+
+def test_a_run_that_trains_is_told_by_its_metrics_not_by_its_last_checkpoint(artifacts: Artifacts, tmp_path: Path) -> None:
+    run_dir = artifacts.run("run", "data", "tok", {})
+    state = read_json(run_dir / "run.json")
+    write_json(run_dir / "run.json", state | {"status": "running", "steps_done": 2, "tokens_seen": 200})
+    catalog = Catalog(tmp_path / "catalog.duckdb")
+    catalog.record_run(run_dir)
+    (row,) = catalog.runs()
+    assert (row["status"], row["steps_done"], row["tokens_seen"]) == ("running", 4, 400)
+    write_json(run_dir / "run.json", state | {"status": "preempted", "steps_done": 2, "tokens_seen": 200})
+    catalog.record_run(run_dir)
+    (row,) = catalog.runs()
+    assert (row["status"], row["steps_done"], row["tokens_seen"]) == ("preempted", 2, 200), "what a resume goes on from"
+
+
+def test_a_checkpoint_is_found_by_its_run_or_by_how_its_id_begins(catalog: Catalog) -> None:
+    first, last = (document_id(f"run{step}")[:16] for step in (2, 4))
+    assert catalog.checkpoint_id(first) == first
+    assert catalog.checkpoint_id(first[:6]) == first
+    assert catalog.checkpoint_id("run") == last, "the last of the run"
+    with pytest.raises(UserError, match="2 checkpoints or runs begin so"):
+        catalog.checkpoint_id("")
 
 
 def test_a_gap_in_the_records_does_not_hide_the_rest_of_a_lineage(artifacts: Artifacts, tmp_path: Path) -> None:
