@@ -4,9 +4,12 @@ Imported before PyTorch, which takes seconds to load.
 """
 
 import ctypes
+import gc
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _PARENT = os.getppid()
 
@@ -28,6 +31,17 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4
         library.mallopt(trim_threshold, -1)  # never
         library.mallopt(mmap_max, 0)
+
+
+@contextmanager
+def seldom_collecting() -> Iterator[None]:
+    """Lets Python look for reference cycles seldom: among many small objects without any, that takes an eighth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def die_with_parent(sent: signal.Signals = signal.SIGTERM) -> None:

@@ -8,8 +8,8 @@ from pydoc_data.topics import topics
 import pytest
 
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
-from llm_core.corpus import folder as local_folder
 from llm_core.corpus import take_snapshot
+from llm_core.corpus.folder import OpenFolder
 from llm_core.shards import build_dataset
 from llm_core.tokenizer_store import prepare_tokenizer
 
@@ -41,11 +41,11 @@ def processed_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths of the files in folders of text that are opened from here on."""
     paths: list[str] = []
-    original = local_folder._open
+    original = OpenFolder.open
 
-    def recording(root: Path | str, path: str) -> int:
+    def recording(folders: OpenFolder, path: str) -> int:
         paths.append(path)
-        return original(root, path)
+        return original(folders, path)
 
-    monkeypatch.setattr(local_folder, "_open", recording)
+    monkeypatch.setattr(OpenFolder, "open", recording)
     return paths

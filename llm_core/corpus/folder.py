@@ -18,6 +18,8 @@ Format = Literal["text", "jsonl", "parquet"]
 _FORMATS: dict[str, Format] = {"txt": "text", "md": "text", "jsonl": "jsonl", "parquet": "parquet"}
 _COMPRESSIONS = ("gz", "zst")
 
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC
+
 _SMALL = 1 << 20
 """Bytes up to which a file is read at once."""
 
@@ -77,6 +79,7 @@ class LocalFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._folders = OpenFolder(root)
 
     def address(self, path: str) -> str:
         return str(self.root / path)
@@ -86,7 +89,7 @@ class LocalFolder:
 
     @contextmanager
     def open(self, path: str) -> Iterator[OpenFile]:
-        descriptor = _open_inside(self.root, path)
+        descriptor = _open_inside(self._folders, path)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -94,7 +97,10 @@ class LocalFolder:
             raw: IO[bytes]
             if status.st_size <= _SMALL:
                 # Read at once: of many small files, the layers of an open file would take as long as all the rest.
-                raw = io.BytesIO(b"".join(iter(lambda: os.read(descriptor, status.st_size + 1), b"")))
+                data = os.read(descriptor, status.st_size + 1)
+                while len(data) < status.st_size and (more := os.read(descriptor, status.st_size)):
+                    data += more
+                raw = io.BytesIO(data)
             else:
                 raw = open(descriptor, "rb", closefd=False)
             yield OpenFile(raw, lambda: Stamp.of(status), lambda: Stamp.of(os.fstat(descriptor)))
@@ -102,35 +108,56 @@ class LocalFolder:
             os.close(descriptor)
 
 
-def _open_inside(root: Path, path: str) -> int:
+class OpenFolder:
+    """Opens files below a root without following a link on the way: a folder may have been replaced by one since the walk.
+
+    The folder of the file before is kept open: files come folder by folder, and of many small ones its opening would take as long
+    as theirs.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = root
+        self._folder, self._descriptor = "", -1
+
+    def open(self, path: str) -> int:
+        """A descriptor. O_NONBLOCK, so that a FIFO put in the file's place cannot hold us."""
+        folder, _, name = path.rpartition("/")
+        if self._descriptor < 0 or folder != self._folder:
+            self._enter(folder)
+        return os.open(name, _FLAGS | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=self._descriptor)
+
+    def _enter(self, folder: str) -> None:
+        self.close()
+        self._folder, self._descriptor = folder, os.open(self.root, _FLAGS | os.O_DIRECTORY)
+        for part in folder.split("/") if folder else []:
+            outer = self._descriptor
+            try:
+                self._descriptor = os.open(part, _FLAGS | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=outer)
+            except OSError:
+                self._descriptor = -1
+                raise
+            finally:
+                os.close(outer)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    __del__ = close
+
+
+def _open_inside(folders: OpenFolder, path: str) -> int:
     """A descriptor. Where a link leads is looked at once more: it may have been put there after the walk."""
     try:
-        return _open(root, path)
+        return folders.open(path)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-    real_root, target = os.path.realpath(root), os.path.realpath(f"{root}/{path}")
-    if not _is_inside(target, real_root):
+    root, target = os.path.realpath(folders.root), os.path.realpath(f"{folders.root}/{path}")
+    if not _is_inside(target, root):
         raise OSError(errno.ELOOP, "a link that leaves the folder", path)
-    return _open(real_root, os.path.relpath(target, real_root))
-
-
-def _open(root: Path | str, path: str) -> int:
-    """A descriptor, reached from the root without following a link: a folder may have been replaced by one since the walk.
-
-    O_NONBLOCK, so that a FIFO put in the file's place cannot hold us.
-    """
-    *folders, name = path.split("/")
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    at = os.open(root, flags | os.O_DIRECTORY)
-    try:
-        for folder in folders:
-            inner = os.open(folder, flags | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
-            os.close(at)
-            at = inner
-        return os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=at)
-    finally:
-        os.close(at)
+    return OpenFolder(root).open(os.path.relpath(target, root))
 
 
 def walk(input_dir: Path) -> Folder:

@@ -25,6 +25,7 @@ from llm_core.corpus.records import DOCUMENTS_SCHEMA, FILES_SCHEMA, KEPT, UNREAD
 from llm_core.corpus.source import InputDir, open_source
 from llm_core.errors import DataError, UserError
 from llm_core.files import atomic_writer, content_id, inside, read_json, verify_file, write_json
+from llm_core.processes import seldom_collecting
 from llm_core.tables import parquet_bytes, read_parquet
 
 FORMAT_VERSION = 2
@@ -52,6 +53,7 @@ class Snapshot:
         return self.documents.filter(pc.equal(self.documents["status"], KEPT))
 
 
+@seldom_collecting()
 def take_snapshot(
     input_dir: InputDir,
     processed_dir: Path,

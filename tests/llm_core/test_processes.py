@@ -1,5 +1,6 @@
 """A process's memory, and one that is to end with the one that started it."""
 
+import gc
 import platform
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import time
 
 import psutil
 import pytest
+
+from llm_core.processes import seldom_collecting
 
 # Prints how many pages the system gives for a large tensor, after others of its size have been freed.
 _ALLOCATE = """
@@ -88,3 +91,11 @@ def test_kept_memory_is_not_asked_for_again() -> None:
     tensor = 64 * 1024 * 1024 // 4096
     assert pages("give back") > tensor / 2
     assert pages("keep") < tensor / 100
+
+
+def test_the_search_for_cycles_is_as_before_when_many_small_objects_are_made() -> None:
+    before = gc.get_threshold()
+    with pytest.raises(ValueError), seldom_collecting():
+        assert gc.get_threshold()[0] > before[0] > 0
+        raise ValueError
+    assert gc.get_threshold() == before
