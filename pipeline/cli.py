@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND")
 
     lineage = commands.add_parser("lineage", help="everything a checkpoint was made from", parents=[home])
-    lineage.add_argument("checkpoint", help="id of a checkpoint or of a run (its last checkpoint), or how it begins")
+    lineage.add_argument("checkpoint", help="id of a checkpoint, a run (its last checkpoint) or a model, or how one begins")
     lineage.set_defaults(run=_lineage)
 
     usage = commands.add_parser("usage", help="the checkpoints that have seen a document or a raw file", parents=[home])

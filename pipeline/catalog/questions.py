@@ -93,7 +93,7 @@ class Questions:
         return curves
 
     def checkpoint_id(self, named: str) -> str:
-        """The checkpoint that an id of a checkpoint means, or of a run (its last one), or the unmistakable beginning of one.
+        """The checkpoint that an id means (its own, its run's, whose last it is, or its model's), or the unmistakable beginning of one.
 
         Raises:
             UserError: there is none, or there are several.
@@ -102,11 +102,12 @@ class Questions:
             """
             SELECT checkpoint_id FROM checkpoints WHERE starts_with(checkpoint_id, $1)
             UNION SELECT max_by(checkpoint_id, step) FROM checkpoints WHERE starts_with(run_id, $1) GROUP BY run_id
+            UNION SELECT checkpoint_id FROM models WHERE starts_with(model_id, $1)
             """,
             [named],
         )
         if len(found) != 1:
-            which = f"{len(found)} checkpoints or runs begin so" if found else "neither a checkpoint nor a run in the catalog"
+            which = f"{len(found)} checkpoints are meant by it" if found else "no checkpoint, run or model in the catalog"
             raise UserError(f"{named}: {which}; `textmill runs` lists them")
         return str(found[0]["checkpoint_id"])
 

@@ -33,7 +33,7 @@ def test_rule_37_one_query_tells_which_checkpoints_saw_a_text(catalog: Catalog) 
 
 
 def test_what_was_never_recorded_is_said_so(catalog: Catalog) -> None:
-    with pytest.raises(UserError, match="nope: neither a checkpoint nor a run in the catalog"):
+    with pytest.raises(UserError, match="nope: no checkpoint, run or model in the catalog"):
         catalog.checkpoint_id("nope")
     with pytest.raises(UserError, match=r"nope\.txt: neither a document id nor the path of a raw file"):
         catalog.usage("nope.txt")
@@ -58,7 +58,9 @@ def test_a_checkpoint_is_found_by_its_run_or_by_how_its_id_begins(catalog: Catal
     assert catalog.checkpoint_id(first) == first
     assert catalog.checkpoint_id(first[:6]) == first
     assert catalog.checkpoint_id("run") == last, "the last of the run"
-    with pytest.raises(UserError, match="2 checkpoints or runs begin so"):
+    (model,) = catalog.query("SELECT model_id, checkpoint_id FROM models")
+    assert catalog.checkpoint_id(model["model_id"]) == model["checkpoint_id"]
+    with pytest.raises(UserError, match="checkpoints are meant by it"):
         catalog.checkpoint_id("")
 
 
