@@ -35,14 +35,13 @@ def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog:
         raise UserError(f"evaluation {judged['evaluation_id']}: not in the catalog; make it anew with: textmill catalog rebuild")
     rows = [
         {
+            # As many columns as the page has room for.
             "run": run["run_id"][:8],
-            "parameters": run["parameters"],
-            "window": run["max_length"],
-            "tokens": run["tokens_seen"],
-            "steps": run["step"],
-            "loss": f"{run['loss']:.4f}",
             "bits per byte": f"{run['bits_per_byte']:.4f}",
             "released": _released(lines.get(run["checkpoint_id"], []), run["model_id"]),
+            "parameters": run["parameters"],
+            "tokens": run["tokens_seen"],
+            "loss": f"{run['loss']:.4f}",
         }
         for run in runs
     ]

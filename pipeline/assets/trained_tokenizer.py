@@ -1,5 +1,7 @@
 """trained_tokenizer: text to token ids."""
 
+from typing import Any
+
 import dagster as dg
 
 from llm_core.config import TokenizerConfig
@@ -40,24 +42,21 @@ def trained_tokenizer(
             "vocab_size": report["vocab_size"],
             "bytes_per_token": rounded(report["bytes_per_token"], 3),
             "tokens_per_word": rounded(report["tokens_per_word"], 3),
-            "share_of_vocabulary_used": rounded(report["vocab_used"]),
+            "vocabulary_used": rounded(report["vocab_used"]),
             "fertility_drift": checks.drift_of(artifact),
-            "sources": table(
-                report["sources"],
-                source="string",
-                measured_bytes="int",
-                bytes_per_token="float",
-                tokens_per_word="float",
-                vocab_used="float",
-            ),
-            **tables(
-                sources_of_new_text=table(
-                    artifact.trial.sources if artifact.trial else [],
-                    source="string",
-                    measured_bytes="int",
-                    bytes_per_token="float",
-                )
-            ),
+            "sources": _by_source(report["sources"]),
+            **tables(sources_of_new_text=_by_source(artifact.trial.sources if artifact.trial else [])),
             "file": dg.MetadataValue.path(storage.processed / artifact.file),
         },
     )
+
+
+_COLUMNS = {"measured_bytes": "bytes", "bytes_per_token": "bytes/token", "tokens_per_word": "tokens/word", "vocab_used": "used"}
+"""Short names: the page has no room for longer ones."""
+
+
+def _by_source(sources: list[dict[str, Any]]) -> dg.TableMetadataValue:
+    """What is known of each source; of new text less is."""
+    shown = {name: short for name, short in _COLUMNS.items() if sources and name in sources[0]}
+    rows = [{"source": row["source"]} | {short: row[name] for name, short in shown.items()} for row in sources]
+    return table(rows, source="string", **{short: "int" if short == "bytes" else "float" for short in shown.values()})

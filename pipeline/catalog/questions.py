@@ -62,8 +62,7 @@ class Questions:
                        max(value) FILTER (metric = 'bits_per_byte') AS bits_per_byte
                 FROM evaluations WHERE source = 'all' GROUP BY ALL
             )
-            SELECT r.run_id, r.parameters, (r.config->>'max_length')::BIGINT AS max_length, c.checkpoint_id, c.step,
-                   c.tokens_seen, j.loss, j.bits_per_byte, m.model_id
+            SELECT r.run_id, r.parameters, c.checkpoint_id, c.step, c.tokens_seen, j.loss, j.bits_per_byte, m.model_id
             FROM judged j
             JOIN judged this ON this.evaluation_id = ? AND j.dataset_id = this.dataset_id AND abs(j.bytes - this.bytes) < 1
             JOIN checkpoints c ON c.checkpoint_id = j.checkpoint_id
@@ -93,7 +92,7 @@ class Questions:
         return curves
 
     def checkpoint_id(self, named: str) -> str:
-        """The checkpoint that an id means (its own, its run's, whose last it is, or its model's), or the unmistakable beginning of one.
+        """The checkpoint of an id: its own, its run's (the last), or its model's; its beginning will do if no other has it.
 
         Raises:
             UserError: there is none, or there are several.

@@ -36,7 +36,7 @@ def test_runs_that_were_judged_on_the_same_text_stand_side_by_side(
     assert [row["released"] for row in rows] == ["yes", "earlier"]
     for row, trained in zip(rows, (wide, small), strict=True):
         assert row["parameters"] == f"{trained['parameters']:,}"
-        assert (row["steps"], row["tokens"]) == (f"{trained['steps']:,}", f"{trained['tokens_seen']:,}")
+        assert row["tokens"] == f"{trained['tokens_seen']:,}"
         (judged,) = home.catalog.query(
             "SELECT value FROM evaluations WHERE checkpoint_id = ? AND metric = 'bits_per_byte' AND source = 'all' AND "
             "dataset_id = ? AND evaluation_id IN (SELECT evaluation_id FROM evaluations WHERE metric = 'tokens' AND value = 512)",
