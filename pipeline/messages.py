@@ -20,6 +20,11 @@ class MessageFile(PipesMessageReader):
         self._path = path
         self._torn = b""
 
+    @property
+    def expected_writer_count(self) -> int:
+        """The first rank alone; Dagster's own answer, the same, warns every run of being a preview."""
+        return 1
+
     @contextmanager
     def read_messages(self, handler: PipesMessageHandler) -> Iterator[PipesParams]:
         self._handler = handler
