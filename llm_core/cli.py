@@ -82,8 +82,8 @@ def _refuse_unknown(options: type[BaseModel], prog: str, arguments: Sequence[str
     known = ["--help"]
     for name, field in options.model_fields.items():
         aliases = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
-        known += [f"--{alias}" for alias in (name, *aliases)]
-        known += [f"--no-{name}"] if field.annotation is bool else []
+        forms = ("--", "--no-") if field.annotation is bool else ("--",)
+        known += [f"{form}{alias}" for alias in (name, *aliases) for form in forms]
     for flag in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         if flag not in known:
             meant = _meant(flag, known)

@@ -28,7 +28,7 @@ T = TypeVar("T")
 _groups: list[Any] = []
 
 _SAME_INTERRUPT = 2.0
-"""Seconds in which a second SIGINT is torchrun's copy of the first."""
+"""Seconds in which a second SIGINT is the first one: a key held down, or sent to the process and to its group."""
 
 
 @dataclass(frozen=True)
@@ -237,8 +237,8 @@ def _meet_on_this_machine(run_dir: Path) -> str:
 class StopRequest:
     """Notices SIGINT and SIGTERM without interrupting the step; the loop asks at the end of each step.
 
-    The first rank says at once that it did: a step may take a minute. Whoever does not want to wait for it presses Ctrl-C again;
-    torchrun hands on what the terminal sent to all, so that what comes at once is the same Ctrl-C.
+    The first rank says at once that it did: a step may take a minute. Whoever does not want to wait for it presses Ctrl-C again.
+    Under torchrun, which hands on the first one only, there is no such way; it kills its ranks after 30 seconds.
     """
 
     def __init__(self) -> None:
@@ -257,13 +257,14 @@ class StopRequest:
     def _notice(self, number: int, frame: FrameType | None) -> None:
         # Not printed: the signal may have come in the middle of a print, whose buffer may not be entered twice.
         if self._tells and not self.requested:
-            os.write(2, b"\nstop requested: finishing this step and saving it (Ctrl-C again: stop without)\n")
+            again = b"" if "TORCHELASTIC_RUN_ID" in os.environ else b" (Ctrl-C again: stop without)"
+            os.write(2, b"\nstop requested: finishing this step and saving it" + again + b"\n")
         self.requested = True
         if number != signal.SIGINT:
             return
         now = time.monotonic()
         if self._first_interrupt and now - self._first_interrupt > _SAME_INTERRUPT:
             if self._tells:
-                os.write(2, b"\nstopped without saving; --resume auto goes on from the last checkpoint\n")
+                os.write(2, b"\nstopped without saving; --resume auto goes on from the last checkpoint, if there is one\n")
             os._exit(128 + signal.SIGINT)
         self._first_interrupt = self._first_interrupt or now

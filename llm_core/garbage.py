@@ -60,7 +60,7 @@ def find_garbage(processed_dir: Path, run_folders: list[Path], keep: int, min_ag
         needed |= set(_snapshot_files(processed_dir, snapshot_id))
     current = processed_dir / "tokenizer.json"  # it may be newer than the dataset: none was made with it yet
     if current.is_file():
-        needed |= set(_tokenizer_files(processed_dir, sha256_file(current)[:ID_LENGTH]))
+        needed |= set(_tokenizer_needs(processed_dir, sha256_file(current)[:ID_LENGTH]))
     patterns = {
         "manifests": ["manifests/*.json"],
         # What says that an artifact exists before what it consists of.
@@ -136,18 +136,18 @@ def _files_of(processed_dir: Path, manifest: DatasetManifest) -> Iterator[Path]:
         yield processed_dir / shard.file
         yield processed_dir / shard.facts_file
     yield from _snapshot_files(processed_dir, manifest.snapshot_id)
-    yield from _tokenizer_files(processed_dir, manifest.tokenizer.tokenizer_id)
-    made_from = processed_dir / "tokenizers" / f"{manifest.tokenizer.tokenizer_id}.report.json"
-    if made_from.is_file():  # the text it was made for tells how far new text has drifted from it
-        yield from _snapshot_files(processed_dir, read_json(made_from)["snapshot_id"])
+    yield from _tokenizer_needs(processed_dir, manifest.tokenizer.tokenizer_id)
+
+
+def _tokenizer_needs(processed_dir: Path, tokenizer_id: str) -> Iterator[Path]:
+    files = [processed_dir / "tokenizers" / f"{tokenizer_id}.{end}" for end in ("json", "report.json", "tried.json")]
+    yield from files
+    if (report := files[1]).is_file():  # the text it was made for tells how far new text has drifted from it
+        yield from _snapshot_files(processed_dir, read_json(report)["snapshot_id"])
 
 
 def _snapshot_files(processed_dir: Path, snapshot_id: str) -> list[Path]:
     return [processed_dir / "snapshots" / f"{snapshot_id}.{end}" for end in ("json", "files.parquet", "documents.parquet")]
-
-
-def _tokenizer_files(processed_dir: Path, tokenizer_id: str) -> list[Path]:
-    return [processed_dir / "tokenizers" / f"{tokenizer_id}.{end}" for end in ("json", "report.json", "tried.json")]
 
 
 def _current_snapshots(processed_dir: Path) -> Iterator[str]:

@@ -39,7 +39,9 @@ def find_parent(init_from: str) -> Parent:
         UserError: there is no such checkpoint.
         DataError: it is damaged.
     """
-    record = _before_decay(Path(init_from)) or CheckpointRecord.read(manifest_path(named_checkpoint(init_from, "--init_from")))
+    path = Path(init_from)
+    record = _before_decay(path) if path.is_dir() else None
+    record = record or CheckpointRecord.read(manifest_path(named_checkpoint(init_from, "--init_from")))
     return Parent(record.checkpoint_id, record.run_id, record.step, record.path, _known_documents(record))
 
 

@@ -3,7 +3,7 @@
 tokenizers/<tokenizer_id>.tried.json   the newest snapshot it was tried on, and what was found; a cache, never the truth
 
 Of a snapshot only the documents that came since the last trial are read, and of those a sample: where one file is added to ten
-thousand, that file alone is opened.
+thousand, that file alone is opened. Where text is removed, some that stayed may take its place in the sample.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -30,7 +30,8 @@ class Trial:
     """What a tokenizer did on the documents of a snapshot. New are those that the snapshot it was made for does not have."""
 
     drift: float | None
-    """By which share the bytes per token of new documents lie below those of the report; None where none are new."""
+    """By which share the bytes per token of new documents lie below those of the report; None where none are new, or nobody knows
+    which are, that snapshot being gone."""
     sources: list[dict[str, Any]]
     """Bytes per token of new documents, source by source."""
     round_trips: int
@@ -47,7 +48,7 @@ def try_out(tokenizer: Tokenizer, report: dict[str, Any], snapshot: Snapshot, in
     """
     path = processed_dir / "tokenizers" / f"{tokenizer.tokenizer_id}.tried.json"
     note = _read(path)
-    if note is None or note["snapshot_id"] != snapshot.snapshot_id:
+    if note is None or (note["snapshot_id"], note["made_for"]) != (snapshot.snapshot_id, report["snapshot_id"]):
         known = note or {"snapshot_id": None, "tokens": {}, "round_trips": 0, "changed": {}}
         note = _trial_of(tokenizer, report, snapshot, input_dir, processed_dir, known)
         write_json(path, note)
@@ -67,15 +68,11 @@ def _trial_of(
     to_return = came.slice(0, _ROUND_TRIPS)
     tokens = dict(known["tokens"])
     made_for = _ids_of(report["snapshot_id"], processed_dir)
-    sampled = came.slice(0, 0)
-    if made_for is not None:
-        # Drawn by their ids, which are hashes: who was in the sample before mostly stays in it, and need not be read again.
-        measured = documents.filter(_in(documents, pa.array(tokens, pa.large_string())))
-        sampled = _first(pa.concat_tables([_without(came, pa.array(tokens, pa.large_string())), measured]), made_for)
-
+    # Drawn by their ids, which are hashes: who was in the sample before mostly stays in it, and need not be read again.
+    sampled = _first(documents, made_for) if made_for is not None else documents.slice(0, 0)
     unread = _without(sampled, pa.array(tokens, pa.large_string()))
     wanted = pa.concat_arrays([_column(unread), _column(to_return)])
-    to_read = came.filter(_in(came, wanted))
+    to_read = documents.filter(_in(documents, wanted))
     returning, changed = set(_column(to_return).to_pylist()), {}
     for document_id, text in zip(_column(to_read).to_pylist(), iter_texts(input_dir, to_read, snapshot.config), strict=True):
         ids = tokenizer.encode(text)
@@ -92,7 +89,7 @@ def _trial_of(
         round_trips=known["round_trips"] + len(returning),
         changed={document_id: known["changed"][document_id] for document_id in present} | changed,
     )
-    return {"snapshot_id": snapshot.snapshot_id, "tokens": tokens} | asdict(trial)
+    return {"snapshot_id": snapshot.snapshot_id, "made_for": report["snapshot_id"], "tokens": tokens} | asdict(trial)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -100,7 +97,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         note = read_json(path)
     except DataError:
         return None
-    return note if note.keys() >= {"snapshot_id", "tokens", *(field.name for field in fields(Trial))} else None
+    return note if note.keys() >= {"snapshot_id", "made_for", "tokens", *(field.name for field in fields(Trial))} else None
 
 
 def _comes_back(tokenizer: Tokenizer, text: str, ids: Any) -> bool:

@@ -87,7 +87,7 @@ def drift_of(artifact: TokenizerArtifact) -> float | str:
     if artifact.replaced_drift is not None:
         return f"{artifact.replaced_drift:.1%} with the one before: trained again"
     if artifact.trial is None or artifact.trial.drift is None:
-        return "no new text since it was made"
+        return "no new text since it was made, or nobody knows which is new"
     return round(artifact.trial.drift, 4)
 
 

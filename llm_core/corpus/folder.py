@@ -122,9 +122,14 @@ class OpenFolder:
     def open(self, path: str) -> int:
         """A descriptor. O_NONBLOCK, so that a FIFO put in the file's place cannot hold us."""
         folder, _, name = path.rpartition("/")
-        if self._descriptor < 0 or folder != self._folder:
-            self._enter(folder)
-        return os.open(name, _FLAGS | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=self._descriptor)
+        flags = _FLAGS | os.O_NONBLOCK | os.O_NOFOLLOW
+        if self._descriptor >= 0 and folder == self._folder:
+            try:
+                return os.open(name, flags, dir_fd=self._descriptor)
+            except FileNotFoundError:  # another folder may have taken its place
+                pass
+        self._enter(folder)
+        return os.open(name, flags, dir_fd=self._descriptor)
 
     def _enter(self, folder: str) -> None:
         self.close()
@@ -148,7 +153,7 @@ class OpenFolder:
 
 
 def _open_inside(folders: OpenFolder, path: str) -> int:
-    """A descriptor. Where a link leads is looked at once more: it may have been put there after the walk."""
+    """A descriptor. Where a file is a link, its target is looked at once more: it may have been put there after the walk."""
     try:
         return folders.open(path)
     except OSError as error:

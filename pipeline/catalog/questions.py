@@ -105,6 +105,8 @@ class Questions:
             """,
             [named],
         )
+        if not found and self.query("SELECT 1 FROM training_runs WHERE starts_with(run_id, ?)", [named]):
+            raise UserError(f"{named}: this run has no checkpoint yet")
         if len(found) != 1:
             which = f"{len(found)} checkpoints are meant by it" if found else "no checkpoint, run or model in the catalog"
             raise UserError(f"{named}: {which}; `textmill runs` lists them")

@@ -207,6 +207,18 @@ KINDS: dict[str, tuple[Make, dict[str, str | None]]] = {
         lambda at, size: (at / "dicts.jsonl").write_bytes(_line("text", ', "x": [' + "{}," * (size // 16) + "{}]")),
         {},
     ),
+    "string without an end": (
+        lambda at, size: (at / "endless.jsonl").write_bytes(b'{"a": "' + b'\\"' * 8000 + b"," * min(size, 60 << 20) + b"\n"),
+        {},
+    ),
+    "text of commas": (
+        lambda at, size: (at / "commas.jsonl").write_bytes(_line("," * min(size, 60 << 20))),
+        {"commas.jsonl": "kept"},
+    ),
+    "line of quotes": (
+        lambda at, size: (at / "quotes.jsonl").write_bytes(b'{"text": [' + b'"",' * (min(size, 60 << 20) // 3) + b'""]}\n'),
+        {},
+    ),
     "deep nesting": (
         lambda at, _: (at / "deep.jsonl").write_bytes(
             _line("text", ', "x": ' + "[" * 500_000 + "]" * 500_000) + _line("Some text.")

@@ -170,14 +170,18 @@ def test_a_change_that_keeps_size_time_and_inode_is_seen(raw: Path, out: Path) -
     assert take_snapshot(raw, out, HALF).snapshot_id != first.snapshot_id
 
 
-def test_a_file_of_the_same_size_and_times_in_another_place_on_the_disk_is_another_file(raw: Path, out: Path) -> None:
-    stamps = folder.walk(raw).files
-    (raw / "twin.txt").write_bytes((raw / "plain02.txt").read_bytes())
-    times = (stamps["plain02.txt"].mtime_ns, stamps["plain02.txt"].mtime_ns)
-    os.utime(raw / "twin.txt", ns=times)
-    twin = folder.walk(raw).files["twin.txt"]
-    assert twin[:2] == stamps["plain02.txt"][:2]
-    assert twin.inode != stamps["plain02.txt"].inode
+def test_a_folder_that_was_replaced_by_another_is_opened_anew(raw: Path) -> None:
+    for name in ("old", "new"):
+        (raw / name).mkdir()
+    (raw / "old" / "a.txt").write_text("a")
+    (raw / "new" / "b.txt").write_text("b")
+    place = folder.LocalFolder(raw)
+    with place.open("old/a.txt") as file:
+        assert file.raw.read() == b"a"
+    shutil.rmtree(raw / "old")
+    (raw / "new").rename(raw / "old")
+    with place.open("old/b.txt") as file:
+        assert file.raw.read() == b"b"
 
 
 def test_a_write_within_the_same_tick_of_the_clock_cannot_hide(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

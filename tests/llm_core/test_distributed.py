@@ -47,4 +47,5 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step_and_torchruns_copy_of_the_fi
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
+    assert "(Ctrl-C again: stop without)" in said
     assert "stopped without saving; --resume auto goes on from the last checkpoint" in said

@@ -54,7 +54,10 @@ def test_a_tokenizer_that_has_no_dataset_yet_stays_while_it_is_the_current_one(p
     place.collect()
     again = prepare_tokenizer(snapshot, place.raw, place.processed, TokenizerConfig(vocab_size=600))
     assert again.reused and again.tokenizer_id == newer.tokenizer_id
+    (place.raw / "new.txt").write_text("What came later, and makes another snapshot. " * 30)
     place.prepare()
+    place.collect()
+    load_snapshot(place.processed, snapshot.snapshot_id)  # by which new text is told
 
 
 def test_an_old_dataset_goes_with_everything_that_it_alone_needs(place: Place) -> None:

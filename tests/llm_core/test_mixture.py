@@ -156,6 +156,13 @@ def test_a_continued_run_starts_from_the_weights_with_a_new_warm_up(processed_di
     assert trainer.step == 1
 
 
+def test_a_run_begins_with_the_weights_of_a_checkpoint_that_is_named_by_its_file(processed_dir: Path, tmp_path: Path) -> None:
+    run_train(processed_dir, tmp_path / "parent", max_steps=2, save_interval=1)
+    run_train(processed_dir, tmp_path / "child", max_steps=1, init_from=tmp_path / "parent/checkpoint_step_1.pt")
+    state = json.loads((tmp_path / "child/run.json").read_text())
+    assert state["parent_step"] == 1
+
+
 def test_a_continued_run_replays_a_share_of_what_its_parent_has_seen(grown: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"init_from": tmp_path / "parent", "replay_share": 0.25, "max_steps": 5, "save_interval": 2}
     done = run_train(grown, tmp_path / "child", **options)

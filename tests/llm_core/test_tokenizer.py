@@ -641,6 +641,19 @@ def test_drift_is_measured_on_a_sample_that_stays_the_same(
     growing.trial()
     measured = len(read_json(growing.note)["tokens"])
     assert 5 < measured < 15
+    again = growing.note.read_bytes()
+    growing.note.unlink()
+    whole = growing.trial()
+    sample = sorted(read_json(growing.note)["tokens"])
+    growing.note.write_bytes(again)
+    assert sample == sorted(read_json(growing.note)["tokens"]), "the note spares reading, and decides nothing"
+    for source in range(10):
+        (growing.raw / f"new/{source}.txt").unlink()
+    fewer = growing.trial()
+    assert sum(source["measured_bytes"] for source in fewer.sources) == pytest.approx(20_000, abs=4_000), (
+        "others take their place"
+    )
+    assert whole.drift is not None and fewer.drift == pytest.approx(whole.drift, abs=0.05)
     opened.clear()
     growing.add("new/last.txt", JAPANESE[:500])
     trial = growing.trial()
@@ -684,3 +697,13 @@ def test_text_of_another_kind_is_a_drift_and_a_new_tokenizer_where_that_is_asked
     assert retrained.replaced_drift == kept.trial.drift
     again = growing.make(retrain_on_drift=0.3)
     assert again.reused and again.tokenizer_id == retrained.tokenizer_id
+
+
+def test_a_drift_that_a_new_tokenizer_would_not_mend_makes_one_once(growing: Growing, bpe: Tokenizer) -> None:
+    ranks_file(growing.raw.parent / "own.tiktoken", bpe)
+    options = {"tokenizer_type": "tiktoken", "tiktoken_ranks": str(growing.raw.parent / "own.tiktoken"), "retrain_on_drift": 0.05}
+    growing.make(**options)
+    growing.add("japanese.txt", JAPANESE)
+    made = growing.make(**options)
+    assert not made.reused and made.replaced_drift is not None
+    assert growing.make(**options).reused, "it was made for just this text"
