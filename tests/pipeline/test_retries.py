@@ -53,7 +53,7 @@ def test_a_failure_without_its_retry_is_reported_once_more_and_not_again(instanc
     assert failures(instance, run_id) == 2
     run = instance.get_run_by_id(run_id)
     assert run is not None and run.status == dg.DagsterRunStatus.FAILURE and run.tags[ASKED_AGAIN_TAG] == run_id
-    assert look(instance) == "retries asked for again: 0"
+    assert look(instance) is None
 
 
 def test_a_run_that_goes_on_from_one_whose_retry_was_lost_is_asked_for_as_well(instance: dg.DagsterInstance) -> None:
@@ -64,21 +64,21 @@ def test_a_run_that_goes_on_from_one_whose_retry_was_lost_is_asked_for_as_well(i
 
 def test_what_a_terminal_started_and_dagster_cannot_start_again_is_left_alone(instance: dg.DagsterInstance) -> None:
     run_id = failed_run(instance, origin=None)
-    assert look(instance) == "retries asked for again: 0"
+    assert look(instance) is None
     assert failures(instance, run_id) == 1
 
 
 @pytest.mark.parametrize("tags", [{AUTO_RETRY_RUN_ID_TAG: "some run"}, {WILL_RETRY_TAG: "false"}])
 def test_a_failure_that_was_retried_or_is_not_to_be_is_left_alone(instance: dg.DagsterInstance, tags: dict[str, str]) -> None:
     run_id = failed_run(instance, **tags)
-    assert look(instance) == "retries asked for again: 0"
+    assert look(instance) is None
     assert failures(instance, run_id) == 1
 
 
 def test_dagster_is_given_time_for_its_own_retry(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "_PATIENCE", timedelta(minutes=1))
     run_id = failed_run(instance)
-    assert look(instance) == "retries asked for again: 0"
+    assert look(instance) is None
     assert failures(instance, run_id) == 1
 
 
