@@ -15,7 +15,7 @@ from llm_core.files import keep_others_from_writing
 
 Options = TypeVar("Options", bound=BaseModel)
 
-_ELSEWHERE = {
+_MEANT = {
     "lr": "--learning_rate",
     "epochs": "--max_steps",
     "num_train_epochs": "--max_steps",
@@ -23,10 +23,10 @@ _ELSEWHERE = {
     "gradient_accumulation_steps": "--micro_batch_size",
     "seq_len": "--max_length",
     "block_size": "--max_length",
-    "vocab_size": "it is an option of llm_core.data_prep_tool",
-    "num_workers": "it is an option of llm_core.data_prep_tool",
 }
-"""What flags of other programs, or of another tool here, are called: by their letters they resemble something else."""
+"""What flags of other programs are called here: by their letters they resemble something else."""
+
+_OF_DATA_PREPARATION = ("vocab_size", "num_workers")
 
 
 class _Help(argparse.HelpFormatter):
@@ -92,9 +92,10 @@ def _refuse_unknown(options: type[BaseModel], prog: str, arguments: Sequence[str
 
 
 def _meant(flag: str, known: Sequence[str]) -> str:
-    here = _ELSEWHERE.get(flag[2:].replace("-", "_"), "")
-    if here.startswith("it is"):
-        return f"{here}; "
+    name = flag[2:].replace("-", "_")
+    if name in _OF_DATA_PREPARATION:
+        return "it is an option of llm_core.data_prep_tool; "
+    here = _MEANT.get(name)
     similar = [here] if here in known else get_close_matches(flag, known, n=1, cutoff=0.75)
     return f"did you mean {similar[0]}? " if similar else ""
 

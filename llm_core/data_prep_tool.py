@@ -84,10 +84,10 @@ def _facts(
     yield "Tokenizer", f"{artifact.tokenizer_id}, {report['tokenizer_type']}, {report['vocab_size']:,} tokens, {origin}"
     yield "", f"{report['bytes_per_token']:.2f} bytes per token, {report['tokens_per_word']:.2f} tokens per word"
     trial = artifact.trial
-    if trial is not None and trial.drift is not None:
+    if trial.drift is not None:
         less_or_more = "fewer" if trial.drift > 0 else "more"
         yield "", f"{abs(trial.drift):.1%} {less_or_more} bytes per token on text that came since it was made"
-    for text in [*trial.changed.values()][:5] if trial is not None else []:
+    for text in [*trial.changed.values()][:5]:
         yield "", printable(f"a document does not come back from its tokens: {text!r}")
     for split, totals in manifest.splits.items():
         yield f"Tokens, {split}", f"{totals.tokens:,} in {totals.documents:,} documents"

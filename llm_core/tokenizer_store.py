@@ -21,7 +21,7 @@ from llm_core.errors import DataError, UserError
 from llm_core.files import ID_LENGTH, content_id, read_json, sha256_file, write_json
 from llm_core.tokenizer import Ids, Tokenizer
 from llm_core.tokenizer_training import train_tokenizer
-from llm_core.tokenizer_trial import Trial, try_out
+from llm_core.tokenizer_trial import UNTRIED, Trial, try_out
 
 _MEASURED_BYTES = 16 << 20
 _LISTED_SOURCES = 50
@@ -35,7 +35,7 @@ class TokenizerArtifact:
     report: dict[str, Any]
     sha256: str
     reused: bool
-    trial: Trial | None = None  # on the present text
+    trial: Trial = UNTRIED  # on the present text, by `prepare_tokenizer`
     replaced_drift: float | None = None  # of the tokenizer that this one was trained to replace
 
     @property

@@ -40,6 +40,9 @@ class Trial:
     """Those that did not come back, by id: how they begin."""
 
 
+UNTRIED = Trial(drift=None, sources=[], round_trips=0, changed={})
+
+
 def try_out(tokenizer: Tokenizer, report: dict[str, Any], snapshot: Snapshot, input_dir: InputDir, processed_dir: Path) -> Trial:
     """Tries a tokenizer on what came since its last trial; adds that to what was found before.
 

@@ -243,9 +243,12 @@ def _save_dir(options: TrainOptions) -> Path:
     """A run goes on where it was, unless it is told otherwise."""
     if options.save_dir is not None:
         return Path(options.save_dir)
-    named = Path(options.checkpoint) if options.checkpoint is not None else Path("checkpoints")
-    folder = named if named.is_dir() else named.parent
-    return folder if options.checkpoint is not None and folder.is_dir() else Path("checkpoints")
+    if options.checkpoint is not None:
+        named = Path(options.checkpoint)
+        folder = named if named.is_dir() else named.parent
+        if folder.is_dir():
+            return folder
+    return Path("checkpoints")
 
 
 def _options() -> TrainOptions:

@@ -7,17 +7,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
+def release() -> str:
+    """The installed version; "0" for a checkout that is not installed."""
+    try:
+        return version("textmill")
+    except PackageNotFoundError:
+        return "0"
+
+
 @cache
 def code_version() -> str:
     """Package version and a hash of this package's sources, so that an edited checkout never passes for a release."""
-    try:
-        release = version("textmill")
-    except PackageNotFoundError:
-        release = "0"
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
-    return f"{release}+src.{digest.hexdigest()[:8]}"
+    return f"{release()}+src.{digest.hexdigest()[:8]}"
 
 
 @cache

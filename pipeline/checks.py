@@ -13,6 +13,7 @@ from llm_core.corpus import Snapshot
 from llm_core.evaluation_file import Evaluation, metric
 from llm_core.shards import DatasetManifest
 from llm_core.tokenizer_store import TokenizerArtifact
+from pipeline.assets.common import rounded
 
 MAX_DRIFT = 0.2
 MAX_SKIPPED_SHARE = 0.05
@@ -71,7 +72,6 @@ def raw_text(snapshot: Snapshot) -> Checks:
 def trained_tokenizer(artifact: TokenizerArtifact, max_drift: float | None) -> Checks:
     """max_drift: the configured `retrain_on_drift`, beyond which the tokenizer was made anew."""
     trial = artifact.trial
-    assert trial is not None, "prepare_tokenizer tries what it returns"
     shown: dict[str, Any] = {"documents": trial.round_trips, "changed": len(trial.changed)}
     if trial.changed:
         shown["first"] = next(iter(trial.changed.values()))
@@ -86,7 +86,7 @@ def drift_of(artifact: TokenizerArtifact) -> float | str:
     """By which share new text has fewer bytes per token than the text it was made for, or why there is no such number."""
     if artifact.replaced_drift is not None:
         return f"{artifact.replaced_drift:.1%} with the one before: trained again"
-    if artifact.trial is None or artifact.trial.drift is None:
+    if artifact.trial.drift is None:
         return "no new text since it was made, or nobody knows which is new"
     return round(artifact.trial.drift, 4)
 
@@ -120,7 +120,7 @@ def checkpoint(state: dict[str, Any], metrics: list[dict[str, Any]], vocab_size:
         began = _result(
             near,
             "first_loss",
-            {"first_loss": round(first, 4) if first is not None else None, "ln_vocabulary": round(expected, 4)},
+            {"first_loss": rounded(first), "ln_vocabulary": rounded(expected)},
             warn_only=True,
         )
     return [_result(finite, "losses_are_finite", facts), began]

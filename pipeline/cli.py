@@ -7,13 +7,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from llm_core.cli import printable, run_tool
 from llm_core.errors import DataError, UserError
 from llm_core.garbage import GarbageOptions, collect
+from llm_core.version import release
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.rebuild import rebuild
 
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     home.add_argument("--home", help="root of everything textmill wrote (default: TEXTMILL_HOME or ./data)")
     description = "Asks the catalog where a model came from and where a text went."
     parser = argparse.ArgumentParser(prog=PROG, description=description, parents=[home])
-    parser.add_argument("--version", action="version", version=f"textmill {version('textmill')}")
+    parser.add_argument("--version", action="version", version=f"textmill {release()}")
     parser.set_defaults(run=lambda *_: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND")
 

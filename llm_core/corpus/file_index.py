@@ -14,8 +14,16 @@ from llm_core.corpus.records import Rows
 from llm_core.files import atomic_writer
 from llm_core.tables import parquet_bytes, read_parquet
 
-_TYPES = {"size": pa.int64(), "mtime_ns": pa.int64(), "inode": pa.uint64(), "ctime_ns": pa.int64(), "tag": pa.string()}
-_SCHEMA = pa.schema([("path", pa.string()), *_TYPES.items()])
+_SCHEMA = pa.schema(
+    {
+        "path": pa.string(),
+        "size": pa.int64(),
+        "mtime_ns": pa.int64(),
+        "inode": pa.uint64(),
+        "ctime_ns": pa.int64(),
+        "tag": pa.string(),
+    }
+)
 _FILE = Path("snapshots", "file_index.parquet")
 _CLOCK_TICK = 0.02
 """Seconds; two writes to a file within one tick of the file system's clock (10 ms at most) can leave the same times."""

@@ -84,12 +84,12 @@ def jsonl_text(line: bytes, text_field: str) -> bytes:
 
 
 def _has_too_many_values(line: bytes) -> bool:
-    most = len(line) // _BYTES_PER_VALUE
-    if _marks(line) <= most:
+    marks, most = _marks(line), len(line) // _BYTES_PER_VALUE
+    if marks <= most:
         return False
     # The text itself may be a table. Then its commas stand in few strings, which are quick to look through.
     quotes = line.count(b'"') - line.count(b'\\"')
-    return quotes > most // 8 or _marks(line) - sum(_marks(string[0]) for string in _STRING.finditer(line)) > most
+    return quotes > most // 8 or marks - sum(_marks(string[0]) for string in _STRING.finditer(line)) > most
 
 
 def _marks(text: bytes) -> int:

@@ -45,7 +45,7 @@ def trained_tokenizer(
             "vocabulary_used": rounded(report["vocab_used"]),
             "fertility_drift": checks.drift_of(artifact),
             "sources": _by_source(report["sources"]),
-            **tables(sources_of_new_text=_by_source(artifact.trial.sources if artifact.trial else [])),
+            **tables(sources_of_new_text=_by_source(artifact.trial.sources)),
             "file": dg.MetadataValue.path(storage.processed / artifact.file),
         },
     )

@@ -34,7 +34,7 @@ with StopRequest() as stop:
 """
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_step_and_torchruns_copy_of_the_first_is_none() -> None:
+def test_a_second_ctrl_c_does_not_wait_for_the_step_and_one_that_comes_at_once_is_the_first() -> None:
     process = subprocess.Popen([sys.executable, "-c", ENDLESS_STEP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline()
     process.send_signal(signal.SIGINT)
