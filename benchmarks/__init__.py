@@ -1,5 +1,5 @@
-"""Measurements of textmill beside its peers: `python -m benchmarks.data` and `python -m benchmarks.train`.
+"""Benchmarks of textmill and its peers, such as `python -m benchmarks.data` and `python -m benchmarks.train`.
 
-Each compares in one run, contender after contender and round after round, so that a busy moment of the machine meets them all.
-Ratios of medians are what may be compared between machines.
+Each runs all contenders in turn in every round, so that a busy machine slows all of them. Compare ratios of medians, not figures
+from different machines.
 """

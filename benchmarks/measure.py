@@ -1,4 +1,4 @@
-"""Figures, their spread, and how they are shown and kept."""
+"""Measured figures: their spread, tables and results files."""
 
 import json
 import os
@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llm_core.runlog import read_metrics
+from llm_core.layout import RunFolder
+from llm_core.training import read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 CORES = len(os.sched_getaffinity(0))
@@ -36,12 +37,12 @@ class Figure:
 
 
 def ratios(figure: Figure, to: Figure) -> Figure:
-    """Round by round, so that a machine that is slower for a while is so for both."""
+    """Ratios round by round, so that a temporarily slow machine slows both."""
     return Figure(figure.name, "x", [value / other for value, other in zip(figure.values, to.values, strict=True)])
 
 
 def in_turns(rounds: int, work: Mapping[str, Callable[[], Any]], uncounted: int = 1) -> dict[str, list[float]]:
-    """Seconds that each piece of work takes, all of them once per round, after `uncounted` rounds that warm them up."""
+    """Seconds of each piece of work, all once per round, after `uncounted` warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for number in range(-uncounted, rounds):
         for name, call in work.items():
@@ -55,9 +56,9 @@ def in_turns(rounds: int, work: Mapping[str, Callable[[], Any]], uncounted: int 
 
 
 def logged(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """What a training logged by kind ("train", "eval", ...), with the time of each line in seconds."""
+    """The metrics of a training by kind ("train", "eval", ...), with the time of each line in seconds."""
     records: dict[str, list[dict[str, Any]]] = {}
-    for record in read_metrics(run_dir / "metrics.jsonl"):
+    for record in read_metrics(RunFolder(run_dir).metrics):
         seconds = datetime.fromisoformat(record["time"]).timestamp()
         records.setdefault(record["kind"], []).append(record | {"time": seconds})
     return records
@@ -71,11 +72,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def keep(benchmark: str, figures: Iterable[Figure], **facts: object) -> Path:
-    """Appends the figures to results/<benchmark>.jsonl, one line each, with what they depend on."""
+def keep(benchmark: str, figures: Iterable[Figure], **details: object) -> Path:
+    """Appends the figures to results/<benchmark>.jsonl, one line each, with the machine, the versions and `details`."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{benchmark}.jsonl"
-    common = {"at": datetime.now(UTC).isoformat(timespec="seconds")} | machine() | facts
+    common = {"at": datetime.now(UTC).isoformat(timespec="seconds")} | machine() | details
     with path.open("a") as file:
         for figure in figures:
             file.write(json.dumps(common | asdict(figure) | {"median": figure.median}) + "\n")
@@ -83,15 +84,15 @@ def keep(benchmark: str, figures: Iterable[Figure], **facts: object) -> Path:
 
 
 def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    # pandas: PyArrow loads it wherever it is installed, though nothing here needs it.
+    """The machine and the versions of the packages."""
+    # pandas, because PyArrow loads it if it is installed.
     names = ("torch", "tiktoken", "tokenizers", "transformers", "pyarrow", "pandas")
     packages = {name: version(name) for name in names if find_spec(name) is not None}
     return {"cores": CORES, "processor": _processor(), "python": platform.python_version()} | packages
 
 
 def peak_memory() -> float:
-    """Bytes of memory that this process has held at most."""
+    """Peak memory of this process in bytes."""
     status = Path("/proc/self/status").read_text()
     return 1024.0 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 

@@ -1,8 +1,7 @@
-"""What Dagster costs around the work: `python -m benchmarks.orchestration` prints tables.
+"""The overhead of Dagster: `python -m benchmarks.orchestration` prints tables.
 
-A rerun of the whole lineage in which nothing changed, beside jobs of assets that do nothing; and a training, started bare with
-torchrun and by the asset `checkpoint`, and with Dagster stopped in between. Each is a process of its own, as a person or CI
-starts it, and they take turns.
+A rerun of an unchanged lineage, compared with jobs whose assets do nothing; a training under plain torchrun and by the asset
+`checkpoint`; and a training with Dagster running and stopped in turns. Each runs in its own process, as in CI, and they take turns.
 """
 
 import argparse
@@ -23,7 +22,8 @@ from typing import Any
 import psutil
 
 from benchmarks.measure import CORES, Figure, in_turns, keep, logged, ratios, table
-from pipeline.launcher import option_list
+from llm_core.layout import Home
+from pipeline.processes.tools import option_list
 
 ROOT = Path(__file__).parent.parent
 DAGSTER = [sys.executable, "-m", "dagster"]
@@ -33,12 +33,12 @@ SHAPE = "seven assets with ten checks that do nothing"
 SHARE = "Dagster's processes while it trains"
 BARE, ASSET = "torchrun -m llm_core.train", "the asset checkpoint"
 AT_WORK, STOPPED = "Dagster at work", "Dagster stopped"
+# Seconds; longer than the interval of Dagster's progress reports.
 TURN = 8.0
-"""Seconds; more than Dagster's reports of progress are apart."""
+# Seconds over which CPU time is counted: twice the interval at which metrics are recorded in the catalog.
 WATCHED = 60.0
-"""Seconds in which the processors' time is counted: Dagster's records in the catalog are half as far apart."""
+# Length of the training for which the overhead is printed.
 MINUTES = 5
-"""Length of the training that the share of the orchestration is told for."""
 
 NOTHING_TO_DO = """
 import dagster as dg
@@ -76,7 +76,7 @@ TRAINING = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "batch_size": 4
 
 
 def reruns(home: Path, rounds: int) -> list[Figure]:
-    """Seconds of a rerun that changes nothing, of small jobs that do nothing, and of one with as many assets and checks."""
+    """Seconds of a rerun that changes nothing, of small jobs that do nothing, and of one with as many assets and checks as `pretrain`."""
     module = home / "nothing.py"
     module.write_text(NOTHING_TO_DO)
     pretrain = [*DAGSTER, "job", "execute", "-m", "pipeline.definitions", "-j", "pretrain", "-c", "configs/smoke.yaml"]
@@ -91,40 +91,40 @@ def reruns(home: Path, rounds: int) -> list[Figure]:
 
 
 def short_training(home: Path, rounds: int) -> list[Figure]:
-    """Seconds of a short training started by hand and by Dagster, whose difference is what its start and its end take."""
+    """Seconds of a short training under torchrun and under Dagster; the difference is the overhead at its start and end."""
     options = _training(steps=60)
-    runs = home / "checkpoints"
+    runs = Home(home).checkpoints
     _materialize(home, PREPARATION)
     bare = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "-m", "llm_core.train"]
-    bare += option_list({"data_dir": home / "processed_data", "save_dir": runs / "bare"} | options)
+    bare += option_list({"data_dir": Home(home).prepared.root, "save_dir": runs / "bare"} | options)
 
-    def anew(start: Callable[[], None]) -> None:
+    def from_scratch(start: Callable[[], None]) -> None:
         shutil.rmtree(runs, ignore_errors=True)
         start()
 
     work: dict[str, Callable[[], object]] = {
-        BARE: lambda: anew(lambda: _run(bare, home)),
-        ASSET: lambda: anew(lambda: _materialize(home, {"checkpoint": options})),
+        BARE: lambda: from_scratch(lambda: _run(bare, home)),
+        ASSET: lambda: from_scratch(lambda: _materialize(home, {"checkpoint": options})),
     }
     return [Figure(name, "s", seconds) for name, seconds in in_turns(rounds, work).items()]
 
 
 def watched_training(home: Path, pairs: int) -> list[Figure]:
-    """One training by Dagster: what Dagster's processes take of the cores, and seconds per step in turns of `TURN` seconds with
-    them at work and stopped.
+    """One training by Dagster: the share of the cores that Dagster's processes use, and seconds per step, in turns of `TURN`
+    seconds with these processes running and stopped.
 
-    What they leave while they are stopped they do when they go on: they disturb twice as much as they would otherwise.
+    They catch up after each stop, so that they slow the training twice as much as usual.
     """
-    shutil.rmtree(home / "checkpoints", ignore_errors=True)
+    shutil.rmtree(Home(home).checkpoints, ignore_errors=True)
     command, environment = _materialization({"checkpoint": _training(steps=100_000)}), _environment(home)
     turns: list[tuple[str, float, float]] = []
     family: list[psutil.Process] = []
     with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            while not (found := list(home.glob("checkpoints/*/metrics.jsonl"))) or len(found[0].read_bytes()) < 10_000:
+            while not (runs := Home(home).runs()) or not runs[0].metrics.exists() or runs[0].metrics.stat().st_size < 10_000:
                 time.sleep(1)
                 if process.poll() is not None:
-                    raise SystemExit(f"{' '.join(command)} ended with code {process.returncode}")
+                    raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             (torchrun,) = (member for member in family if "torch.distributed.run" in member.cmdline() and member.children())
             dagster = [member for member in family if member not in (torchrun, *torchrun.children(recursive=True))]
@@ -142,7 +142,7 @@ def watched_training(home: Path, pairs: int) -> list[Figure]:
             for member in family:
                 member.kill()
             process.kill()
-    times = [line["time"] for line in logged(found[0].parent)["train"]]
+    times = [line["time"] for line in logged(runs[0].root)["train"]]
     seconds: dict[str, list[float]] = {AT_WORK: [], STOPPED: []}
     for name, began, ended in turns:
         within = [moment for moment in times if began < moment < ended]
@@ -159,7 +159,7 @@ def _training(steps: int) -> dict[str, Any]:
 
 
 def _materialize(home: Path, options: dict[str, dict[str, Any]]) -> None:
-    """Exactly these assets, with these options."""
+    """Materializes these assets with these options."""
     _run(_materialization(options), home)
 
 
@@ -176,41 +176,43 @@ def _environment(home: Path) -> dict[str, str]:
 def _run(command: list[str], home: Path) -> None:
     done = subprocess.run(command, env=_environment(home), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-3000:]}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestration", description="What Dagster costs around the work.")
-    parser.add_argument("--only", choices=["reruns", "training"], help="one of the two tables")
-    parser.add_argument("--rounds", type=int, default=7, help="of the reruns")
-    parser.add_argument("--training_rounds", type=int, default=5, help="of a short training")
-    parser.add_argument("--pairs", type=int, default=12, help="of turns in which Dagster is at work and stopped, in a long one")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestration", description="The overhead of Dagster.")
+    parser.add_argument("--only", choices=["reruns", "training"], help="print only one part")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of the reruns")
+    parser.add_argument("--training_rounds", type=int, default=5, help="rounds of the short training")
+    parser.add_argument(
+        "--pairs", type=int, default=12, help="pairs of turns of the long training, with Dagster running and stopped"
+    )
     options = parser.parse_args()
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        (home / "raw_text_data").mkdir()
+        Home(home).raw_text.mkdir()
         for number, text in enumerate(topics.values()):
-            (home / "raw_text_data" / f"topic{number:02}.txt").write_text(text)
+            (Home(home).raw_text / f"topic{number:02}.txt").write_text(text)
         if options.only != "training":
-            figures += (found := reruns(home, options.rounds))
-            rows = [(one.name, one, f"{one.median / found[1].median:.2f}x") for one in found]
+            figures += (jobs := reruns(home, options.rounds))
+            rows = [(one.name, one, f"{one.median / jobs[1].median:.2f}x") for one in jobs]
             print(table(["job", "seconds", "ratio"], rows))
         if options.only != "reruns":
             figures += (ends := short_training(home, options.training_rounds))
             print(table(["training of 60 steps", "seconds"], [(one.name, one) for one in ends]))
-            figures += (beside := watched_training(home, options.pairs))
-            taken, *speeds = beside
+            figures += (watched := watched_training(home, options.pairs))
+            share, *speeds = watched
             print(table(["while it trains", "seconds per step"], [(one.name, one) for one in speeds]))
             constant = ends[1].median - ends[0].median
             fixed = constant / (60 * MINUTES)
             print(
-                f"start and end take {constant:.1f} s, {fixed:.1%} of a training of {MINUTES} minutes; in between Dagster takes "
-                f"{taken.median:.1%} of the cores: {fixed + taken.median:.1%} in all. "
-                f"Steps are {ratios(*speeds).median - 1:.1%} slower when it works off twice its work"
+                f"start and end take {constant:.1f} s, {fixed:.1%} of a training of {MINUTES} minutes; in between, Dagster uses "
+                f"{share.median:.1%} of the cores: {fixed + share.median:.1%} in total. "
+                f"Steps are {ratios(*speeds).median - 1:.1%} slower while it does twice its usual work"
             )
     path = keep("orchestration", figures, dagster=version("dagster"), duckdb=version("duckdb"))
-    print(f"kept in {path}")
+    print(f"appended to {path}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Time to quality: `python -m benchmarks.quality` trains for the same time on the same text, and shows who gets how far.
+"""Time to quality: `python -m benchmarks.quality` trains each contender for the same time on the same text.
 
-textmill's own command with the options of the README's recipe for CPUs, beside the Trainer of Hugging Face transformers with the
-same model (LlamaForCausalLM): once with the Trainer's own settings, once with textmill's batch, learning rate and schedule. All
-of them read the same windows, are validated on the same ones, and are given as many steps as fit into the time, so that every
-schedule comes to its end. They take turns of some seconds, one at work and the others stopped, so that a machine that is slower
-for a while is so for all of them; what counts is the time at work.
+The training command with the README's recipe for CPUs is compared with the Trainer of Hugging Face transformers and the same model
+(LlamaForCausalLM): once with the Trainer's default settings, once with textmill's batch size, learning rate and schedule. All read
+the same windows, are validated on the same windows and take as many steps as fit into the time, so that every schedule reaches its
+end. They take turns of a few seconds, one running and the others stopped, so that a slow machine slows all of them. Only the time
+that a contender runs counts.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.data import prepare_corpus
 from benchmarks.measure import CORES, RESULTS, Figure, keep, logged, table
 from llm_core.config import ShardConfig, TokenizerConfig, TrainConfig
-from llm_core.shards import load_manifest
+from llm_core.dataset import load_manifest
 
 SHAPE: dict[str, Any] = {"hidden_size": 192, "num_layers": 4, "num_heads": 6}
 RECIPE: dict[str, Any] = {"batch_size": 4, "learning_rate": 1.5e-3}
@@ -34,13 +34,13 @@ VOCABULARY, LENGTH = 4096, 256
 EVALUATIONS, EVAL_TOKENS = 12, 1 << 15
 TRIAL_STEPS, TRIAL_EVAL_TOKENS = 60, 1 << 12
 TURN, TRIAL_TURN = 20.0, 3.0  # seconds
-SAFETY = 0.97  # of the time is planned: the rest is for a machine that slows down
+SAFETY = 0.97  # share of the time to plan for; the rest is a reserve for a slow machine
 
 TEXTMILL, DEFAULTS, TUNED = "textmill", "transformers Trainer, its settings", "transformers Trainer, textmill's settings"
 CONTENDERS = [TEXTMILL, DEFAULTS, TUNED]
 
+# (seconds, bits per byte of the held-out text) of each validation.
 Curve = list[tuple[float, float]]
-"""Seconds and bits per byte of the held-out text."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,20 @@ class Pace:
     validation: float
 
     def steps(self, seconds: float) -> int:
-        """How many steps fit, in a multiple of the validations."""
+        """The number of steps that fit, a multiple of the number of validations."""
         each = (SAFETY * seconds / EVALUATIONS - self.validation) / self.step
         return EVALUATIONS * max(1, math.floor(each))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """When each step and each validation ended: seconds of the clock or, `at_work`, of the contender's own."""
+    """The end of each step and each validation, in seconds of the clock or, after `at_work`, of the contender's own time."""
 
     ends: list[float]
     curve: Curve
 
     def at_work(self, turns: Sequence[tuple[float, float]]) -> "Progress":
-        """Counts what lies within the turns, from the beginning of the first step on."""
+        """Counts only the time within the turns, from the start of the first step."""
 
         def own(moment: float) -> float:
             return sum(max(0.0, min(moment, end) - start) for start, end in turns)
@@ -75,7 +75,7 @@ class Progress:
 
 
 def train_textmill(data_dir: Path, run_dir: Path, steps: int, interval: int, eval_tokens: int) -> Progress:
-    """Runs the command."""
+    """Runs the training command."""
     options = SHAPE | RECIPE | {"max_steps": steps, "eval_interval": interval, "eval_tokens": eval_tokens, "save_interval": 0}
     flags = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "llm_core.train", f"--data_dir={data_dir}", f"--save_dir={run_dir}", *flags]
@@ -88,17 +88,17 @@ def train_textmill(data_dir: Path, run_dir: Path, steps: int, interval: int, eva
 
 
 def train_transformers(data_dir: Path, tuned: bool, steps: int, interval: int, eval_tokens: int) -> Progress:
-    """The same with the Trainer, in this process."""
+    """Runs the Trainer in this process."""
     import numpy as np
     import torch
     from torch import Tensor, nn
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from llm_core.config import ModelConfig
-    from llm_core.distributed import Ranks
-    from llm_core.evaluate import evaluate
-    from llm_core.export import llama_config
-    from llm_core.training_data import TrainingData
+    from llm_core.distributed.ranks import Ranks
+    from llm_core.evaluation.held_out import evaluate
+    from llm_core.huggingface.llama import llama_config
+    from llm_core.training.run_data import TrainingData
 
     torch.set_num_threads(CORES)
     torch.manual_seed(0)
@@ -118,7 +118,7 @@ def train_transformers(data_dir: Path, tuned: bool, steps: int, interval: int, e
             return {"input_ids": inputs, "labels": inputs}  # the model shifts the labels itself
 
     class PerToken(nn.Module):
-        """The peer's model as `evaluate` asks for it."""
+        """The peer's model with the interface that `evaluate` expects."""
 
         def forward(self, inputs: Tensor, targets: Tensor, per_token: bool) -> Tensor:
             logits = model(inputs).logits
@@ -163,7 +163,7 @@ def train_transformers(data_dir: Path, tuned: bool, steps: int, interval: int, e
 
 
 def contend(contender: str, out: Path, steps: int, interval: int, eval_tokens: int) -> None:
-    """The process of a contender: trains on the data beside `out` and leaves its progress there."""
+    """The process of a contender: trains on the data beside `out` and writes its progress to `out`."""
     data_dir = out.parent / "data"
     if contender == TEXTMILL:
         progress = train_textmill(data_dir, out.with_suffix(""), steps, interval, eval_tokens)
@@ -175,7 +175,7 @@ def contend(contender: str, out: Path, steps: int, interval: int, eval_tokens: i
 def contest(
     folder: Path, stage: str, steps: Mapping[str, int], evaluations: int, eval_tokens: int, turn: float
 ) -> dict[str, Progress]:
-    """Lets every contender do its steps, `turn` seconds at a time."""
+    """Lets every contender take its steps, `turn` seconds at a time."""
     running: dict[str, subprocess.Popen[bytes]] = {}
     turns: dict[str, list[tuple[float, float]]] = {contender: [] for contender in steps}
     for number, (contender, count) in enumerate(steps.items()):
@@ -211,7 +211,7 @@ def _stop_after(process: "subprocess.Popen[bytes]", seconds: float) -> float:
 
 
 def pace_of(trial: Progress) -> Pace:
-    """From the second half of a short run."""
+    """Measured over the second half of a short training."""
     ends, curve = trial.ends, trial.curve
     half = len(ends) // 2
     validation = (curve[-1][0] - ends[-1]) * EVAL_TOKENS / TRIAL_EVAL_TOKENS
@@ -219,7 +219,7 @@ def pace_of(trial: Progress) -> Pace:
 
 
 def seconds_to(curve: Curve, bits_per_byte: float) -> float:
-    """When a curve first is as good as that, on the line between two validations; infinite where it never is."""
+    """When a curve first reaches this value, interpolated between two validations; infinite if it never does."""
     for (before, worse), (after, better) in pairwise(curve):
         if better <= bits_per_byte:
             return after if worse <= better else before + (after - before) * max(0.0, worse - bits_per_byte) / (worse - better)
@@ -245,10 +245,12 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description="Who gets how far in the same time.")
-    parser.add_argument("--minutes", type=float, default=10, help="of training for each")
-    parser.add_argument("--corpus", type=Path, help="a folder of .py, .txt, .md and .rst files; default: the Python installation")
-    parser.add_argument("--megabytes", type=float, default=60, help="of text to take from it")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description="Quality reached in the same training time."
+    )
+    parser.add_argument("--minutes", type=float, default=10, help="training time of each contender")
+    parser.add_argument("--corpus", type=Path, help="folder of .py, .txt, .md and .rst files; default: the Python installation")
+    parser.add_argument("--megabytes", type=float, default=60, help="size of the text to use")
     parser.add_argument("--contend", choices=CONTENDERS, help=argparse.SUPPRESS)
     for name, kind in {"out": Path, "steps": int, "interval": int, "eval_tokens": int}.items():
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
@@ -262,9 +264,9 @@ def main() -> None:
         manifest = load_manifest(prepare_corpus(options.corpus, options.megabytes, folder, tokenizer, shards))
         print(f"{manifest.splits['train'].tokens:,} training tokens", flush=True)
         trials = contest(folder, "trial", dict.fromkeys(CONTENDERS, TRIAL_STEPS), 1, TRIAL_EVAL_TOKENS, TRIAL_TURN)
-        done = {contender: pace_of(trial).steps(60 * options.minutes) for contender, trial in trials.items()}
-        found = contest(folder, "run", done, EVALUATIONS, EVAL_TOKENS, TURN)
-    curves = {contender: progress.curve for contender, progress in found.items()}
+        steps = {contender: pace_of(trial).steps(60 * options.minutes) for contender, trial in trials.items()}
+        results = contest(folder, "run", steps, EVALUATIONS, EVAL_TOKENS, TURN)
+    curves = {contender: progress.curve for contender, progress in results.items()}
     rows = []
     for contender, curve in curves.items():
         final = curve[-1][1]
@@ -273,13 +275,13 @@ def main() -> None:
             share = ""
         else:
             share = f"{reached:.0f} s, {reached / curve[-1][0]:.0%} of its time" if math.isfinite(reached) else "not in this time"
-        rows.append((contender, f"{done[contender]:,}", f"{curve[-1][0]:.0f}", f"{final:.4f}", share))
+        rows.append((contender, f"{steps[contender]:,}", f"{curve[-1][0]:.0f}", f"{final:.4f}", share))
     print("\n" + table(["", "steps", "seconds", "bits per byte", "textmill is there after"], rows))
     draw(curves, RESULTS / "quality.png")
     figures = [Figure(contender, "bits per byte", [value for _, value in curve]) for contender, curve in curves.items()]
     for figure, curve in zip(figures, curves.values(), strict=True):
-        path = keep("quality", [figure], steps=done[figure.name], seconds=[round(at, 1) for at, _ in curve])
-    print(f"\nkept in {path}, drawn in {RESULTS / 'quality.png'}")
+        path = keep("quality", [figure], steps=steps[figure.name], seconds=[round(at, 1) for at, _ in curve])
+    print(f"\nappended to {path}, drawn in {RESULTS / 'quality.png'}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The training step beside its peers: `python -m benchmarks.train` prints a table for each shape and draws a picture.
+"""The training step compared with its peers: `python -m benchmarks.train` prints a table for each shape and draws a chart.
 
-textmill against LlamaForCausalLM of Hugging Face transformers, and litgpt where it is installed: the same shape, random tokens,
-full optimizer steps (zero gradients, forward, backward, clip, fused AdamW) in fp32 on a CPU. Each contender is a process of its
-own, so that its memory can be told, and they take their steps in turns: first those that run eagerly, then the compiled ones.
+textmill, LlamaForCausalLM of Hugging Face transformers and, if installed, litgpt: the same shape, random tokens, full optimizer
+steps (zero gradients, forward, backward, clip, fused AdamW) in fp32 on a CPU. Each contender runs in its own process, so that its
+memory can be measured, and they step in turns: first the eager ones, then the compiled ones.
 """
 
 import argparse
@@ -21,21 +21,21 @@ import torch
 
 from benchmarks.measure import CORES, RESULTS, Figure, keep, peak_memory, ratios, table
 from llm_core.config import ModelConfig, TrainConfig
-from llm_core.export import llama_config
-from llm_core.model import Transformer
-from llm_core.optimizer import build_optimizers
-from llm_core.processes import keep_freed_memory
-from llm_core.throughput import measure_peak_flops
+from llm_core.huggingface.llama import llama_config
+from llm_core.model.transformer import Transformer
+from llm_core.system import keep_freed_memory
+from llm_core.training.optim import build_optimizers
+from llm_core.training.performance import measure_peak_flops
 
+# A model, and a function of (model, inputs, targets) that computes the loss.
 Peer = tuple[Any, Callable[[Any, Any, Any], Any]]
-"""A model, and the loss of (model, inputs, targets)."""
 
 VOCABULARY = 32_000
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained; batch in windows, length in tokens."""
+    """A model and its batch; batch in windows, length in tokens."""
 
     options: dict[str, Any]
     length: int
@@ -53,7 +53,7 @@ CONTENDERS = [project + kind for kind in ("", COMPILED) for project in PROJECTS]
 
 
 def step_of(contender: str, shape: Shape) -> tuple[Callable[[], None], int]:
-    """A function that does one optimizer step, and the FLOPs of it."""
+    """A function that takes one optimizer step, and the FLOPs of the step."""
     torch.set_num_threads(CORES)
     torch.set_flush_denormal(True)
     if contender.startswith("textmill"):
@@ -100,7 +100,7 @@ def _transformers(config: ModelConfig) -> Peer:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def loss(model: Any, inputs: Any, targets: Any) -> Any:
-        return model(inputs, labels=inputs).loss  # it shifts the labels itself
+        return model(inputs, labels=inputs).loss  # the model shifts the labels itself
 
     return LlamaForCausalLM(LlamaConfig(**llama_config(config, 0))), loss
 
@@ -128,7 +128,7 @@ def _litgpt(config: ModelConfig) -> Peer:
 
 
 def contend(contender: str, shape: Shape) -> None:
-    """The process of a contender: one step for each line it is given, between two large matrix products."""
+    """The process of a contender: one step for each line on stdin, between two large matrix products."""
     step, flops = step_of(contender, shape)
     for _ in range(2):
         step()
@@ -138,13 +138,13 @@ def contend(contender: str, shape: Shape) -> None:
         began = time.perf_counter()
         step()
         seconds = time.perf_counter() - began
-        # A machine that others disturb is as fast as the better of the two, and no faster a minute later.
+        # On a shared machine, the better of the two is the peak of this moment.
         peak = max(before, measure_peak_flops(torch.device("cpu"), torch.float32, 0.1))
         print(json.dumps({"seconds": seconds, "memory": peak_memory() / 1e9, "share": flops / seconds / peak}), flush=True)
 
 
 def compare(name: str, shape: Shape, contenders: list[str], rounds: int) -> list[Figure]:
-    """Figures of one shape: tokens per second, share of the speed of a matrix product, and peak memory of each contender."""
+    """Figures of one shape: tokens per second, share of the peak (a matrix product), and peak memory of each contender."""
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     running: dict[str, subprocess.Popen[str]] = {}
     for contender in contenders:
@@ -152,20 +152,20 @@ def compare(name: str, shape: Shape, contenders: list[str], rounds: int) -> list
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         running[contender] = process
         _line(process)
-    found: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
+    results: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
     for _ in range(rounds):
         for contender, process in running.items():
             assert process.stdin is not None
             process.stdin.write("step\n")
             process.stdin.flush()
-            found[contender].append(json.loads(_line(process)))
+            results[contender].append(json.loads(_line(process)))
         print(".", end="", flush=True)
     print()
     for process in running.values():
         process.communicate()
     tokens = shape.batch * shape.length
     figures = []
-    for contender, measured in found.items():
+    for contender, measured in results.items():
         label = f"{name}, {contender}"
         figures.append(Figure(label, "tokens/s", [tokens / one["seconds"] for one in measured]))
         figures.append(Figure(label, "share of peak", [one["share"] for one in measured]))
@@ -177,12 +177,12 @@ def _line(process: "subprocess.Popen[str]") -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise SystemExit(f"a contender ended: {process.args!r}")
+        raise SystemExit(f"contender failed: {process.args!r}")
     return line
 
 
 def draw(figures: list[Figure], path: Path) -> None:
-    """Tokens per second of each contender, a panel for each shape; the thin line spans the rounds."""
+    """Draws tokens per second of each contender, one panel per shape; the thin line spans the rounds."""
     from matplotlib.figure import Figure as Picture
 
     speeds = [figure for figure in figures if figure.unit == "tokens/s"]
@@ -205,21 +205,21 @@ def draw(figures: list[Figure], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description="The training step beside its peers.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description="The training step compared with its peers.")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--eager", action="store_true", help="leave the compiled contenders out")
+    parser.add_argument("--eager", action="store_true", help="skip the compiled contenders")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--contend", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contend:
         contend(options.contend, SHAPES[options.shapes[0]])
         return
-    everything: list[Figure] = []
+    all_figures: list[Figure] = []
     for name in options.shapes:
         rows = []
         for kind in ("",) if options.eager else ("", COMPILED):
             figures = compare(name, SHAPES[name], [project + kind for project in PROJECTS], options.rounds)
-            everything += figures
+            all_figures += figures
             peer = next(figure for figure in figures if figure.name == f"{name}, transformers{kind}")
             for speed, share, memory in (figures[start : start + 3] for start in range(0, len(figures), 3)):
                 ratio = ratios(speed, peer)
@@ -228,10 +228,10 @@ def main() -> None:
             path = keep("train", figures)
         print(table([name, "tokens/s", "transformers is 1", "of peak", "GB"], rows) + "\n", flush=True)
     if options.eager or options.shapes != list(SHAPES):
-        print(f"kept in {path}; only a whole run is drawn")
+        print(f"appended to {path}; a chart is drawn only for a complete run")
         return
-    draw(everything, RESULTS / "train.png")
-    print(f"kept in {path}, drawn in {RESULTS / 'train.png'}")
+    draw(all_figures, RESULTS / "train.png")
+    print(f"appended to {path}, drawn in {RESULTS / 'train.png'}")
 
 
 if __name__ == "__main__":

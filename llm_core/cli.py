@@ -1,4 +1,4 @@
-"""From a stage's configuration class to its command line, with errors that a person can act on."""
+"""The command line of a configuration class, with errors that state the remedy."""
 
 import argparse
 import sys
@@ -11,33 +11,20 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from llm_core.errors import TextmillError
-from llm_core.files import keep_others_from_writing
+from llm_core.system import restrict_umask
 
 Options = TypeVar("Options", bound=BaseModel)
 
-_MEANT = {
-    "lr": "--learning_rate",
-    "epochs": "--max_steps",
-    "num_train_epochs": "--max_steps",
-    "gradient_accumulation": "--micro_batch_size",
-    "gradient_accumulation_steps": "--micro_batch_size",
-    "seq_len": "--max_length",
-    "block_size": "--max_length",
-}
-"""What flags of other programs are called here: by their letters they resemble something else."""
-
-_OF_DATA_PREPARATION = ("vocab_size", "num_workers")
-
 
 class _Help(argparse.HelpFormatter):
-    """Leaves out defaults that say nothing: the description tells what the absence of a value means."""
+    """Omits null defaults: the description explains a missing value."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return (action.help or "").replace(" (default: null)", "")
 
 
 def describe_invalid(error: ValidationError, prefix: str = "--") -> str:
-    """One line per wrong option: its name, the value given and what would be right."""
+    """One line per wrong option: its name, the value, and what is allowed."""
     lines = []
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
@@ -50,7 +37,7 @@ def describe_invalid(error: ValidationError, prefix: str = "--") -> str:
 
 
 def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | None = None) -> Options:
-    """Reads `--field value` for each field of `options`; a wrong flag ends the program with code 2."""
+    """Parses `--field value` for each field of `options`; a wrong flag exits with code 2."""
 
     class Settings(options, BaseSettings):  # type: ignore[misc, valid-type]
         __doc__ = options.__doc__
@@ -58,7 +45,7 @@ def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | 
 
         @classmethod
         def settings_customise_sources(cls, *args: Any, **sources: Any) -> tuple[()]:
-            """The command line alone: an environment variable named like a field must not change a run."""
+            """Only the command line: an environment variable with the name of a field must not change a run."""
             return ()
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -78,7 +65,7 @@ def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | 
 
 
 def _refuse_unknown(options: type[BaseModel], prog: str, arguments: Sequence[str]) -> None:
-    """Ends the program where a flag is none of ours, with the one that was meant and not with all there are."""
+    """Exits at an unknown flag and suggests a similar one."""
     known = ["--help"]
     for name, field in options.model_fields.items():
         aliases = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
@@ -86,23 +73,15 @@ def _refuse_unknown(options: type[BaseModel], prog: str, arguments: Sequence[str
         known += [f"{form}{alias}" for alias in (name, *aliases) for form in forms]
     for flag in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         if flag not in known:
-            meant = _meant(flag, known)
-            print(f"{prog}: error: {flag}: no such option; {meant}--help lists them all", file=sys.stderr)
+            similar = get_close_matches(flag, known, n=1, cutoff=0.75)
+            hint = f"did you mean {similar[0]}? " if similar else ""
+            print(f"{prog}: error: {flag}: no such option; {hint}--help lists them all", file=sys.stderr)
             raise SystemExit(2)
 
 
-def _meant(flag: str, known: Sequence[str]) -> str:
-    name = flag[2:].replace("-", "_")
-    if name in _OF_DATA_PREPARATION:
-        return "it is an option of llm_core.data_prep_tool; "
-    here = _MEANT.get(name)
-    similar = [here] if here in known else get_close_matches(flag, known, n=1, cutoff=0.75)
-    return f"did you mean {similar[0]}? " if similar else ""
-
-
 def run_tool(main: Callable[[], None], prog: str) -> None:
-    """Runs `main`, turning our own errors into one message and their exit code."""
-    keep_others_from_writing()
+    """Runs `main`; a TextmillError becomes one message and its exit code."""
+    restrict_umask()
     try:
         main()
     except TextmillError as error:
@@ -111,14 +90,14 @@ def run_tool(main: Callable[[], None], prog: str) -> None:
 
 
 def error_message(error: TextmillError, prog: str) -> str:
-    """What a tool says of an error before it ends."""
+    """The message with which a tool exits."""
     return f"{prog}: error: " + printable(str(error), keep="\n")
 
 
 def printable(text: str, keep: str = "") -> str:
-    """A text for the terminal. A file's name or a model's words may hold anything: no control character may act there.
+    """Escapes control characters for the terminal: file names and generated text can contain anything.
 
-    Spaces of every script stay as they are, and so do the characters in `keep`.
+    Unicode spaces and the characters in `keep` are left as they are.
     """
     return "".join(
         character if character.isprintable() or character in keep or category(character) == "Zs" else repr(character)[1:-1]

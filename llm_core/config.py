@@ -1,10 +1,10 @@
 """One typed, flat configuration per stage.
 
-The same class is the command line (`llm_core.cli`), the Dagster launchpad (by inheritance in `pipeline`) and what manifests,
-checkpoints and the catalog store. Paths are not here: where something lies does not change what it is.
+The same class is the command line (`llm_core.cli`), the Dagster launchpad (by inheritance in `pipeline`) and the record in
+manifests, checkpoints and the catalog. Paths are not here: they do not change a result.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
@@ -13,10 +13,13 @@ from llm_core.errors import UserError
 PositiveInt = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+# Marks a field that affects how a result is computed, not the result: it is not part of an artifact's id.
+EXECUTION = "execution"
+
 END_OF_TEXT = "<|endoftext|>"
 MODEL_NAMES = Literal["tiny", "small", "medium", "large", "xl"]
 
-# hidden_size, num_layers, num_heads, num_kv_heads: the table of the user's document.
+# hidden_size, num_layers, num_heads, num_kv_heads.
 PRESETS: dict[str, tuple[int, int, int, int]] = {
     "tiny": (256, 6, 8, 8),
     "small": (768, 12, 12, 12),
@@ -30,19 +33,18 @@ Stage = TypeVar("Stage", bound="StageConfig")
 
 
 class StageConfig(BaseModel):
-    """Base of every stage's configuration: unknown fields are refused, values cannot change once read."""
+    """Base of every stage's configuration. Unknown fields are refused; instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    # Fields that say how a result is reached, not what it is: they do not enter an artifact's id.
-    execution_fields: ClassVar[frozenset[str]] = frozenset()
-
     def identity(self) -> dict[str, Any]:
-        """The fields that determine the result, for `files.content_id`."""
-        return self.model_dump(mode="json", exclude=set(self.execution_fields))
+        """The fields that determine the result, for `content_id`. A field stays marked in subclasses that override it."""
+        stages = [stage for stage in type(self).__mro__ if issubclass(stage, StageConfig)]
+        execution = {name for stage in stages for name, field in stage.model_fields.items() if EXECUTION in field.metadata}
+        return self.model_dump(mode="json", exclude=execution)
 
-    def part(self, stage: type[Stage]) -> Stage:
-        """The fields of one stage out of a class that inherits from it: a tool's options or a Dagster launchpad."""
+    def stage(self, stage: type[Stage]) -> Stage:
+        """The fields of one stage, from a subclass such as a tool's options or a Dagster launchpad."""
         return stage.model_validate(self.model_dump(include=set(stage.model_fields)))
 
 
@@ -55,36 +57,36 @@ class CorpusConfig(StageConfig):
     max_document_bytes: int = Field(
         32 * 1024,
         ge=256,
-        description="Longer texts are divided at line ends into documents of at most this many UTF-8 bytes.",
+        description="Longer texts are split at line ends into documents of at most this many UTF-8 bytes.",
     )
     val_fraction: float = Field(
         0.05,
         gt=0,
         lt=0.5,
-        description="Share of documents held out for validation; which ones is decided by each document's content hash.",
+        description="Share of documents held out for validation, chosen by the hash of each document's content.",
     )
     invalid_utf8: Literal["quarantine", "replace"] = Field(
         "quarantine",
-        description="What is done with text that is not UTF-8: set it aside, or put U+FFFD for each bad sequence.",
+        description="Text that is not UTF-8: quarantine it, or replace each bad sequence with U+FFFD.",
     )
     min_characters: PositiveInt | None = Field(
         None, description="Drop texts (files, lines, rows) of fewer characters than this; default: none."
     )
     max_characters: PositiveInt | None = Field(
-        None, description="Drop texts of more characters than this, whole, before they are divided; default: none."
+        None, description="Drop texts of more characters than this, before they are split into documents; default: none."
     )
     max_repetition: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
-        description="Drop documents with a larger share of characters in runs of five words that occurred before in them;"
-        " 0.15 is the limit of Rae et al. 2021 (Gopher); default: none.",
+        description="Drop documents in which a larger share of the characters is in repeated five-word sequences;"
+        " Rae et al. 2021 (Gopher) use 0.15; default: none.",
     )
     min_letter_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="Drop documents with a smaller share of letters in what is not white space; default: none.",
+        description="Drop documents with a smaller share of letters among non-white-space characters; default: none.",
     )
     near_duplicates: Annotated[float, Field(ge=0.5, lt=1)] | None = Field(
         None,
-        description="Drop documents that resemble an earlier one by at least this much: estimated Jaccard similarity of their"
+        description="Drop documents whose similarity to an earlier one is at least this: estimated Jaccard similarity of"
         " five-word shingles; 0.8 is usual; default: none. Needs the extra dedup.",
     )
 
@@ -98,36 +100,34 @@ class CorpusConfig(StageConfig):
 class TokenizerConfig(StageConfig):
     """How text becomes token ids."""
 
-    execution_fields = frozenset({"retrain_tokenizer", "retrain_on_drift"})
-
     tokenizer_type: Literal["bpe", "wordpiece", "tiktoken"] = Field(
-        "bpe", description="Byte-level BPE or WordPiece trained on the corpus, or a ready tiktoken encoding."
+        "bpe", description="Byte-level BPE or WordPiece trained on the corpus, or a published tiktoken encoding."
     )
     vocab_size: int = Field(
         32000, ge=258, le=1_000_000, description="Tokens in the vocabulary, special tokens included (bpe and wordpiece)."
     )
     special_tokens: list[str] = Field(
-        [END_OF_TEXT], min_length=1, description="Special tokens; the first one stands between documents."
+        [END_OF_TEXT], min_length=1, description="Special tokens; the first one separates documents."
     )
     tokenizer_train_bytes: int = Field(
-        1 << 30, ge=1 << 16, description="The tokenizer learns from a seeded sample of at most this many bytes of text."
+        1 << 30, ge=1 << 16, description="The tokenizer is trained on a seeded sample of at most this many bytes of text."
     )
     tokenizer_seed: int = Field(0, ge=0, description="Seed of that sample.")
     tiktoken_encoding: str = Field("gpt2", description="Name of the tiktoken encoding (tokenizer_type tiktoken).")
     tiktoken_ranks: str | None = Field(
         None, description="A local ranks file (.tiktoken) to use instead of the named encoding's download."
     )
-    retrain_tokenizer: bool = Field(
-        False, description="Train again on the present text; otherwise a tokenizer of the same configuration is kept as it is."
+    retrain_tokenizer: Annotated[bool, EXECUTION] = Field(
+        False, description="Train a new tokenizer on the current text instead of keeping the one with the same configuration."
     )
-    retrain_on_drift: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    retrain_on_drift: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, EXECUTION] = Field(
         None,
-        description="Train again when text that is new since the tokenizer was made has this share fewer bytes per token than "
-        "the text it was made for; default: never.",
+        description="Train a new tokenizer when text added since it was trained has this share fewer bytes per token; "
+        "default: never.",
     )
 
     @model_validator(mode="after")
-    def _ranks_are_of_use(self) -> "TokenizerConfig":
+    def _ranks_need_tiktoken(self) -> "TokenizerConfig":
         if self.tiktoken_ranks is not None and self.tokenizer_type != "tiktoken":
             raise ValueError(
                 f"tiktoken_ranks {self.tiktoken_ranks}: not with tokenizer_type {self.tokenizer_type}, only tiktoken"
@@ -138,20 +138,20 @@ class TokenizerConfig(StageConfig):
 class ShardConfig(StageConfig):
     """How token ids are stored and cut into windows."""
 
-    execution_fields = frozenset({"max_length", "stride", "num_workers", "engine"})
-
-    max_length: int = Field(2048, ge=8, le=1 << 20, description="Window length in tokens: what the model sees at once.")
-    stride: int = Field(0, ge=0, description="Overlap between consecutive windows in tokens.")
-    num_workers: int = Field(
-        0, ge=0, le=1024, description="Workers that encode; 0 means one per core, of this machine or of the Ray cluster."
+    max_length: Annotated[int, EXECUTION] = Field(
+        2048, ge=8, le=1 << 20, description="Window length in tokens: the context of the model."
     )
-    engine: Literal["local", "ray"] = Field(
+    stride: Annotated[int, EXECUTION] = Field(0, ge=0, description="Overlap between consecutive windows in tokens.")
+    num_workers: Annotated[int, EXECUTION] = Field(
+        0, ge=0, le=1024, description="Encoding workers; 0: one per core of this machine or of the Ray cluster."
+    )
+    engine: Annotated[Literal["local", "ray"], EXECUTION] = Field(
         "local",
-        description="Where they work: threads of this process, or Ray, here or on the cluster that RAY_ADDRESS names "
-        "(needs the extra ray). The bytes written are the same.",
+        description="local: threads of this process; ray: Ray, here or on the cluster RAY_ADDRESS (needs the extra ray). "
+        "Both write the same bytes.",
     )
     shard_bytes: int = Field(
-        128 << 20, ge=1 << 16, description="Text bytes that go into one shard; a document is never divided between shards."
+        128 << 20, ge=1 << 16, description="Bytes of text in one shard; a document is never split between shards."
     )
 
     @model_validator(mode="after")
@@ -162,33 +162,13 @@ class ShardConfig(StageConfig):
 
 
 class TrainConfig(StageConfig):
-    """Shape of the model and everything that decides its training."""
-
-    execution_fields = frozenset(
-        {
-            "model",  # enters through the sizes it stands for
-            "init_from",  # enters through the checkpoint's id
-            "micro_batch_size",
-            "attention",
-            "compile_model",
-            "gradient_checkpointing",
-            "sharding",
-            "device",
-            "threads_per_process",
-            "collective_timeout",
-            "profile",
-            "log_interval",
-            "eval_interval",
-            "eval_tokens",
-            "save_interval",
-            "background_save",
-            "keep_checkpoints",
-            "max_skipped_steps",
-        }
-    )
+    """Shape of the model, data, optimization and execution of one training run."""
 
     # Shape.
-    model: MODEL_NAMES = Field("tiny", description="Preset of the four sizes below; any of them overrides it.")
+    # `model` enters the run's id through its sizes, `init_from` through the checkpoint's id.
+    model: Annotated[MODEL_NAMES, EXECUTION] = Field(
+        "tiny", description="Preset of the four sizes below; any of them overrides it."
+    )
     hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream; default: the preset's.")
     num_layers: PositiveInt | None = Field(None, description="Decoder blocks; default: the preset's.")
     num_heads: PositiveInt | None = Field(None, description="Query heads; must divide hidden_size; default: the preset's.")
@@ -196,7 +176,7 @@ class TrainConfig(StageConfig):
         None, description="Key and value heads (grouped-query attention); must divide num_heads; default: the preset's."
     )
     intermediate_size: PositiveInt | None = Field(
-        None, description="Width inside SwiGLU; default: 8/3 of hidden_size, rounded up to a multiple of 64."
+        None, description="Hidden width of SwiGLU; default: 8/3 of hidden_size, rounded up to a multiple of 64."
     )
     tie_embeddings: bool = Field(False, description="Share one matrix between the embedding and the output head.")
     rope_theta: float = Field(10000.0, ge=1, description="Base of the rotary position angles.")
@@ -214,25 +194,25 @@ class TrainConfig(StageConfig):
     seed: int = Field(1337, ge=0, lt=1 << 63, description="Seed of the initial weights, the data order and dropout.")
     source_weights: dict[str, Weight] = Field(
         {},
-        description="Share of the windows from each source, as relative weights by top-level folder of the raw text "
-        "('.': files in none; '*': every other source); empty: all text alike.",
+        description="Relative weight of each source in the windows read; a source is a top-level folder of the raw text "
+        "('.': files in no folder; '*': all other sources); empty: no mixture.",
     )
     max_source_epochs: float = Field(
-        4.0, ge=1, description="Times a part of a mixture is read at most; what is cut goes to the others in proportion."
+        4.0, ge=1, description="Maximum epochs over each group of documents; the excess goes to the other groups in proportion."
     )
 
     # Continued training.
-    init_from: str | None = Field(
+    init_from: Annotated[str | None, EXECUTION] = Field(
         None, description="Start from the weights of this checkpoint, or of a run's folder, with a new warm-up and optimizer."
     )
     replay_share: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="With init_from: share of the windows from text its parents have seen, the others from new text."
+        None, description="With init_from: share of the windows from documents its parents have read; the rest are from new ones."
     )
 
-    # Optimisation.
+    # Optimization.
     batch_size: int = Field(8, gt=0, le=1 << 24, description="Windows per optimizer step, over all ranks.")
-    micro_batch_size: PositiveInt | None = Field(
-        None, description="Windows per rank and forward pass; default: the whole share of the rank. Accumulation is derived."
+    micro_batch_size: Annotated[PositiveInt | None, EXECUTION] = Field(
+        None, description="Windows per rank and forward pass; default: all of the rank. Gradient accumulation follows from it."
     )
     max_steps: PositiveInt = Field(1000, description="Optimizer steps of the whole run.")
     learning_rate: float = Field(3e-4, gt=0, lt=1, description="Peak learning rate.")
@@ -240,7 +220,7 @@ class TrainConfig(StageConfig):
         None, description="Learning rate of the last step; default: a tenth of the peak."
     )
     lr_schedule: Literal["cosine", "linear", "wsd"] = Field(
-        "cosine", description="Decay after the warm-up: half a cosine, a line, or flat with a linear end (warm-up-stable-decay)."
+        "cosine", description="Decay after warm-up: cosine, linear, or wsd (constant, then linear: warm-up-stable-decay)."
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Steps of linear warm-up; default: 5 % of max_steps, at most 2000."
@@ -248,15 +228,15 @@ class TrainConfig(StageConfig):
     decay_fraction: float = Field(0.2, gt=0, le=1, description="Share of the steps in the final decay of lr_schedule wsd.")
     weight_decay: float = Field(0.1, ge=0, le=1, description="Decoupled weight decay of matrices; norms are never decayed.")
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: Muon for the matrices inside the blocks, AdamW for the rest."
+        "adamw", description="muon: Muon for the matrices in the blocks and AdamW for everything else."
     )
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon: momentum.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the first moment.")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW: decay of the second moment.")
     adam_eps: float = Field(1e-8, gt=0, lt=1e-2, description="AdamW: epsilon.")
-    grad_clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
-    max_skipped_steps: PositiveInt = Field(
-        10, description="The run stops after this many steps in a row whose gradients are not finite."
+    grad_clip: float = Field(1.0, ge=0, description="Maximum global gradient norm; 0 disables clipping.")
+    max_skipped_steps: Annotated[PositiveInt, EXECUTION] = Field(
+        10, description="Stop the run after this many consecutive steps with gradients that are not finite."
     )
 
     # Execution.
@@ -266,44 +246,48 @@ class TrainConfig(StageConfig):
     mixed_precision: bool = Field(
         False, description="With precision auto: bf16 where the device has fast units for it, fp16 on older GPUs, else fp32."
     )
-    attention: Literal["auto", "flash", "sdpa"] = Field(
+    attention: Annotated[Literal["auto", "flash", "sdpa"], EXECUTION] = Field(
         "auto", description="flash: the flash-attn package (CUDA, bf16 or fp16); sdpa: PyTorch's own; auto: flash where it runs."
     )
-    compile_model: bool = Field(False, description="Compile each block with torch.compile.")
-    gradient_checkpointing: bool = Field(False, description="Recompute each block in the backward pass: less memory, more time.")
-    sharding: Literal["ddp", "fsdp"] = Field(
+    compile_model: Annotated[bool, EXECUTION] = Field(False, description="Compile each block with torch.compile.")
+    gradient_checkpointing: Annotated[bool, EXECUTION] = Field(
+        False, description="Recompute each block in the backward pass: less memory, more time."
+    )
+    sharding: Annotated[Literal["ddp", "fsdp"], EXECUTION] = Field(
         "ddp",
-        description="ddp: each rank holds the whole model; fsdp: the ranks share weights, gradients and optimizer state (FSDP2), "
-        "for models that outgrow one device.",
+        description="ddp: each rank holds the model; fsdp: weights, gradients and optimizer state are sharded over the ranks "
+        "(FSDP2), for models that do not fit on one device.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto: CUDA where there is a GPU.")
-    threads_per_process: int = Field(
-        0, ge=0, le=1024, description="CPU threads of each process; 0 shares the cores between the processes of this machine."
+    device: Annotated[Literal["auto", "cpu", "cuda"], EXECUTION] = Field(
+        "auto", description="Where to train; auto: CUDA where there is a GPU."
     )
-    collective_timeout: int = Field(
+    threads_per_process: Annotated[int, EXECUTION] = Field(
+        0, ge=0, le=1024, description="CPU threads of each process; 0: an equal share of this machine's cores."
+    )
+    collective_timeout: Annotated[int, EXECUTION] = Field(
         600,
         ge=10,
         le=86400,
-        description="Seconds a rank waits for the others before the run fails, as after a cut link; "
-        "longer than the first rank takes to save a checkpoint.",
+        description="Seconds a rank waits for the others before the run fails, for instance when a network link is cut; "
+        "must exceed the time rank 0 takes to save a checkpoint.",
     )
 
-    # Watching and keeping.
-    profile: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = Field(
-        None, description="START:END traces these steps of the process into trace_rank<R>.json in the run's folder."
+    # Logging, validation and checkpoints.
+    profile: Annotated[Annotated[str, Field(pattern=r"^\d+:\d+$")] | None, EXECUTION] = Field(
+        None, description="START:END: trace these steps into trace_rank<R>.json in the run folder."
     )
-    log_interval: PositiveInt = Field(10, description="Steps between two log lines.")
-    eval_interval: int = Field(100, ge=0, description="Steps between two validations; 0: only at the end.")
-    eval_tokens: int = Field(
-        1 << 20, ge=1, description="Validation tokens of each validation during training, the same each time."
+    log_interval: Annotated[PositiveInt, EXECUTION] = Field(10, description="Steps between two log lines.")
+    eval_interval: Annotated[int, EXECUTION] = Field(100, ge=0, description="Steps between two validations; 0: only at the end.")
+    eval_tokens: Annotated[int, EXECUTION] = Field(
+        1 << 20, ge=1, description="Tokens of each validation during training, the same every time."
     )
-    save_interval: int = Field(500, ge=0, description="Steps between two checkpoints; 0: only at the end.")
-    background_save: bool = Field(
+    save_interval: Annotated[int, EXECUTION] = Field(500, ge=0, description="Steps between two checkpoints; 0: only at the end.")
+    background_save: Annotated[bool, EXECUTION] = Field(
         True,
-        description="Write the checkpoints between while the training goes on, from a copy of the state in the CPU's memory; "
-        "--no-background_save spares that memory, 12 bytes a parameter with AdamW, and lets the training wait.",
+        description="Write intermediate checkpoints in the background, from a copy of the state in CPU memory; "
+        "--no-background_save saves that memory, 12 bytes per parameter with AdamW, and pauses training instead.",
     )
-    keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints to keep.")
+    keep_checkpoints: Annotated[int, EXECUTION] = Field(2, ge=2, description="Newest checkpoints to keep.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
@@ -327,9 +311,9 @@ class TrainConfig(StageConfig):
         return self
 
     def shape(self) -> tuple[int, int, int, int]:
-        """hidden_size, num_layers, num_heads, num_kv_heads, with the preset's value where none is given.
+        """hidden_size, num_layers, num_heads, num_kv_heads, with the preset's value for each that is None.
 
-        A head count without a num_kv_heads of its own means plain multi-head attention, as the user's document has it.
+        num_heads without num_kv_heads means multi-head attention.
         """
         hidden_size, num_layers, num_heads, num_kv_heads = PRESETS[self.model]
         if self.num_heads is not None:
@@ -342,10 +326,10 @@ class TrainConfig(StageConfig):
         )
 
     def resolved(self, max_length: int, stride: int) -> Self:
-        """The same configuration with every default that depends on something else filled in; takes the dataset's windows.
+        """A copy with every derived default filled in. max_length, stride: those of the dataset.
 
         Raises:
-            UserError: the dataset's window does not go together with one given here.
+            UserError: the stride is not smaller than the window.
         """
         hidden_size, num_layers, num_heads, num_kv_heads = self.shape()
         values: dict[str, Any] = {
@@ -365,44 +349,38 @@ class TrainConfig(StageConfig):
 
 
 class EvaluateConfig(StageConfig):
-    """How a checkpoint is judged on the held-out text."""
-
-    execution_fields = frozenset({"eval_batch_size"})
+    """How a checkpoint is evaluated on held-out text."""
 
     max_eval_tokens: int = Field(
-        4 << 20, ge=0, description="The budget: validation tokens to read, from the start of the held-out stream; 0: all of them."
+        4 << 20, ge=0, description="Validation tokens to read, from the start of the held-out text; 0: all."
     )
-    eval_batch_size: PositiveInt = Field(8, description="Windows per forward pass.")
-    sample_prompts: list[str] = Field(
-        ["The ", "Return the "], min_length=1, description="Prompts that are continued to show what the model writes."
-    )
-    sample_tokens: int = Field(64, ge=1, description="Tokens to write for each prompt.")
-    sample_temperature: float = Field(0.8, ge=0, description="0 always takes the likeliest token.")
-    sample_top_k: int = Field(50, ge=0, description="Draw from this many likeliest tokens; 0: from all.")
-    sample_seed: int = Field(0, ge=0, description="Seed of the draws.")
+    eval_batch_size: Annotated[PositiveInt, EXECUTION] = Field(8, description="Windows per forward pass.")
+    sample_prompts: list[str] = Field(["The ", "Return the "], min_length=1, description="Prompts for the text samples.")
+    sample_tokens: int = Field(64, ge=1, description="Tokens to generate for each prompt.")
+    sample_temperature: float = Field(0.8, ge=0, description="Sampling temperature; 0 always takes the most likely token.")
+    sample_top_k: int = Field(50, ge=0, description="Sample from the k most likely tokens; 0: from all.")
+    sample_seed: int = Field(0, ge=0, description="Seed of the sampling.")
 
 
-class HarnessConfig(StageConfig):
-    """Which tasks of EleutherAI's harness (lm-eval) a model is tried on."""
-
-    execution_fields = frozenset({"lm_eval_batch_size", "lm_eval_task_dir"})
+class TasksConfig(StageConfig):
+    """Which tasks of EleutherAI's lm-eval a model is evaluated on."""
 
     lm_eval_tasks: list[str] = Field(
         [],
         validation_alias=AliasChoices("lm_eval_tasks", "tasks"),
-        description="Tasks, groups and tags by name; empty: none. Most of them download their data from the Hugging Face hub.",
+        description="Names of tasks, groups and tags; empty: none. Most download their data from the Hugging Face hub.",
     )
-    lm_eval_task_dir: str | None = Field(
+    lm_eval_task_dir: Annotated[str | None, EXECUTION] = Field(
         None,
         validation_alias=AliasChoices("lm_eval_task_dir", "task_dir"),
-        description="Folder with task definitions (YAML) of your own; data_files in them are relative to the working directory.",
+        description="Folder with your own task definitions (YAML); their data_files are relative to the working directory.",
     )
     lm_eval_limit: PositiveInt | None = Field(
         None,
         validation_alias=AliasChoices("lm_eval_limit", "limit"),
-        description="The budget: examples of each task, from its start; default: all of them.",
+        description="Examples of each task, from its start; default: all.",
     )
-    lm_eval_batch_size: PositiveInt = Field(
+    lm_eval_batch_size: Annotated[PositiveInt, EXECUTION] = Field(
         8, validation_alias=AliasChoices("lm_eval_batch_size", "batch_size"), description="Requests per forward pass."
     )
 
@@ -416,7 +394,7 @@ class ReleaseConfig(StageConfig):
 
 
 class ModelConfig(StageConfig):
-    """The resolved shape of one model: what a checkpoint needs to be rebuilt."""
+    """The resolved shape of a model, enough to rebuild it from a checkpoint."""
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -443,7 +421,7 @@ class ModelConfig(StageConfig):
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters, a tied matrix counted once, the padding rows of the vocabulary included."""
+        """Trainable parameters. A tied matrix counts once; padding rows of the vocabulary count."""
         kv_size = self.num_kv_heads * self.head_dim
         attention = 2 * self.hidden_size * (self.hidden_size + kv_size)
         block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
@@ -452,7 +430,7 @@ class ModelConfig(StageConfig):
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and the head: matrix products like multiples of 64."""
+        """Rows of the embedding and the head, a multiple of 64, at which matrix products are fastest."""
         return round_up(self.vocab_size, 64)
 
 
@@ -461,5 +439,35 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def swiglu_width(hidden_size: int) -> int:
-    """Width inside SwiGLU: 8/3 of the hidden size keeps a 4x MLP's parameter count, rounded up to a multiple of 64."""
+    """8/3 of the hidden size, which keeps the parameter count of a 4x MLP, rounded up to a multiple of 64."""
     return round_up(-(-8 * hidden_size // 3), 64)
+
+
+# Target of positions that carry no loss: the padding of the last window.
+IGNORE_INDEX = -100
+
+
+def decay_start(config: TrainConfig) -> int:
+    """The step at which the learning rate starts to fall; with wsd, the checkpoint after this many steps is kept."""
+    assert config.warmup_steps is not None, "decay_start needs a resolved configuration"
+    if config.lr_schedule != "wsd":
+        return config.warmup_steps
+    return max(config.warmup_steps, config.max_steps - 1 - round(config.decay_fraction * config.max_steps))
+
+
+def micro_batch_size(config: TrainConfig, world_size: int) -> int:
+    """Windows per rank and forward pass.
+
+    Raises:
+        UserError: the batch does not divide evenly.
+    """
+    batch, micro = config.batch_size, config.micro_batch_size
+    if micro is None:
+        if batch % world_size:
+            raise UserError(f"--batch_size {batch} does not divide among {world_size} ranks; use a multiple of {world_size}")
+        return batch // world_size
+    if batch % (micro * world_size):
+        raise UserError(
+            f"--batch_size {batch} is not a multiple of --micro_batch_size {micro} x {world_size} ranks = {micro * world_size}"
+        )
+    return micro

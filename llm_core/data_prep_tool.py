@@ -1,6 +1,6 @@
-"""python -m llm_core.data_prep_tool: a folder of raw text becomes a tokenizer and token shards.
+"""`python -m llm_core.data_prep_tool`: turns a folder of raw text into a tokenizer and token shards.
 
-Running it again does only what is new; see `corpus.snapshot`, `tokenizer_store` and `shards` for what that means.
+Running it again processes only what is new.
 """
 
 import sys
@@ -17,12 +17,11 @@ from tqdm import tqdm
 from llm_core.cli import parse_options, printable, run_tool
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.corpus import READABLE, Snapshot, take_snapshot
-from llm_core.encoding import check_engine
+from llm_core.dataset import DatasetManifest, build_dataset
 from llm_core.errors import DataError
-from llm_core.locks import preparing
-from llm_core.shards import DatasetManifest, build_dataset
-from llm_core.tokenizer_store import TokenizerArtifact, prepare_tokenizer
-from llm_core.tokenizer_training import check_tokenizer
+from llm_core.layout import PreparedData
+from llm_core.system import preparing
+from llm_core.tokenizer import TokenizerArtifact, check_engine, check_tokenizer, prepare_tokenizer
 
 PROG = "python -m llm_core.data_prep_tool"
 
@@ -37,37 +36,37 @@ class DataPrepOptions(ShardConfig, TokenizerConfig, CorpusConfig):
 
 
 def prepare(options: DataPrepOptions) -> None:
-    """Runs the three stages, showing progress and, at the end, a table of what there is now.
+    """Runs the three stages with progress, and prints a table of the result.
 
     Raises:
         UserError: an option does not fit the text.
-        DataError: a file is damaged, or cannot be written.
+        DataError: a file is damaged or cannot be written.
     """
     check_engine(options.engine)
-    check_tokenizer(options.part(TokenizerConfig))
-    input_dir, output_dir = options.input_dir, Path(options.output_dir)
+    check_tokenizer(options.stage(TokenizerConfig))
+    input_dir, data_dir = options.input_dir, Path(options.output_dir)
     try:
-        with preparing(output_dir, _say):
-            with _progress("Looking", "files") as show:
-                snapshot = take_snapshot(input_dir, output_dir, options.part(CorpusConfig), show)
-            _say("Tokenizer ...")
-            artifact = prepare_tokenizer(snapshot, input_dir, output_dir, options.part(TokenizerConfig))
-            shards_before = {path.name for path in (output_dir / "dataset").glob("*.arrow")}
+        with preparing(data_dir, _log):
+            with _progress("Reading", "files") as show:
+                snapshot = take_snapshot(input_dir, data_dir, options.stage(CorpusConfig), show)
+            _log("Tokenizer ...")
+            artifact = prepare_tokenizer(snapshot, input_dir, data_dir, options.stage(TokenizerConfig))
+            present = set(PreparedData(data_dir).shards())
             with _progress("Encoding", "B") as show:
-                manifest = build_dataset(snapshot, artifact, input_dir, output_dir, options.part(ShardConfig), show)
+                manifest = build_dataset(snapshot, artifact, input_dir, data_dir, options.stage(ShardConfig), show)
     except OSError as error:
-        raise DataError(f"--output_dir {output_dir}: {error.filename or ''} {error.strerror or error}") from error
-    written = sum(Path(shard.file).name not in shards_before for shard in manifest.shards)
-    for name, value in _facts(snapshot, artifact, manifest, written, output_dir):
+        raise DataError(f"--output_dir {data_dir}: {error.filename or ''} {error.strerror or error}") from error
+    reused = sum(data_dir / shard.file in present for shard in manifest.shards)
+    for name, value in _report_rows(snapshot, artifact, manifest, reused, data_dir):
         print(f"{name:<14} {value}")
 
 
-def _facts(
-    snapshot: Snapshot, artifact: TokenizerArtifact, manifest: DatasetManifest, written: int, output_dir: Path
+def _report_rows(
+    snapshot: Snapshot, artifact: TokenizerArtifact, manifest: DatasetManifest, reused: int, data_dir: Path
 ) -> Iterator[tuple[str, str]]:
     summary, report = snapshot.summary, artifact.report
-    passed_over = summary["files_ignored"] + sum(summary["files_skipped"].values())
-    yield "Files", f"{summary['files']:,} of text, {passed_over:,} passed over"
+    skipped = summary["files_ignored"] + sum(summary["files_skipped"].values())
+    yield "Files", f"{summary['files']:,} of text, {skipped:,} skipped"
     yield (
         "Text",
         f"{summary['bytes_kept']:,} bytes in {summary['documents']:,} documents, of {summary['bytes_read']:,} bytes read",
@@ -83,22 +82,22 @@ def _facts(
     origin = "kept" if artifact.reused else "new"
     yield "Tokenizer", f"{artifact.tokenizer_id}, {report['tokenizer_type']}, {report['vocab_size']:,} tokens, {origin}"
     yield "", f"{report['bytes_per_token']:.2f} bytes per token, {report['tokens_per_word']:.2f} tokens per word"
-    trial = artifact.trial
-    if trial.drift is not None:
-        less_or_more = "fewer" if trial.drift > 0 else "more"
-        yield "", f"{abs(trial.drift):.1%} {less_or_more} bytes per token on text that came since it was made"
-    for text in [*trial.changed.values()][:5]:
-        yield "", printable(f"a document does not come back from its tokens: {text!r}")
+    drift_report = artifact.drift_report
+    if drift_report.drift is not None:
+        less_or_more = "fewer" if drift_report.drift > 0 else "more"
+        yield "", f"{abs(drift_report.drift):.1%} {less_or_more} bytes per token on text that is newer than it"
+    for text in [*drift_report.changed.values()][:5]:
+        yield "", printable(f"a document changes when it is encoded and decoded: {text!r}")
     for split, totals in manifest.splits.items():
         yield f"Tokens, {split}", f"{totals.tokens:,} in {totals.documents:,} documents"
-    yield "Shards", f"{written} written, {len(manifest.shards) - written} reused"
+    yield "Shards", f"{len(manifest.shards) - reused} written, {reused} reused"
     yield "Dataset", f"{manifest.dataset_id}, windows of {manifest.max_length:,} tokens, overlap {manifest.stride:,}"
-    yield "In", str(output_dir / "metadata.json")
+    yield "In", str(PreparedData(data_dir).metadata)
 
 
 @contextmanager
 def _progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; elsewhere a line at each tenth of the way."""
+    """A progress bar on a terminal; elsewhere a line every 10 %."""
     bar = tqdm(desc=title, unit=unit, unit_scale=unit == "B", disable=not sys.stderr.isatty())
     tenth = 0
 
@@ -108,13 +107,13 @@ def _progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         bar.update(done - bar.n)
         if bar.disable and 10 * done // total > tenth:
             tenth = 10 * done // total
-            _say(f"{title}: {done:,} of {total:,} {unit}")
+            _log(f"{title}: {done:,} of {total:,} {unit}")
 
     with bar:
         yield show
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The `textmill` command: questions to the catalog, and its rebuilding."""
+"""The `textmill` command: catalog queries and rebuild, garbage collection."""
 
 import argparse
 import json
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_core.cli import printable, run_tool
+from llm_core.collect_garbage import GarbageOptions, collect
 from llm_core.errors import DataError, UserError
-from llm_core.garbage import GarbageOptions, collect
-from llm_core.version import release
+from llm_core.layout import Home
+from llm_core.system import release
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.rebuild import rebuild
 
@@ -22,31 +23,35 @@ PROG = "textmill"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `textmill` command."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `textmill lineage ... | head` ends without a traceback
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback in `textmill lineage ... | head`
     options = _parser().parse_args(arguments)
     home = Path(options.home if "home" in options else os.environ.get("TEXTMILL_HOME", "data")).expanduser()
-    run_tool(lambda: options.run(home, home / "catalog.duckdb", options), PROG)
+    run_tool(lambda: options.run(home, Home(home).catalog, options), PROG)
 
 
 def _parser() -> argparse.ArgumentParser:
-    # --home is understood before and after the command; no default here, or the second would overwrite the first.
+    # --home may precede or follow the command. With a default, the second parser would overwrite the value of the first.
     home = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    home.add_argument("--home", help="root of everything textmill wrote (default: TEXTMILL_HOME or ./data)")
-    description = "Asks the catalog where a model came from and where a text went."
+    home.add_argument("--home", help="root of everything textmill writes (default: TEXTMILL_HOME or ./data)")
+    description = "Trace a model to its training text and a text to its models; maintain the catalog and the prepared data."
     parser = argparse.ArgumentParser(prog=PROG, description=description, parents=[home])
     parser.add_argument("--version", action="version", version=f"textmill {release()}")
     parser.set_defaults(run=lambda *_: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND")
 
-    lineage = commands.add_parser("lineage", help="everything a checkpoint was made from", parents=[home])
-    lineage.add_argument("checkpoint", help="id of a checkpoint, a run (its last checkpoint) or a model, or how one begins")
+    lineage = commands.add_parser(
+        "lineage", help="show the data, tokenizer, options, code and text a checkpoint was made from", parents=[home]
+    )
+    lineage.add_argument(
+        "checkpoint", help="id of a checkpoint, a run (its last checkpoint) or a model; a unique prefix is enough"
+    )
     lineage.set_defaults(run=_lineage)
 
-    usage = commands.add_parser("usage", help="the checkpoints that have seen a document or a raw file", parents=[home])
+    usage = commands.add_parser("usage", help="list the checkpoints trained on a document or a raw file", parents=[home])
     usage.add_argument("document", help="id of a document, or path of a raw file relative to the raw text folder")
     usage.set_defaults(run=_usage)
 
-    runs = commands.add_parser("runs", help="all training runs", parents=[home])
+    runs = commands.add_parser("runs", help="list all training runs", parents=[home])
     runs.set_defaults(run=_runs)
 
     gc = commands.add_parser("gc", help="remove prepared data that no kept dataset needs", parents=[home])
@@ -54,13 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         "--keep",
         type=_at_least_one,
         default=1,
-        help="newest datasets to keep, the current one among them; those of runs stay anyway",
+        help="number of the newest datasets to keep, including the current one (default: 1); datasets of runs are always kept",
     )
-    gc.add_argument("--dry-run", "--dry_run", action="store_true", help="only tell what would be removed")
+    gc.add_argument("--dry-run", "--dry_run", action="store_true", help="only list what would be removed")
     gc.set_defaults(run=_gc)
 
-    catalog = commands.add_parser("catalog", help="care for the catalog file").add_subparsers(required=True, metavar="COMMAND")
-    rebuilding = catalog.add_parser("rebuild", help="make the catalog anew from the files on disk", parents=[home])
+    catalog = commands.add_parser("catalog", help="maintain the catalog file").add_subparsers(required=True, metavar="COMMAND")
+    rebuilding = catalog.add_parser("rebuild", help="rebuild the catalog from the files on disk", parents=[home])
     rebuilding.set_defaults(run=_rebuild)
     return parser
 
@@ -69,24 +74,24 @@ def _lineage(home: Path, path: Path, options: argparse.Namespace) -> None:
     checkpoint_id = Catalog(path).checkpoint_id(options.checkpoint)
     rows = Catalog(path).lineage(checkpoint_id)
     runs = {row["generation"]: row for row in rows}
-    facts = ("run_id", "step", "seed", "dataset_id", "snapshot_id", "tokenizer_id", "code_version", "git_commit")
+    columns = ("run_id", "step", "seed", "dataset_id", "snapshot_id", "tokenizer_id", "code_version", "git_commit")
     for generation, run in runs.items():
-        title = {"checkpoint_id": checkpoint_id} if generation == 0 else {"began with": f"the weights of run {run['run_id']}"}
-        told = title | {name: run[name] for name in facts}
-        told |= {
+        title = {"checkpoint_id": checkpoint_id} if generation == 0 else {"started from": f"the weights of run {run['run_id']}"}
+        config = {
             f"config {name}": f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
             for name, value in json.loads(run["config"] or "{}").items()
         }
-        print(_table([{"what": name, "value": value} for name, value in told.items()]))
+        fields = title | {name: run[name] for name in columns} | config
+        print(_table([{"field": name, "value": value} for name, value in fields.items()]))
         print()
-    places = ("path", "start_byte", "end_byte", "document_id", "first_step", *(["run_id"] if len(runs) > 1 else []))
-    seen = [{name: row[name] for name in places} for row in rows if row["document_id"] is not None]
-    print(_table(seen) if seen else f"checkpoint {checkpoint_id} has seen no text yet")
+    place = ("path", "start_byte", "end_byte", "document_id", "first_step", *(["run_id"] if len(runs) > 1 else []))
+    documents = [{name: row[name] for name in place} for row in rows if row["document_id"] is not None]
+    print(_table(documents) if documents else f"checkpoint {checkpoint_id} has not been trained on any text")
 
 
 def _usage(home: Path, path: Path, options: argparse.Namespace) -> None:
     rows = Catalog(path).usage(options.document)
-    print(_table(rows) if rows else f"no checkpoint has seen {options.document}")
+    print(_table(rows) if rows else f"no checkpoint was trained on {options.document}")
 
 
 def _runs(home: Path, path: Path, options: argparse.Namespace) -> None:
@@ -97,17 +102,17 @@ def _runs(home: Path, path: Path, options: argparse.Namespace) -> None:
 def _gc(home: Path, path: Path, options: argparse.Namespace) -> None:
     _require_home(home)
     defaults = GarbageOptions()
-    runs = [folder for folder in [home / "checkpoints"] if folder.is_dir()]
-    print(collect(home / "processed_data", runs, options.keep, defaults.min_age_hours, options.dry_run))
-    print("nothing was removed (--dry-run)" if options.dry_run else "files younger than an hour stay: they may be in use")
+    runs = [folder for folder in [Home(home).checkpoints] if folder.is_dir()]
+    print(collect(Home(home).prepared.root, runs, options.keep, defaults.min_age_hours, options.dry_run))
+    print("nothing was removed (--dry-run)" if options.dry_run else "files younger than an hour are kept: they may be in use")
 
 
 def _rebuild(home: Path, path: Path, options: argparse.Namespace) -> None:
     _require_home(home)
     problems = rebuild(home, path)
     for problem in problems:
-        print(f"left out: {_shown(problem)}", file=sys.stderr)
-    print(f"{path}: rebuilt from {home}, {len(problems)} artifact(s) left out")
+        print(f"skipped: {_shown(problem)}", file=sys.stderr)
+    print(f"{path}: rebuilt from {home}, {len(problems)} artifact(s) skipped")
     if problems:
         raise SystemExit(DataError.exit_code)
 
@@ -120,12 +125,12 @@ def _at_least_one(text: str) -> int:
 
 
 def _require_home(home: Path) -> None:
-    if not (home / "processed_data").is_dir():
-        raise UserError(f"--home {home}: no folder processed_data in it; name the root of everything textmill wrote")
+    if not Home(home).prepared.root.is_dir():
+        raise UserError(f"--home {home}: it has no folder processed_data; name the root of everything textmill writes")
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned columns under their names."""
+    """Rows as aligned columns under a header."""
     names = list(rows[0])
     cells = [names, *([_shown(row[name]) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]

@@ -1,16 +1,15 @@
-"""The code location: everything Dagster knows about textmill."""
+"""The code location: everything that Dagster loads."""
 
 import dagster as dg
 
-from llm_core.files import keep_others_from_writing
+from llm_core.system import restrict_umask
 from pipeline.assets.sample_corpus import sample_corpus
-from pipeline.automation import EXECUTOR, LINEAGE, prepare_data, pretrain, quickstart
-from pipeline.new_text import Retraining
+from pipeline.automation.jobs import EXECUTOR, LINEAGE, prepare_data, pretrain, quickstart
+from pipeline.automation.retraining import Retraining
+from pipeline.automation.sensors import lost_retries, new_raw_text, nightly_retraining
 from pipeline.resources import CatalogResource, Storage, Torchrun
-from pipeline.retries import lost_retries
-from pipeline.sensors import new_raw_text, nightly_retraining
 
-keep_others_from_writing()  # of the runs' processes, too
+restrict_umask()  # inherited by the processes of each run
 
 defs = dg.Definitions(
     assets=[sample_corpus, *LINEAGE],

@@ -1,4 +1,4 @@
-"""What the assets share: where things lie, the catalog, and how training is launched."""
+"""Dagster resources: storage, the catalog, and how training is launched."""
 
 import math
 import os
@@ -10,11 +10,12 @@ from pydantic import Field
 
 from llm_core.corpus import InputDir, is_url
 from llm_core.errors import UserError
+from llm_core.layout import Home
 from pipeline.catalog.catalog import Catalog
 
 
 class Storage(dg.ConfigurableResource):
-    """The folders of one textmill home; every path the pipeline uses comes from here."""
+    """The home, the raw text and the release line of a run."""
 
     home: str = Field(
         default_factory=lambda: os.environ.get("TEXTMILL_HOME", "data"), description="Root of everything textmill writes."
@@ -24,90 +25,62 @@ class Storage(dg.ConfigurableResource):
     )
     release_line: str | None = Field(
         default=None,
-        description="Name of a line of models that are released, compared and continued among themselves, such as one for each "
+        description="Name of a line of models that are compared, released and continued only among themselves, such as one per "
         "model size; default: one line for all.",
     )
 
     @property
-    def root(self) -> Path:
-        """Raises UserError if the release line has no proper name.
+    def folders(self) -> Home:
+        """The home with every path in it.
 
-        Looked at here, in the first step: what a resource itself refuses, Dagster takes for a crash and tries again.
+        Raises:
+            UserError: the release line is not a usable name. (Checked here and not by pydantic: Dagster takes an invalid resource
+                for a crash and retries it.)
         """
         if self.release_line is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.release_line):
             raise UserError(
-                f"storage.release_line {self.release_line}: not a name; take letters, digits, '.', '_' and '-', a letter or "
-                "digit first"
+                f"storage.release_line {self.release_line}: not a name; use letters, digits, '.', '_' and '-', and begin with a "
+                "letter or digit"
             )
-        return Path(self.home).expanduser().resolve()
+        return Home(Path(self.home).expanduser().resolve())
 
     @property
     def raw_text(self) -> InputDir:
-        """Where the raw text lies: a resolved path, or a URL as it was given."""
+        """The raw text: a resolved path, or a URL as it was given."""
         if self.raw_text_dir and is_url(self.raw_text_dir):
             return self.raw_text_dir
-        return Path(self.raw_text_dir).expanduser().resolve() if self.raw_text_dir else self.root / "raw_text_data"
-
-    @property
-    def processed(self) -> Path:
-        return self.root / "processed_data"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def current_snapshot(self) -> Path:
-        """Pointer to the snapshot taken last."""
-        return self.processed / "snapshots" / "current.json"
-
-    @property
-    def current_checkpoint(self) -> Path:
-        """Pointer to the checkpoint that the last training ended with."""
-        return self.checkpoints / "current_checkpoint.json"
-
-    @property
-    def current_evaluation(self) -> Path:
-        """Pointer to the last evaluation."""
-        return self.checkpoints / "current_evaluation.json"
+        return Path(self.raw_text_dir).expanduser().resolve() if self.raw_text_dir else self.folders.raw_text
 
     @property
     def released(self) -> Path:
-        """Pointer to the released model of the line."""
-        return self._of_the_line("released")
+        """Pointer to the released model of the release line."""
+        return self.folders.released(self.release_line)
 
     @property
     def decision(self) -> Path:
-        """What text the last decision about a release of the line was made on."""
-        return self._of_the_line("decision")
-
-    @property
-    def models(self) -> Path:
-        return self.root / "models"
-
-    def _of_the_line(self, name: str) -> Path:
-        return self.models / (f"{name}.json" if self.release_line is None else f"{name}_{self.release_line}.json")
+        """The snapshot that the newest release decision of the line was based on."""
+        return self.folders.decision(self.release_line)
 
 
 class CatalogResource(dg.ConfigurableResource):
-    """How the DuckDB catalog of a storage is opened; connections are short, so several steps can write in turn."""
+    """How the DuckDB catalog is opened. Connections are short, so that steps can write in turn."""
 
     wait_seconds: float = Field(
-        default=60.0, gt=0, description="Seconds that a step waits for others who have the catalog open before it fails."
+        default=60.0, gt=0, description="Seconds a step waits for other processes that have the catalog open."
     )
 
     def open(self, storage: Storage, at_most: float = math.inf) -> Catalog:
-        """The catalog in the home that a step was given; at_most: bound of the waiting where there is no time for all of it."""
-        return Catalog(storage.root / "catalog.duckdb", min(self.wait_seconds, at_most))
+        """The catalog of a home. at_most: upper bound of the waiting time."""
+        return Catalog(storage.folders.catalog, min(self.wait_seconds, at_most))
 
 
 class Torchrun(dg.ConfigurableResource):
-    """How the training processes are started, watched and stopped."""
+    """How training processes are watched and stopped."""
 
     stop_seconds: float = Field(default=110.0, gt=0, description="Seconds a cancelled training has to save before it is killed.")
-    report_seconds: float = Field(default=5.0, gt=0, description="Seconds between two progress reports while it trains.")
+    report_seconds: float = Field(default=5.0, gt=0, description="Seconds between two progress reports during training.")
     catalog_seconds: float = Field(
         default=30.0,
         gt=0,
-        description="Seconds between two records in the catalog while it trains; more where a record takes long.",
+        description="Seconds between two records in the catalog during training; more if recording is slow.",
     )

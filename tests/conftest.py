@@ -1,4 +1,4 @@
-"""Text and prepared data that many tests read; nobody writes to them."""
+"""Text and prepared data shared by many tests, which only read them."""
 
 import signal
 from itertools import islice
@@ -9,11 +9,11 @@ import pytest
 
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.corpus import take_snapshot
-from llm_core.corpus.folder import OpenFolder
-from llm_core.shards import build_dataset
-from llm_core.tokenizer_store import prepare_tokenizer
+from llm_core.corpus.local_folder import OpenFolder
+from llm_core.dataset import build_dataset
+from llm_core.tokenizer import prepare_tokenizer
 
-# A shell's background job and a worker of xdist ignore it, and so would every program that a test starts.
+# Background jobs of a shell and workers of xdist ignore SIGINT, and programs started by tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -28,7 +28,7 @@ def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def processed_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`corpus_dir` prepared: bpe with a vocabulary of 512, windows of 64 tokens."""
     folder = tmp_path_factory.mktemp("processed")
     snapshot = take_snapshot(corpus_dir, folder, CorpusConfig(max_document_bytes=2048))
@@ -39,7 +39,7 @@ def processed_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Paths of the files in folders of text that are opened from here on."""
+    """Paths of the raw text files that the test opens."""
     paths: list[str] = []
     original = OpenFolder.open
 

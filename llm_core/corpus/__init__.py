@@ -1,8 +1,12 @@
-"""A folder of text becomes documents: `source` knows where it lies, `readers` its formats, `snapshot` what it held then."""
+"""A folder of text becomes documents: input folders, readers of each format, filters, deduplication, snapshots."""
 
-from llm_core.corpus.folder import READABLE, source_of
+from llm_core.corpus.input_folder import InputDir, is_url, open_input_folder
 from llm_core.corpus.readers import iter_texts
-from llm_core.corpus.snapshot import Snapshot, load_snapshot, take_snapshot
-from llm_core.corpus.source import InputDir, is_url
+from llm_core.corpus.sample_corpus import write_sample_corpus
+from llm_core.corpus.snapshot import Snapshot, load_scan, load_snapshot, read_summary, take_snapshot
+from llm_core.corpus.types import READABLE, source_of
 
-__all__ = ["READABLE", "InputDir", "Snapshot", "is_url", "iter_texts", "load_snapshot", "source_of", "take_snapshot"]
+__all__ = [
+    "READABLE", "InputDir", "Snapshot", "is_url", "iter_texts", "load_scan", "load_snapshot", "open_input_folder",
+    "read_summary", "source_of", "take_snapshot", "write_sample_corpus",
+]  # fmt: skip

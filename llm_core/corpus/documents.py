@@ -1,19 +1,19 @@
-"""Text to documents: divided where it is long, named by its hash, given a side of the split and a status."""
+"""Text to documents: split where it is long, identified by hash, assigned to train or validation, given a status."""
 
 import hashlib
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus.filters import content_reason, length_reason
-from llm_core.corpus.records import KEPT, Document, Quarantine
+from llm_core.corpus.types import KEPT, Document, Quarantine
 
 
 def split_of(document_id: str, val_fraction: float) -> str:
-    """Side of a document: its hash, read as a number in [0, 1), against the fraction. Nothing else can move it."""
+    """The split of a document: its hash as a number in [0, 1), compared with the fraction. Nothing else matters."""
     return "val" if int(document_id[:16], 16) / 2**64 < val_fraction else "train"
 
 
 def piece_end(data: bytes, start: int, max_bytes: int) -> int:
-    """Where the piece that begins at `start` ends: after its last line that fits, else between two characters."""
+    """The end of the piece that begins at `start`: after the last line that fits, else between two characters."""
     end = start + max_bytes
     if end >= len(data):
         return len(data)
@@ -26,7 +26,7 @@ def piece_end(data: bytes, start: int, max_bytes: int) -> int:
 
 
 def document(data: bytes, path: str, start: int, end: int, text_start: int, config: CorpusConfig) -> Document:
-    """The document that a piece of text makes.
+    """The document of a piece of text.
 
     Raises:
         Quarantine: it is binary or not UTF-8.
@@ -43,19 +43,19 @@ def document(data: bytes, path: str, start: int, end: int, text_start: int, conf
     return Document(document_id, path, start, end, text_start, len(data), len(text), split, status)
 
 
-def divided(text: bytes, path: str, start: int, end: int, config: CorpusConfig) -> list[Document]:
-    """The documents of one text that was read whole; an empty text makes one, too."""
+def split_text(text: bytes, path: str, start: int, end: int, config: CorpusConfig) -> list[Document]:
+    """The documents of one complete text; an empty text is one document."""
     documents, text_start = [], 0
     while True:
         text_end = piece_end(text, text_start, config.max_document_bytes)
         documents.append(document(text[text_start:text_end], path, start, end, text_start, config))
         text_start = text_end
         if text_end == len(text):
-            return of_wanted_length(documents, config)
+            return filter_by_length(documents, config)
 
 
-def of_wanted_length(documents: list[Document], config: CorpusConfig) -> list[Document]:
-    """The documents of one whole text, dropped together if it is too short or too long."""
+def filter_by_length(documents: list[Document], config: CorpusConfig) -> list[Document]:
+    """The documents of one complete text, all dropped if the text is too short or too long."""
     if config.min_characters is None and config.max_characters is None:
         return documents
     reason = length_reason(sum(document.characters for document in documents), config)
@@ -65,11 +65,11 @@ def of_wanted_length(documents: list[Document], config: CorpusConfig) -> list[Do
 
 
 def rejected(data: bytes, path: str, start: int, end: int, config: CorpusConfig, reason: str) -> Document:
-    """A line or row without usable text stands in the table under the hash of its raw bytes."""
+    """The document of a line or row without usable text, identified by the hash of its raw bytes."""
     document_id = hashlib.sha256(data).hexdigest()
     return Document(document_id, path, start, end, 0, len(data), 0, split_of(document_id, config.val_fraction), reason)
 
 
 def not_utf8(start: int, error: UnicodeDecodeError) -> Quarantine:
-    """The error as a quarantine; `start` is where the decoded bytes begin in the file."""
+    """The error as a quarantine. start: offset of the decoded bytes in the file."""
     return Quarantine("not_utf8", f"{error.reason} at byte {start + error.start}")

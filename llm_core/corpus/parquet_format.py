@@ -1,9 +1,8 @@
 """Parquet: one column of text, read row by row.
 
-The content of a Parquet file, as far as a corpus goes, is its text column. "Bytes read" are the UTF-8 bytes of that column's
-values; other columns and the structure of the file are not counted. Its hash is that of the values in order, each after its
-length, so that a file written anew with another compression is unchanged. `start` of a document is its row's number, counted
-from 0 over all row groups, and `end` the number after.
+Only the text column counts as content: "bytes read" are the UTF-8 bytes of its values. The hash covers the values in order, each
+preceded by its length, so that rewriting a file with another compression does not change it. `start` of a document is its row
+number over all row groups, from 0; `end` is the next number.
 """
 
 import tempfile
@@ -15,26 +14,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm_core.config import CorpusConfig
-from llm_core.corpus.content import BLOCK, Content, Meter, is_compressed
-from llm_core.corpus.documents import divided, rejected
-from llm_core.corpus.records import Document, Quarantine
+from llm_core.corpus.documents import rejected, split_text
+from llm_core.corpus.streams import BLOCK, Content, Meter, is_compressed
+from llm_core.corpus.types import Document, Quarantine
 from llm_core.errors import DataError
 
+# Uncompressed bytes of text in one row group; a file with more is quarantined.
 MAX_ROW_GROUP_BYTES = 4 << 30
-"""Uncompressed bytes of the text column in one row group; a file with more is quarantined."""
 
+# Memory of one batch of rows is at most this, or that of its row group; see `ParquetTexts.values`.
 _BATCH_BYTES = 256 << 20
-"""No batch of rows can take more memory than this, or than the row group itself; see `ParquetTexts.values`."""
 _BATCH_ROWS = 1024
 
 _NULL_LENGTH = 2**64 - 1
 
 
 def parquet_documents(raw: IO[bytes], path: str, config: CorpusConfig, meter: Meter) -> Iterator[Document]:
-    """The documents of a Parquet file; a row without usable text is set aside alone.
+    """The documents of a Parquet file; a row without usable text is quarantined by itself.
 
     Raises:
-        Quarantine: no such column, or the file is damaged or too large inside.
+        Quarantine: there is no such column, the file is damaged, or a row group is too large.
     """
     with ParquetTexts.open(raw, path, config, meter) as texts:
         for row, value in enumerate(texts.values()):
@@ -45,18 +44,18 @@ def parquet_documents(raw: IO[bytes], path: str, config: CorpusConfig, meter: Me
             except Quarantine as quarantine:
                 yield rejected(value or b"", path, row, row + 1, config, quarantine.reason)
                 continue
-            yield from divided(text, path, row, row + 1, config)
+            yield from split_text(text, path, row, row + 1, config)
 
 
 class ParquetTexts:
-    """The text column of an open Parquet file; rows are found fastest in ascending order."""
+    """The text column of an open Parquet file; reading rows in ascending order is fastest."""
 
     def __init__(self, raw: IO[bytes], config: CorpusConfig, meter: Meter) -> None:
-        """Raises Quarantine if the file cannot be used at all; the meter counts repairs."""
+        """Raises Quarantine if the file is unusable. The meter counts repairs."""
         self._text_field = text_field = config.text_field
         self._meter = meter if config.invalid_utf8 == "replace" else None
         with _arrow_errors():
-            # Buffered: a row group's column comes in page by page, not at once.
+            # Buffered: the column of a row group is read page by page.
             self._file = pq.ParquetFile(raw, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True)
             schema = self._file.schema_arrow
         if text_field not in schema.names:
@@ -76,11 +75,11 @@ class ParquetTexts:
     @classmethod
     @contextmanager
     def open(cls, raw: IO[bytes], path: str, config: CorpusConfig, meter: Meter) -> Iterator["ParquetTexts"]:
-        """Parquet is read from its end: a compressed file is unpacked into a temporary one, capped like all compressed files.
+        """Opens a file. A compressed one is unpacked into a temporary file, since Parquet is read from its end.
 
         Raises:
             Quarantine: the file is damaged or a decompression bomb.
-            DataError: there is no room for the temporary file.
+            DataError: there is no space for the temporary file.
         """
         if not is_compressed(path):
             yield cls(raw, config, meter)
@@ -97,9 +96,9 @@ class ParquetTexts:
             yield cls(unpacked, config, meter)
 
     def values(self, first_group: int = 0) -> Iterator[bytes | None]:
-        """The bytes of every row from that row group on, repaired if that was asked, None where there is no value."""
+        """The bytes of every row from a row group on, repaired if configured; None for null."""
         for number in range(first_group, len(self._groups)):
-            # One value can be as long as its row group, and a dictionary can repeat it in every row of the batch.
+            # A value can be as long as its row group, and a dictionary can repeat it in every row.
             rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, self._groups[number][1])))
             with _arrow_errors():
                 for batch in self._file.iter_batches(rows, [number], [self._text_field], use_threads=False):
@@ -113,7 +112,7 @@ class ParquetTexts:
         """The text of one row.
 
         Raises:
-            Quarantine: there is none.
+            Quarantine: the row has no usable text.
         """
         if not self._next_row <= row < self._group_end:
             first = 0
@@ -129,12 +128,12 @@ class ParquetTexts:
         raise Quarantine("no_text_field", f"no row {row}")
 
     def _size_of(self, group: int) -> tuple[int, int]:
-        """Rows of a row group, and uncompressed bytes of the text in it."""
+        """Rows of a row group, and the uncompressed bytes of its text."""
         with _arrow_errors():
-            facts = self._file.metadata.row_group(group)
-            columns = (facts.column(number) for number in range(facts.num_columns))
+            metadata = self._file.metadata.row_group(group)
+            columns = (metadata.column(number) for number in range(metadata.num_columns))
             sizes = (column.total_uncompressed_size for column in columns if column.path_in_schema == self._text_field)
-            return facts.num_rows, sum(sizes)
+            return metadata.num_rows, sum(sizes)
 
 
 def _repaired(value: bytes | None, meter: Meter) -> bytes | None:
@@ -168,6 +167,6 @@ def _arrow_errors() -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the disk's, not the format's
+        if isinstance(error, OSError) and error.errno:  # an error of the disk, not of the format
             raise
         raise Quarantine("unreadable_parquet", str(error).partition("\n")[0][:200]) from None

@@ -1,7 +1,7 @@
-"""A file to its documents, and documents back to their text.
+"""Files to documents, and documents back to their text.
 
-Every byte read ends in exactly one place: in the text of a kept document, or dropped under a reason. Whatever a file holds, it
-can only be quarantined; the rest of the corpus goes on.
+Every byte read is in a kept document or dropped for a reason. Whatever a file contains, at worst it is quarantined: the rest of
+the corpus is read.
 """
 
 import hashlib
@@ -15,51 +15,50 @@ from typing import IO
 import pyarrow as pa
 
 from llm_core.config import CorpusConfig
-from llm_core.corpus.content import Content, Meter, open_content, repaired
-from llm_core.corpus.folder import format_of
+from llm_core.corpus.input_folder import InputDir, InputFolder, open_input_folder
 from llm_core.corpus.parquet_format import ParquetTexts, parquet_documents
-from llm_core.corpus.records import DOCUMENTS_SCHEMA, HARMLESS, KEPT, UNREADABLE, Document, FileFacts, Quarantine, Rows
-from llm_core.corpus.source import InputDir, Source, open_source
+from llm_core.corpus.streams import Content, Meter, open_content, repaired
 from llm_core.corpus.text_formats import jsonl_documents, jsonl_text, text_documents
+from llm_core.corpus.types import DOCUMENTS_SCHEMA, HARMLESS, KEPT, UNREADABLE, Document, FileRecord, Quarantine, Rows, format_of
 from llm_core.errors import DataError
-from llm_core.tables import iter_rows
+from llm_core.system import iter_rows
 
 _ATTEMPTS = 3
 
-_AT_ONCE = 1 << 13
-"""Documents that are Python objects at any time."""
+# Documents that are Python objects at any time.
+_BATCH_SIZE = 1 << 13
 
+# Minimum bytes of content per line or row. A line or row must also take at least one byte of the file itself. A file below either
+# limit was made to exhaust memory: a row takes about 190 bytes. Logs and short comments have 40 bytes per line, 3 compressed.
 BYTES_PER_TEXT = 16
-"""A file with more lines or rows than one for each of so many bytes that come out of it, or than one for each byte of its own,
-was made to exhaust memory: a row takes about 190. Lines of logs and short comments have 40 and more, compressed still 3."""
 
+# The limit above is not checked up to this many lines or rows.
 MAX_TEXTS_FREE = 1 << 18
-"""Up to this many lines or rows the size of the file does not matter."""
 
+# A file that begins with more unusable lines or rows than this, and than usable ones, is quarantined as a whole.
 MAX_UNUSABLE = 1 << 18
-"""A file that begins with more unusable lines or rows than this, and than usable ones, is set aside as a whole."""
 
 
-def read_file(source: Source, path: str, config: CorpusConfig) -> tuple[FileFacts, Rows]:
-    """Reads one file into rows of the documents table; of one that cannot be read, the status says so.
+def read_file(folder: InputFolder, path: str, config: CorpusConfig) -> tuple[FileRecord, Rows]:
+    """Reads one file: its record, and rows of the documents table. The status of an unreadable file is UNREADABLE.
 
     Raises:
-        DataError: the file kept changing while it was read, or the place it is in cannot be reached.
+        DataError: the file kept changing while it was read, or the folder cannot be reached.
     """
     for _ in range(_ATTEMPTS):
         try:
-            with source.open(path) as file:
-                before = file.opened()
-                facts, documents = _read_open_file(file.raw, before.size, path, config)
-                if file.look() == before:
-                    return facts, documents
+            with folder.open(path) as file:
+                before = file.stamp_when_opened()
+                record, documents = _read_open_file(file.raw, before.size, path, config)
+                if file.current_stamp() == before:
+                    return record, documents
         except OSError as error:
             detail = error.strerror or str(error)
-            return FileFacts(path, 0, hashlib.sha256().hexdigest(), UNREADABLE, detail, 0, 0, 0, 0), Rows(DOCUMENTS_SCHEMA)
-    raise DataError(f"{source.address(path)}: changed {_ATTEMPTS} times while it was read; run again when it is at rest")
+            return FileRecord(path, 0, hashlib.sha256().hexdigest(), UNREADABLE, detail, 0, 0, 0, 0), Rows(DOCUMENTS_SCHEMA)
+    raise DataError(f"{folder.address(path)}: changed {_ATTEMPTS} times while it was read; run again when it no longer changes")
 
 
-def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) -> tuple[FileFacts, Rows]:
+def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) -> tuple[FileRecord, Rows]:
     meter = Meter(size)
     byte_order_mark = jsonl_envelope = 0
     detail = ""
@@ -68,30 +67,30 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     try:
         byte_order_mark = content.skip_byte_order_mark() if content else 0
         if content is None:
-            found = _Found.collect(parquet_documents(raw, path, config, meter), size, meter)
+            documents = _FileDocuments.collect(parquet_documents(raw, path, config, meter), size, meter)
         elif format == "text":
-            # Its pieces are as long as was asked for: their number says nothing of the file.
-            found = _Found.collect(iter(text_documents(content, path, config)), size)
+            # The number of pieces follows from max_document_bytes: not a sign of a hostile file.
+            documents = _FileDocuments.collect(iter(text_documents(content, path, config)), size)
         else:
-            found = _Found.collect(jsonl_documents(content, path, config), size, meter)
-            # A rejected line counts whole, under its own reason; of every other line all but the text is envelope.
-            jsonl_envelope = meter.position - byte_order_mark - found.bytes
-        status = KEPT if found.kept else found.first.status if found.first else "empty"
+            documents = _FileDocuments.collect(jsonl_documents(content, path, config), size, meter)
+            # A rejected line is dropped entirely; of any other line everything but the text is envelope.
+            jsonl_envelope = meter.position - byte_order_mark - documents.bytes
+        status = KEPT if documents.kept else documents.first.status if documents.first else "empty"
     except Quarantine as quarantine:
         status, detail = quarantine.reason, quarantine.detail
-        found, byte_order_mark = _Found(), 0
+        documents, byte_order_mark = _FileDocuments(), 0
         if content:
             content.drain()
-    replaced = meter.replaced if found.count else 0
-    counts = (found.count, byte_order_mark, jsonl_envelope, replaced)
-    # A text that is one document has its hash already.
-    whole = format == "text" and found.count == 1 and found.bytes == meter.position
-    sha256 = found.first.document_id if whole and found.first else meter.sha256()
-    return FileFacts(path, meter.position, sha256, status, detail, *counts), found.rows
+    replaced = meter.replaced if documents.count else 0
+    counts = (documents.count, byte_order_mark, jsonl_envelope, replaced)
+    # The id of a text's only document is the hash of the text.
+    one_document = format == "text" and documents.count == 1 and documents.bytes == meter.position
+    sha256 = documents.first.document_id if one_document and documents.first else meter.sha256()
+    return FileRecord(path, meter.position, sha256, status, detail, *counts), documents.rows
 
 
-class _Found:
-    """The documents of one file, as they come. A few bytes can stand for millions of them."""
+class _FileDocuments:
+    """The documents of one file, counted as they are read: a few bytes can expand to millions of them."""
 
     def __init__(self) -> None:
         self.rows = Rows(DOCUMENTS_SCHEMA)
@@ -100,25 +99,26 @@ class _Found:
         self.kept = False
 
     @classmethod
-    def collect(cls, documents: Iterator[Document], size: int, meter: Meter | None = None) -> "_Found":
-        """The documents of a file of `size` bytes; meter: of what comes out of it, where their number is to be in proportion.
+    def collect(cls, documents: Iterator[Document], size: int, meter: Meter | None = None) -> "_FileDocuments":
+        """The documents of a file of `size` bytes. meter: of its content, where the number of documents is limited.
 
         Raises:
-            Quarantine: they are more than such a file has a use for.
+            Quarantine: the number of documents is out of proportion to the file.
         """
-        found = cls()
-        while some := list(itertools.islice(documents, _AT_ONCE)):
-            found._add(some)
+        collected = cls()
+        while batch := list(itertools.islice(documents, _BATCH_SIZE)):
+            collected._add(batch)
             if meter is None:
                 continue
-            if found.unusable > MAX_UNUSABLE and 2 * found.unusable > found.count:
+            if collected.unusable > MAX_UNUSABLE and 2 * collected.unusable > collected.count:
                 raise Quarantine(
-                    "mostly_unusable", f"{found.unusable} of the first {found.count} lines or rows, the last: {some[-1].status}"
+                    "mostly_unusable",
+                    f"{collected.unusable} of the first {collected.count} lines or rows, the last: {batch[-1].status}",
                 )
-            if found.count > max(MAX_TEXTS_FREE, min(meter.position // BYTES_PER_TEXT, size)):
-                come_out = f", {meter.position} as they are read" if meter.position != size else ""
-                raise Quarantine("too_many_texts", f"{found.count} lines or rows and more in {size} bytes{come_out}")
-        return found
+            if collected.count > max(MAX_TEXTS_FREE, min(meter.position // BYTES_PER_TEXT, size)):
+                expansion = f", {meter.position} as they are read" if meter.position != size else ""
+                raise Quarantine("too_many_texts", f"{collected.count} lines or rows and more in {size} bytes{expansion}")
+        return collected
 
     def _add(self, documents: list[Document]) -> None:
         self.rows.extend(documents)
@@ -131,37 +131,37 @@ class _Found:
 
 
 def iter_texts(input_dir: InputDir, rows: pa.Table, config: CorpusConfig) -> Iterator[str]:
-    """Texts of the given rows of the documents table, in their order; each run of rows of one file opens it once.
+    """Texts of rows of the documents table, in order; adjacent rows of one file open it once.
 
     Raises:
-        DataError: a file is gone or cannot be reached, or what it holds is no longer the text whose hash is the document's id.
+        DataError: a file is missing or unreachable, or a text no longer has the hash that is its document's id.
     """
-    source = open_source(input_dir)
+    folder = open_input_folder(input_dir)
     columns = ("document_id", "path", "start", "end", "text_start", "bytes")
     for path, group in itertools.groupby(iter_rows(rows, *columns), key=itemgetter(1)):
         try:
-            with source.open(path) as file, _texts_of(file.raw, path, config) as text_at:
+            with folder.open(path) as file, _texts_of(file.raw, path, config) as text_at:
                 text_at_start, text = -1, b""
                 for document_id, _, start, end, text_start, size in group:
                     if start != text_at_start:
                         text, text_at_start = text_at(start, end), start
                     piece = text[text_start : text_start + size]
                     if hashlib.sha256(piece).hexdigest() != document_id:
-                        raise _changed(source, path)
+                        raise _changed(folder, path)
                     yield piece.decode()
         except (OSError, Quarantine, UnicodeDecodeError):
-            raise _changed(source, path) from None
+            raise _changed(folder, path) from None
 
 
-def _changed(source: Source, path: str) -> DataError:
+def _changed(folder: InputFolder, path: str) -> DataError:
     return DataError(
-        f"{source.address(path)}: changed since the snapshot was taken; run again (and if it says so again: touch the file)"
+        f"{folder.address(path)}: changed since the snapshot was taken; run again (if the message comes back, touch the file)"
     )
 
 
 @contextmanager
 def _texts_of(raw: IO[bytes], path: str, config: CorpusConfig) -> Iterator[Callable[[int, int], bytes]]:
-    """A function from `start` and `end` of a document to the whole text it is a part of."""
+    """Yields a function from `start` and `end` of a document to the complete text that contains it."""
     if format_of(path) == "parquet":
         with ParquetTexts.open(raw, path, config, Meter(0)) as texts:
             yield lambda start, end: texts.text(start)

@@ -1,186 +1,226 @@
-"""What a folder of text held at one moment: an immutable, content-addressed list of its files and documents.
+"""The content of a folder of text at one moment: an immutable, content-addressed list of its files and documents.
 
 snapshots/<snapshot_id>.files.parquet      one row per file
 snapshots/<snapshot_id>.documents.parquet  one row per document, ordered by (path, start, text_start)
 snapshots/<snapshot_id>.json               totals and the digests of both tables; written last
-snapshots/file_index.parquet               what tells the files' versions at the last look: a cache, never the truth
+snapshots/file_index.parquet               size, times, inode and version of each file at the last scan: a cache
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm_core.config import CorpusConfig
-from llm_core.corpus.accounting import byte_totals, file_changes, quarantine
-from llm_core.corpus.duplicates import mark_duplicates
-from llm_core.corpus.file_index import last_look, let_the_clock_tick, remember_look
-from llm_core.corpus.folder import READABLE, LocalFolder
-from llm_core.corpus.near_duplicates import check_available, mark_near_duplicates
+from llm_core.corpus.deduplication import check_available, mark_duplicates, mark_near_duplicates
+from llm_core.corpus.input_folder import InputDir, InputFolder, open_input_folder
+from llm_core.corpus.local_folder import LocalFolder
 from llm_core.corpus.readers import iter_texts, read_file
-from llm_core.corpus.records import DOCUMENTS_SCHEMA, FILES_SCHEMA, KEPT, UNREADABLE, FileFacts, Rows
-from llm_core.corpus.source import InputDir, open_source
+from llm_core.corpus.summary import (
+    ScanCounts,
+    SnapshotSummary,
+    SnapshotTotals,
+    TableFile,
+    byte_totals,
+    file_changes,
+    quarantine,
+)
+from llm_core.corpus.types import (
+    DOCUMENTS_SCHEMA,
+    FILES_SCHEMA,
+    KEPT,
+    READABLE,
+    UNREADABLE,
+    FileRecord,
+    FolderListing,
+    Rows,
+    Stamp,
+)
 from llm_core.errors import DataError, UserError
-from llm_core.files import atomic_writer, content_id, inside, read_json, verify_file, write_json
-from llm_core.processes import seldom_collecting
-from llm_core.tables import parquet_bytes, read_parquet
+from llm_core.layout import PreparedData
+from llm_core.system import (
+    atomic_writer,
+    content_id,
+    infrequent_garbage_collection,
+    inside,
+    parquet_bytes,
+    read_json,
+    read_parquet,
+    verify_file,
+    write_json,
+)
 
 FORMAT_VERSION = 2
+
+_SCAN_SCHEMA = pa.schema(
+    {
+        "path": pa.string(),
+        "size": pa.int64(),
+        "mtime_ns": pa.int64(),
+        "inode": pa.uint64(),
+        "ctime_ns": pa.int64(),
+        "tag": pa.string(),
+    }
+)
+# Seconds. Two writes to a file within one tick of the file system's clock (at most 10 ms) can leave the same times.
+_CLOCK_TICK = 0.02
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot's summary and its two tables. What the summary tells of changes and of files passed over is of the last look."""
+    """A snapshot's summary and tables. The summary's counts of changes and skipped files are those of the last scan."""
 
-    summary: dict[str, Any]
+    summary: SnapshotSummary
     files: pa.Table
     documents: pa.Table
 
     @property
     def snapshot_id(self) -> str:
-        return str(self.summary["snapshot_id"])
+        return self.summary["snapshot_id"]
 
     @property
     def config(self) -> CorpusConfig:
-        """What `iter_texts` needs to find the documents again."""
+        """The configuration that `iter_texts` needs to find the documents again."""
         return CorpusConfig.model_validate(self.summary["config"])
 
     def kept_documents(self) -> pa.Table:
-        """Rows of the documents that make up the corpus, in order."""
+        """Rows of the documents of the corpus, in order."""
         return self.documents.filter(pc.equal(self.documents["status"], KEPT))
 
 
-@seldom_collecting()
+@dataclass(frozen=True)
+class _Scan:
+    """The files of the folder, and which of them need not be read."""
+
+    listing: FolderListing
+    last: tuple[str | None, dict[str, Stamp]]  # the previous scan, as `load_scan` returns it
+    parent: Snapshot | None  # its snapshot
+    unchanged: dict[str, FileRecord]  # records in the parent of files that have not changed since
+
+
+@infrequent_garbage_collection()
 def take_snapshot(
     input_dir: InputDir,
-    processed_dir: Path,
+    data_dir: Path,
     config: CorpusConfig,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Snapshot:
-    """Reads what is new in `input_dir` and returns the snapshot of the whole; `on_progress` gets (done files, all files).
+    """Reads the new files of `input_dir` and returns the snapshot of all files; `on_progress` gets (done files, all files).
 
-    A file whose size, times and inode (behind a URL, its version there) are those of the last look is not opened. The same
-    content and configuration give the same snapshot, which is then not written again.
+    A file whose size, times and inode (for a URL, its version) are those of the last scan is not opened. The same content and
+    configuration give the same snapshot, which is then not written again.
 
     Raises:
-        UserError: no folder, no text in it, or nothing on one side of the train/validation split.
-        DataError: a file kept changing while it was read, or its place cannot be reached.
+        UserError: the folder is missing, has no text, or all text is on one side of the train/validation split.
+        DataError: a file kept changing while it was read, or the folder cannot be reached.
     """
-    source = open_source(input_dir)
-    if isinstance(source, LocalFolder) and processed_dir.resolve().is_relative_to(source.root.resolve()):
-        raise UserError(
-            f"--output_dir {processed_dir}: lies in --input_dir {input_dir} and would be read as text; name another one"
-        )
-    if config.near_duplicates is not None:
-        check_available(config.near_duplicates)
-    folder = source.walk()
-    if not folder.files:
-        raise UserError(
-            f"--input_dir {input_dir}: no {READABLE} file in it, nor one of these with .gz or .zst"
-            f" ({folder.ignored} other files, {folder.skipped.total()} skipped); put text files there or name another folder"
-        )
-    let_the_clock_tick(folder.files.values())
-    parent_id, stamps = looked = last_look(processed_dir)
-    parent = _intact_snapshot(processed_dir, parent_id) if parent_id else None
-    known: dict[str, FileFacts] = {}
-    if parent and parent.summary["config"] == config.identity():
-        rows = (FileFacts(**row) for row in parent.files.to_pylist())
-        known = {row.path: row for row in rows if row.path in folder.files and stamps.get(row.path) == folder.files[row.path]}
-
-    files: list[FileFacts] = []
-    fresh = Rows(DOCUMENTS_SCHEMA)
-    for done, path in enumerate(folder.files, start=1):
-        if path in known:
-            facts = known[path]
-        else:
-            facts, documents = read_file(source, path, config)
-            fresh.extend(documents)
-        files.append(facts)
-        if on_progress:
-            on_progress(done, len(folder.files))
-
-    identity = [(facts.path, facts.sha256, facts.status) for facts in files]
-    snapshot_id = content_id(FORMAT_VERSION, config.identity(), identity)
-    files_table = Rows(FILES_SCHEMA, files).table()
-    look = {
-        "files_ignored": folder.ignored,
-        "files_skipped": dict(folder.skipped),
-        **file_changes(files_table, parent.files if parent else None),
-    }
-    snapshot = parent if parent and parent.snapshot_id == snapshot_id else _intact_snapshot(processed_dir, snapshot_id)
+    folder = open_input_folder(input_dir)
+    scan = _scan(folder, input_dir, data_dir, config)
+    records, new_documents = _read_new_files(folder, scan, config, on_progress)
+    snapshot_id = content_id(FORMAT_VERSION, config.identity(), [(file.path, file.sha256, file.status) for file in records])
+    files = Rows(FILES_SCHEMA, records).table()
+    is_parent = scan.parent is not None and scan.parent.snapshot_id == snapshot_id
+    snapshot = scan.parent if is_parent else _find_intact(data_dir, snapshot_id)
     if snapshot is not None:
-        snapshot = replace(snapshot, summary=snapshot.summary | look)
+        snapshot = replace(snapshot, summary={**snapshot.summary, **_scan_counts(scan, files)})
     else:
-        tables = [fresh.table()]
-        if parent:
-            tables.append(parent.documents.filter(pc.is_in(parent.documents["path"], value_set=pa.array(known, pa.string()))))
-        documents_table = mark_duplicates(pa.concat_tables(tables))
-        if config.near_duplicates is not None:
-            documents_table = mark_near_duplicates(
-                documents_table, config.near_duplicates, processed_dir, lambda rows: iter_texts(input_dir, rows, config)
-            )
-        summary = {
-            "format_version": FORMAT_VERSION,
-            "snapshot_id": snapshot_id,
-            "config": config.identity(),
-            "parent_snapshot_id": parent.snapshot_id if parent else None,
-            "files": files_table.num_rows,
-            "documents": pc.sum(pc.equal(documents_table["status"], KEPT)).as_py() or 0,
-            **look,
-            **byte_totals(files_table, documents_table),
-            **quarantine(files_table, documents_table),
-        }
-        _check_usable(input_dir, config, summary)
-        snapshot = _publish(processed_dir, summary, files_table, documents_table)
-    # The stamps from before the files were read: what changed in between is looked at again.
-    stamps = {facts.path: folder.files[facts.path] for facts in files if facts.status != UNREADABLE}
-    if looked != (snapshot_id, stamps):
-        remember_look(processed_dir, snapshot_id, stamps)
+        documents = _documents_table(scan, new_documents, input_dir, data_dir, config)
+        totals = _totals(snapshot_id, config, scan, files, documents)
+        _check_usable(input_dir, config, totals)
+        snapshot = _publish(data_dir, totals, files, documents)
+    # The stamps from before the files were read: a file that changed in between is read again next time.
+    stamps = {file.path: scan.listing.files[file.path] for file in records if file.status != UNREADABLE}
+    if scan.last != (snapshot_id, stamps):
+        save_scan(data_dir, snapshot_id, stamps)
     return snapshot
 
 
-def load_snapshot(processed_dir: Path, snapshot_id: str) -> Snapshot:
-    """Opens a snapshot.
-
-    Raises:
-        DataError: one of its files is missing or damaged.
-    """
-    folder = processed_dir / "snapshots"
-    path = inside(folder, f"{snapshot_id}.json")
-    summary = read_json(path)
-    if summary.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{path}: format version {summary.get('format_version')}, this program reads {FORMAT_VERSION}")
-    tables = []
-    for entry in (summary["files_table"], summary["documents_table"]):
-        table = inside(folder, entry["file"])
-        verify_file(table, entry["sha256"])
-        tables.append(read_parquet(table))
-    files, documents = tables
-    return Snapshot(summary, files, documents.cast(DOCUMENTS_SCHEMA))  # older versions stored plain strings
-
-
-def _intact_snapshot(processed_dir: Path, snapshot_id: str) -> Snapshot | None:
-    """A snapshot that can stand in for reading the files again; a damaged one cannot and is written anew."""
-    try:
-        return load_snapshot(processed_dir, snapshot_id)
-    except (DataError, KeyError):
-        return None
-
-
-def _check_usable(input_dir: InputDir, config: CorpusConfig, summary: dict[str, Any]) -> None:
-    documents, size = summary["documents"], summary["bytes_kept"]
-    if not documents:
-        reasons = ", ".join(f"{reason} {count} bytes" for reason, count in sorted(summary["bytes_dropped"].items()))
+def _scan(folder: InputFolder, input_dir: InputDir, data_dir: Path, config: CorpusConfig) -> _Scan:
+    """Lists the files and finds those that are as the last scan left them."""
+    if isinstance(folder, LocalFolder) and data_dir.resolve().is_relative_to(folder.root.resolve()):
+        raise UserError(f"--output_dir {data_dir}: is inside --input_dir {input_dir} and would be read as text; name another one")
+    if config.near_duplicates is not None:
+        check_available(config.near_duplicates)
+    listing = folder.walk()
+    if not listing.files:
         raise UserError(
-            f"--input_dir {input_dir}: no usable text in its {summary['files']} files ({reasons or 'all empty'});"
+            f"--input_dir {input_dir}: no {READABLE} file in it, nor one of these with .gz or .zst"
+            f" ({listing.ignored} other files, {listing.skipped.total()} skipped); put text files there or name another folder"
+        )
+    wait_for_mtime_resolution(listing.files.values())
+    parent_id, stamps = last = load_scan(data_dir)
+    parent = _find_intact(data_dir, parent_id) if parent_id else None
+    unchanged = {}
+    if parent is not None and parent.summary["config"] == config.identity():
+        same = {path for path, stamp in listing.files.items() if stamps.get(path) == stamp}
+        records = (FileRecord(**row) for row in parent.files.to_pylist())
+        unchanged = {record.path: record for record in records if record.path in same}
+    return _Scan(listing, last, parent, unchanged)
+
+
+def _read_new_files(
+    folder: InputFolder, scan: _Scan, config: CorpusConfig, on_progress: Callable[[int, int], None] | None
+) -> tuple[list[FileRecord], Rows]:
+    """Records of all files, and the documents of those that were read."""
+    records: list[FileRecord] = []
+    new_documents = Rows(DOCUMENTS_SCHEMA)
+    for done, path in enumerate(scan.listing.files, start=1):
+        record = scan.unchanged.get(path)
+        if record is None:
+            record, documents = read_file(folder, path, config)
+            new_documents.extend(documents)
+        records.append(record)
+        if on_progress:
+            on_progress(done, len(scan.listing.files))
+    return records, new_documents
+
+
+def _documents_table(scan: _Scan, new_documents: Rows, input_dir: InputDir, data_dir: Path, config: CorpusConfig) -> pa.Table:
+    """New documents and those of unchanged files, sorted, with duplicates marked."""
+    tables = [new_documents.table()]
+    if scan.parent:
+        unchanged = pa.array(scan.unchanged, pa.string())
+        tables.append(scan.parent.documents.filter(pc.is_in(scan.parent.documents["path"], value_set=unchanged)))
+    documents = mark_duplicates(pa.concat_tables(tables))
+    if config.near_duplicates is None:
+        return documents
+    return mark_near_duplicates(documents, config.near_duplicates, data_dir, lambda rows: iter_texts(input_dir, rows, config))
+
+
+def _scan_counts(scan: _Scan, files: pa.Table) -> ScanCounts:
+    changes = file_changes(files, scan.parent.files if scan.parent else None)
+    return {"files_ignored": scan.listing.ignored, "files_skipped": dict(scan.listing.skipped), **changes}
+
+
+def _totals(snapshot_id: str, config: CorpusConfig, scan: _Scan, files: pa.Table, documents: pa.Table) -> SnapshotTotals:
+    return {
+        "format_version": FORMAT_VERSION,
+        "snapshot_id": snapshot_id,
+        "config": config.identity(),
+        "parent_snapshot_id": scan.parent.snapshot_id if scan.parent else None,
+        "files": files.num_rows,
+        "documents": pc.sum(pc.equal(documents["status"], KEPT)).as_py() or 0,
+        **_scan_counts(scan, files),
+        **byte_totals(files, documents),
+        **quarantine(files, documents),
+    }
+
+
+def _check_usable(input_dir: InputDir, config: CorpusConfig, totals: SnapshotTotals) -> None:
+    documents, size = totals["documents"], totals["bytes_kept"]
+    if not documents:
+        reasons = ", ".join(f"{reason} {count} bytes" for reason, count in sorted(totals["bytes_dropped"].items()))
+        raise UserError(
+            f"--input_dir {input_dir}: no usable text in its {totals['files']} files ({reasons or 'all empty'});"
             f" .jsonl lines and .parquet rows need a string under --text_field {config.text_field!r}, all text needs UTF-8"
             " (or --invalid_utf8 replace)"
         )
-    for split in ("train", "val"):
-        if not summary[f"{split}_bytes"]:
+    for split, split_bytes in (("train", totals["train_bytes"]), ("val", totals["val_bytes"])):
+        if not split_bytes:
             raise UserError(
                 f"--val_fraction {config.val_fraction}: none of the {documents} documents ({size} bytes) falls to {split};"
                 f" add text to {input_dir}, give another --val_fraction, or a smaller --max_document_bytes"
@@ -188,11 +228,78 @@ def _check_usable(input_dir: InputDir, config: CorpusConfig, summary: dict[str, 
             )
 
 
-def _publish(processed_dir: Path, summary: dict[str, Any], files: pa.Table, documents: pa.Table) -> Snapshot:
-    for name, table in (("files", files), ("documents", documents)):
-        path = processed_dir / "snapshots" / f"{summary['snapshot_id']}.{name}.parquet"
-        with atomic_writer(path) as file:
-            file.write(parquet_bytes(table))
-            summary[f"{name}_table"] = {"file": path.name, "sha256": file.sha256()}
-    write_json(processed_dir / "snapshots" / f"{summary['snapshot_id']}.json", summary)
+def _publish(data_dir: Path, totals: SnapshotTotals, files: pa.Table, documents: pa.Table) -> Snapshot:
+    folder, snapshot_id = PreparedData(data_dir), totals["snapshot_id"]
+    summary: SnapshotSummary = {
+        **totals,
+        "files_table": _write_table(folder.snapshot_files(snapshot_id), files),
+        "documents_table": _write_table(folder.snapshot_documents(snapshot_id), documents),
+    }
+    write_json(folder.snapshot(snapshot_id), summary)
     return Snapshot(summary, files, documents)
+
+
+def _write_table(path: Path, table: pa.Table) -> TableFile:
+    with atomic_writer(path) as file:
+        file.write(parquet_bytes(table))
+        return {"file": path.name, "sha256": file.sha256()}
+
+
+def load_snapshot(data_dir: Path, snapshot_id: str) -> Snapshot:
+    """Opens a snapshot.
+
+    Raises:
+        DataError: one of its files is missing or damaged.
+    """
+    folder, summary = PreparedData(data_dir), read_summary(data_dir, snapshot_id)
+    if summary.get("format_version") != FORMAT_VERSION:
+        path, found = folder.snapshot(snapshot_id), summary.get("format_version")
+        raise DataError(f"{path}: format version {found}, this program reads {FORMAT_VERSION}")
+    tables = []
+    for entry in (summary["files_table"], summary["documents_table"]):
+        table = inside(folder.snapshot(snapshot_id).parent, entry["file"])
+        verify_file(table, entry["sha256"])
+        tables.append(read_parquet(table))
+    files, documents = tables
+    return Snapshot(summary, files, documents.cast(DOCUMENTS_SCHEMA))  # older versions stored plain strings
+
+
+def read_summary(data_dir: Path, snapshot_id: str) -> SnapshotSummary:
+    """The summary of a snapshot of any format version, without its tables.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    return cast(SnapshotSummary, read_json(PreparedData(data_dir).snapshot(snapshot_id)))
+
+
+def _find_intact(data_dir: Path, snapshot_id: str) -> Snapshot | None:
+    """A snapshot if it exists undamaged; otherwise its files are read again."""
+    try:
+        return load_snapshot(data_dir, snapshot_id)
+    except (DataError, KeyError):
+        return None
+
+
+def wait_for_mtime_resolution(stamps: Iterable[Stamp]) -> None:
+    """Waits until a further write to any of the files must change its times: equal stamps then mean equal content."""
+    newest = max(max(stamp.mtime_ns, stamp.ctime_ns) for stamp in stamps) / 1e9
+    time.sleep(max(0.0, min(newest + _CLOCK_TICK - time.time(), _CLOCK_TICK)))
+
+
+def load_scan(data_dir: Path) -> tuple[str | None, dict[str, Stamp]]:
+    """Id of the newest snapshot and the stamps of its files; (None, {}) if the cache is lost or unreadable."""
+    try:
+        index = read_parquet(PreparedData(data_dir).scan)
+        snapshot_id = index.schema.metadata[b"snapshot_id"].decode()
+        return snapshot_id, {row.pop("path"): Stamp(**row) for row in index.to_pylist()}
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
+        return None, {}
+
+
+def save_scan(data_dir: Path, snapshot_id: str, stamps: dict[str, Stamp]) -> None:
+    """Stores the stamps of the files that could be read."""
+    rows = [(path, *stamp) for path, stamp in stamps.items()]
+    content = parquet_bytes(Rows(_SCAN_SCHEMA.with_metadata({"snapshot_id": snapshot_id}), rows).table())
+    with atomic_writer(PreparedData(data_dir).scan) as file:
+        file.write(content)

@@ -1,1 +1,1 @@
-"""The assets of the lineage, one file each, in the order the data flows."""
+"""The assets of the lineage."""

@@ -3,24 +3,26 @@
 import dagster as dg
 from pydantic import Field
 
-from llm_core.config import EvaluateConfig, HarnessConfig
-from llm_core.evaluation_file import by_source, metric, read_evaluation
-from llm_core.files import content_id
-from pipeline import checks
+from llm_core.config import EvaluateConfig, TasksConfig
+from llm_core.evaluation import by_source, metric, read_evaluation
+from llm_core.layout import RunFolder
+from llm_core.system import content_id
+from pipeline.artifacts.evaluations import evaluate, evaluate_on_tasks
+from pipeline.artifacts.pointers import set_current
+from pipeline.artifacts.release import evaluate_released
+from pipeline.artifacts.step import Step
+from pipeline.artifacts.upstream import Upstream
 from pipeline.assets.checkpoint import checkpoint
-from pipeline.assets.common import HOOKS, MODEL, OWNERS, literal, rounded, table, tables
+from pipeline.assets.checks import EVALUATION_CHECKS, check_evaluation
+from pipeline.assets.common import HOOKS, MODEL, OWNERS
+from pipeline.assets.plots import picture, plot_bits_per_byte
 from pipeline.assets.tokenized_shards import tokenized_shards
-from pipeline.current import set_current
-from pipeline.handover import Upstream
-from pipeline.harness import try_tasks
-from pipeline.judging import judge
-from pipeline.plots import bits_per_byte_bars, picture
-from pipeline.release import judge_released
+from pipeline.presentation import literal, rounded, table, tables
 from pipeline.resources import CatalogResource, Storage
 
 
-class EvaluationConfig(EvaluateConfig, HarnessConfig, dg.Config):
-    """How a checkpoint is judged on the held-out text, and by tasks of lm-eval."""
+class EvaluationConfig(EvaluateConfig, TasksConfig, dg.Config):
+    """How a checkpoint is evaluated on held-out text, and on lm-eval tasks."""
 
     max_regression: float = Field(
         0.1,
@@ -36,41 +38,44 @@ class EvaluationConfig(EvaluateConfig, HarnessConfig, dg.Config):
     owners=OWNERS,
     hooks=HOOKS,
     pool="device",
-    check_specs=checks.EVALUATION,
+    check_specs=EVALUATION_CHECKS,
 )
 def evaluation(
     context: dg.AssetExecutionContext, config: EvaluationConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
-    """Loss, perplexity and bits per byte of held-out text, in all and by source, beside baselines and the released model.
+    """Loss, perplexity and bits per byte on held-out text, in total and by source, beside baselines and the released model.
 
-    The baselines are token frequencies (unigram) and a strong compressor (xz -9e) on the same text; samples show what it writes.
+    The baselines are token frequencies (unigram) and a strong compressor (xz -9e) on the same text; samples show generated text.
 
-    Bits per byte can be compared between tokenizers, loss and perplexity cannot. Tasks of lm-eval are tried where some are named.
+    Bits per byte can be compared between tokenizers, loss and perplexity cannot. lm-eval tasks run if some are configured.
     """
-    upstream = Upstream(context, storage)
+    step = Step(context, storage, catalog)
+    upstream = Upstream(step)
     record, manifest = upstream.checkpoint(), upstream.dataset()
-    path = judge(context, storage, catalog, record, manifest, config.part(EvaluateConfig))
-    set_current(storage.current_evaluation, path)
+    path = evaluate(step, record, manifest, config.stage(EvaluateConfig))
+    set_current(step.home.current_evaluation, path)
     result = read_evaluation(path)
+    released = evaluate_released(step, result)
+    tasks = evaluate_on_tasks(step, record, config.stage(TasksConfig))
 
     compared = {
         "this model": metric(result, "bits_per_byte"),
         "unigram baseline": metric(result, "unigram_bits_per_byte"),
         "xz -9e": metric(result, "xz_bits_per_byte"),
     }
-    released = judge_released(context, storage, catalog, result)
     if released is not None:
         compared["released model"] = metric(released, "bits_per_byte")
-    tasks = try_tasks(context, storage, catalog, record, config.part(HarnessConfig))
     texts = [sample["prompt"] + sample["continuation"] for sample in result["samples"]]
     samples = "\n\n".join(f"sample {number}:\n\n{literal(text)}" for number, text in enumerate(texts, start=1))
     return dg.MaterializeResult(
         data_version=dg.DataVersion(result["evaluation_id"]),
-        check_results=checks.evaluation(result, compared.get("released model"), config.max_regression),
+        check_results=check_evaluation(result, compared.get("released model"), config.max_regression),
         metadata={
             "evaluation_id": result["evaluation_id"],
             "comparison": picture(
-                path.with_name(f"comparison_{content_id(compared)}.png"), "bits per byte", lambda: bits_per_byte_bars(compared)
+                RunFolder(path.parent).picture("comparison", content_id(compared)),
+                "bits per byte",
+                lambda: plot_bits_per_byte(compared),
             ),
             "bits_per_byte": rounded(metric(result, "bits_per_byte")),
             "unigram_bits_per_byte": rounded(metric(result, "unigram_bits_per_byte")),

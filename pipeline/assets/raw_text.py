@@ -6,11 +6,13 @@ import dagster as dg
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus import take_snapshot
-from llm_core.locks import preparing
-from pipeline import checks
-from pipeline.assets.common import DATA, HOOKS, OWNERS, table, tables
+from llm_core.system import preparing
+from pipeline.artifacts.pointers import set_current
+from pipeline.artifacts.step import Step
+from pipeline.assets.checks import RAW_TEXT_CHECKS, check_raw_text
+from pipeline.assets.common import DATA, HOOKS, OWNERS
 from pipeline.assets.sample_corpus import sample_corpus
-from pipeline.current import set_current
+from pipeline.presentation import table, tables
 from pipeline.resources import CatalogResource, Storage
 
 
@@ -19,28 +21,29 @@ class RawTextConfig(CorpusConfig, dg.Config):
 
 
 @dg.asset(
-    deps=[sample_corpus], kinds={"file", "parquet"}, group_name=DATA, owners=OWNERS, hooks=HOOKS, check_specs=checks.RAW_TEXT
+    deps=[sample_corpus], kinds={"file", "parquet"}, group_name=DATA, owners=OWNERS, hooks=HOOKS, check_specs=RAW_TEXT_CHECKS
 )
 def raw_text(
     context: dg.AssetExecutionContext, config: RawTextConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
-    """The documents of the raw text folder, found by content: cleaned, deduplicated, split into train and validation.
+    """The documents of the raw text folder, identified by content: cleaned, deduplicated, split into train and validation.
 
-    Unchanged files are not opened again. Files that are not clean UTF-8 text are set aside with a reason, repaired only if asked.
+    Unchanged files are not opened again. Files that are not clean UTF-8 text are quarantined with a reason, repaired only if
+    asked.
     """
-    place = storage.raw_text
-    if isinstance(place, Path) and storage.raw_text_dir is None:  # the one of a new home; a folder that was named must be there
+    step, place = Step(context, storage, catalog), storage.raw_text
+    if isinstance(place, Path) and storage.raw_text_dir is None:  # of a new home; a configured folder must exist
         place.mkdir(parents=True, exist_ok=True)
-    with preparing(storage.processed, context.log.info):
-        snapshot = take_snapshot(place, storage.processed, config.part(CorpusConfig))
-        catalog.open(storage).record_snapshot(storage.processed, snapshot.snapshot_id)
-        set_current(storage.current_snapshot, storage.current_snapshot.with_name(f"{snapshot.snapshot_id}.json"))
+    with preparing(step.data_dir, context.log.info):
+        snapshot = take_snapshot(place, step.data_dir, config.stage(CorpusConfig))
+        step.catalog().record_snapshot(step.data_dir, snapshot.snapshot_id)
+        set_current(step.home.prepared.current_snapshot, step.home.prepared.snapshot(snapshot.snapshot_id))
     summary, dropped = snapshot.summary, snapshot.summary["bytes_dropped"]
     for file in summary["quarantined"]:
-        context.log.warning(f"set aside {file['path']}: {file['reason']} ({file['detail']})")
+        context.log.warning(f"quarantined {file['path']}: {file['reason']} ({file['detail']})")
     return dg.MaterializeResult(
         data_version=dg.DataVersion(snapshot.snapshot_id),
-        check_results=checks.raw_text(snapshot),
+        check_results=check_raw_text(snapshot),
         metadata={
             "snapshot_id": snapshot.snapshot_id,
             "files": summary["files"],

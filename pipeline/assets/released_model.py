@@ -2,19 +2,19 @@
 
 import dagster as dg
 
-from llm_core.checkpoint_files import CheckpointRecord, checkpoint_path, manifest_path
+from llm_core.checkpoint import CheckpointRecord, RunRecord
 from llm_core.cli import printable
 from llm_core.config import ReleaseConfig
-from llm_core.evaluation_file import metric, read_evaluation
-from llm_core.files import inside, read_json
-from llm_core.shards import load_manifest
-from pipeline.assets.common import HOOKS, MODEL, OWNERS, rounded
+from llm_core.dataset import load_manifest
+from llm_core.evaluation import Evaluation, metric, read_evaluation
+from llm_core.huggingface import ModelRecord
+from pipeline.artifacts.release import Verdict, release_if_better, remember_decision
+from pipeline.artifacts.release import released_model as find_released_model
+from pipeline.artifacts.step import Step
+from pipeline.artifacts.upstream import Upstream
+from pipeline.assets.common import HOOKS, MODEL, OWNERS
 from pipeline.assets.evaluation import evaluation
-from pipeline.handover import Upstream
-from pipeline.new_text import remember_decision
-from pipeline.release import decide, judge_released, one_at_a_time, release
-from pipeline.release import released_model as find_released_model
-from pipeline.report import locations, report_table
+from pipeline.presentation import locations, report_table, rounded
 from pipeline.resources import CatalogResource, Storage
 
 
@@ -30,46 +30,45 @@ def released_model(
 
     The directory loads with `transformers`: `AutoModelForCausalLM.from_pretrained(directory)`.
     """
-    evaluation_file = Upstream(context, storage).evaluation()
-    result = read_evaluation(evaluation_file)
-    record = CheckpointRecord.read(manifest_path(checkpoint_path(inside(storage.checkpoints, result["run_id"]), result["step"])))
-    run, manifest = read_json(record.path.parent / "run.json"), load_manifest(storage.processed, result["dataset_id"])
-    with one_at_a_time(context, storage):
-        before = judge_released(context, storage, catalog, result)
-        verdict = decide(find_released_model(storage), result, before, config.part(ReleaseConfig))
-        if verdict.promoted:
-            directory = release(context, storage, record, evaluation_file, verdict.reason)
-            catalog.open(storage).record_model(directory)
-    if not verdict.promoted:
-        context.log.warning(f"not released: {verdict.reason}")
-
+    step = Step(context, storage, catalog)
+    path = Upstream(step).evaluation()
+    result = read_evaluation(path)
+    record = CheckpointRecord.of(step.home.run(result["run_id"]).checkpoint(result["step"]))
+    verdict = release_if_better(step, record, path, config.stage(ReleaseConfig))
     released = find_released_model(storage)
     if released is None:
         raise dg.Failure(f"nothing is released: {verdict.reason}", allow_retries=False)
+    remember_decision(storage, result["snapshot_id"])
+    print(_overview(step, record, result, verdict, released), flush=True)
+    directory = step.home.model(released.model_id).root
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(released.model_id),
+        metadata={
+            "model_id": released.model_id,
+            "promoted": verdict.promoted,
+            "reason": verdict.reason,
+            "checkpoint_id": released.checkpoint_id,
+            "bits_per_byte": rounded(released.metrics["bits_per_byte"]),
+            "directory": dg.MetadataValue.path(directory),
+        },
+    )
+
+
+def _overview(step: Step, record: CheckpointRecord, result: Evaluation, verdict: Verdict, released: ModelRecord) -> str:
+    """The table that a run of the lineage ends with on the terminal."""
+    run, manifest = RunRecord.read(record.path.parent), load_manifest(step.data_dir, result["dataset_id"])
     sample = result["samples"][0]
     rows: dict[str, object] = {
         "documents": sum(split.documents for split in manifest.splits.values()),
         "tokens to train on": manifest.splits["train"].tokens,
         "tokens trained on": record.tokens_seen,
-        "parameters": run["parameters"],
+        "parameters": run.parameters,
         "steps": record.step,
         "bits per byte": metric(result, "bits_per_byte"),
         "unigram bits per byte": metric(result, "unigram_bits_per_byte"),
         "released": f"{'yes' if verdict.promoted else 'no'}: {verdict.reason}",
         "sample": printable((sample["prompt"] + sample["continuation"]).replace("\n", " "))[:100],
-        **locations(storage),
-        "released model": storage.models / released["model_id"],
+        **locations(step.home),
+        "released model": step.home.model(released.model_id).root,
     }
-    remember_decision(storage, result["snapshot_id"])
-    print(report_table(f"textmill: run {record.run_id}", rows), flush=True)
-    return dg.MaterializeResult(
-        data_version=dg.DataVersion(released["model_id"]),
-        metadata={
-            "model_id": released["model_id"],
-            "promoted": verdict.promoted,
-            "reason": verdict.reason,
-            "checkpoint_id": released["checkpoint_id"],
-            "bits_per_byte": rounded(released["metrics"]["bits_per_byte"]),
-            "directory": dg.MetadataValue.path(storage.models / released["model_id"]),
-        },
-    )
+    return report_table(f"textmill: run {record.run_id}", rows)

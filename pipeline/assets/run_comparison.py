@@ -1,21 +1,23 @@
-"""run_comparison: the runs side by side that were judged on the same text."""
+"""run_comparison: runs that were evaluated on the same text, side by side."""
 
 from collections.abc import Container
 
 import dagster as dg
 
 from llm_core.errors import UserError
-from llm_core.evaluation_file import read_evaluation
-from llm_core.files import content_id
-from pipeline.assets.common import HOOKS, MODEL, OWNERS, markdown_table
+from llm_core.evaluation import read_evaluation
+from llm_core.layout import RunFolder
+from llm_core.system import content_id
+from pipeline.artifacts.release import released_lines
+from pipeline.artifacts.step import Step
+from pipeline.artifacts.upstream import Upstream
+from pipeline.assets.common import HOOKS, MODEL, OWNERS
 from pipeline.assets.evaluation import evaluation
+from pipeline.assets.plots import ComparedRun, picture, plot_run_comparison
 from pipeline.assets.released_model import released_model
 from pipeline.catalog.catalog import Catalog
-from pipeline.catalog.questions import Row
-from pipeline.handover import Upstream
-from pipeline.plots import ComparedRun, picture
-from pipeline.plots import run_comparison as draw
-from pipeline.release import released_lines
+from pipeline.catalog.queries import Row
+from pipeline.presentation import markdown_table
 from pipeline.resources import CatalogResource, Storage
 
 DRAWN = 10
@@ -24,18 +26,19 @@ POINTS = 200
 
 @dg.asset(deps=[evaluation, released_model], kinds={"duckdb"}, group_name=MODEL, owners=OWNERS, hooks=HOOKS)
 def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog: CatalogResource) -> dg.MaterializeResult:
-    """Runs of all sizes, the best first, that were judged on the same held-out text as this one; their losses and their sizes.
+    """Runs that were evaluated on the same held-out text as this one, the best first, with their losses and sizes.
 
-    Figures on other text do not compare and are left out: `textmill runs` lists every run.
+    Results on other text are not comparable and are left out; `textmill runs` lists every run.
     """
-    path = Upstream(context, storage).evaluation()
-    judged = read_evaluation(path)
-    runs, lines = catalog.open(storage).comparable_runs(judged["evaluation_id"]), released_lines(storage)
+    step = Step(context, storage, catalog)
+    path = Upstream(step).evaluation()
+    result = read_evaluation(path)
+    runs, lines = step.catalog().comparable_runs(result["evaluation_id"]), released_lines(storage)
     if not runs:
-        raise UserError(f"evaluation {judged['evaluation_id']}: not in the catalog; make it anew with: textmill catalog rebuild")
+        raise UserError(f"evaluation {result['evaluation_id']}: not in the catalog; rebuild it with: textmill catalog rebuild")
     rows = [
         {
-            # As many columns as the page has room for.
+            # The page has room for this many columns.
             "run": run["run_id"][:8],
             "bits per byte": f"{run['bits_per_byte']:.4f}",
             "released": _released(lines.get(run["checkpoint_id"], []), run["model_id"]),
@@ -51,12 +54,12 @@ def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog:
         metadata={
             "runs": markdown_table(rows),
             "comparison": picture(
-                path.with_name(f"run_comparison_{version}.png"),
+                RunFolder(path.parent).picture("run_comparison", version),
                 "comparison of runs",
-                lambda: draw(_curves(catalog.open(storage), runs[:DRAWN], lines.keys())),
+                lambda: plot_run_comparison(_curves(step.catalog(), runs[:DRAWN], lines.keys())),
             ),
             "runs_compared": len(runs),
-            "dataset_id": judged["dataset_id"],
+            "dataset_id": result["dataset_id"],
         },
     )
 

@@ -5,27 +5,28 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field
 
+from llm_core.corpus import write_sample_corpus
 from llm_core.errors import UserError
-from llm_core.sample_corpus import write_sample_corpus
+from llm_core.layout import SAMPLE_CORPUS
 from pipeline.assets.common import DATA, HOOKS, OWNERS
 from pipeline.resources import Storage
 
 
 class SampleCorpusConfig(dg.Config):
-    """How much sample text is wanted."""
+    """Amount of sample text."""
 
     at_least_bytes: int = Field(6_000_000, ge=100_000, le=20_000_000, description="Bytes of text to write.")
 
 
 @dg.asset(kinds={"python", "file"}, group_name=DATA, owners=OWNERS, hooks=HOOKS)
 def sample_corpus(config: SampleCorpusConfig, storage: Storage) -> dg.MaterializeResult:
-    """English technical prose out of the Python installation itself: the language reference and docstrings.
+    """English technical prose from the Python installation: the language reference and docstrings.
 
-    Written to `sample_corpus/` in the raw text folder; delete that folder to train on your own text alone.
+    Written to `sample_corpus/` in the raw text folder; delete that folder to train on your own text only.
     """
     place = storage.raw_text
     if not isinstance(place, Path):
         raise UserError(f"raw_text_dir {place}: the sample corpus needs a local folder; leave raw_text_dir out of the quickstart")
-    directory = place / "sample_corpus"
+    directory = place / SAMPLE_CORPUS
     files, size = write_sample_corpus(directory, config.at_least_bytes)
     return dg.MaterializeResult(metadata={"files": files, "bytes": size, "folder": dg.MetadataValue.path(directory)})

@@ -3,13 +3,15 @@
 import dagster as dg
 
 from llm_core.config import ShardConfig
-from llm_core.locks import preparing
-from llm_core.shards import build_dataset
-from pipeline import checks
-from pipeline.assets.common import DATA, HOOKS, OWNERS, rounded
+from llm_core.dataset import build_dataset
+from llm_core.system import preparing
+from pipeline.artifacts.step import Step
+from pipeline.artifacts.upstream import Upstream
+from pipeline.assets.checks import TOKENIZED_SHARDS_CHECKS, check_tokenized_shards
+from pipeline.assets.common import DATA, HOOKS, OWNERS
 from pipeline.assets.raw_text import raw_text
 from pipeline.assets.trained_tokenizer import trained_tokenizer
-from pipeline.handover import Upstream
+from pipeline.presentation import rounded
 from pipeline.resources import CatalogResource, Storage
 
 
@@ -23,24 +25,25 @@ class TokenizedShardsConfig(ShardConfig, dg.Config):
     group_name=DATA,
     owners=OWNERS,
     hooks=HOOKS,
-    check_specs=checks.TOKENIZED_SHARDS,
+    check_specs=TOKENIZED_SHARDS_CHECKS,
 )
 def tokenized_shards(
     context: dg.AssetExecutionContext, config: TokenizedShardsConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
-    """Immutable Arrow shards of token ids and the manifest that makes them one dataset version.
+    """Immutable Arrow shards of token ids, and the manifest that makes them one dataset version.
 
-    Only documents that no shard holds yet are read and encoded; removed documents are masked, not rewritten.
+    Only documents that are in no shard yet are read and encoded. Removed documents are masked, not rewritten.
     """
-    with preparing(storage.processed, context.log.info):
-        upstream = Upstream(context, storage)
+    step = Step(context, storage, catalog)
+    with preparing(step.data_dir, context.log.info):
+        upstream = Upstream(step)
         snapshot = upstream.snapshot()
-        manifest = build_dataset(snapshot, upstream.tokenizer(), storage.raw_text, storage.processed, config.part(ShardConfig))
-        catalog.open(storage).record_dataset(storage.processed, manifest.dataset_id)
+        manifest = build_dataset(snapshot, upstream.tokenizer(), storage.raw_text, step.data_dir, config.stage(ShardConfig))
+        step.catalog().record_dataset(step.data_dir, manifest.dataset_id)
     train, val = manifest.splits["train"], manifest.splits["val"]
     return dg.MaterializeResult(
         data_version=dg.DataVersion(manifest.dataset_id),
-        check_results=checks.tokenized_shards(manifest, snapshot),
+        check_results=check_tokenized_shards(manifest, snapshot),
         metadata={
             "dataset_id": manifest.dataset_id,
             "snapshot_id": manifest.snapshot_id,
@@ -52,6 +55,6 @@ def tokenized_shards(
             "dtype": manifest.dtype,
             "max_length": config.max_length,
             "stride": config.stride,
-            "manifest": dg.MetadataValue.path(storage.processed / "manifests" / f"{manifest.dataset_id}.json"),
+            "manifest": dg.MetadataValue.path(step.home.prepared.manifest(manifest.dataset_id)),
         },
     )

@@ -1,1 +1,1 @@
-"""What was made from what, in DuckDB. The only package that holds SQL; the files on disk stay the truth."""
+"""The lineage of all artifacts, in DuckDB. Only this package has SQL; the files on disk are the source of truth."""

@@ -1,8 +1,8 @@
 """Short, serialized connections to the catalog file.
 
-DuckDB lets one process open a file for writing, and then nobody else at all. Side files with a `flock` make our own processes
-wait for each other in turn; against foreign ones, such as the duckdb command, opening is retried within the same bound. For those
-that only read nobody waits to the end: what is written then goes into a copy, which takes the file's place.
+While one process has a DuckDB file open for writing, no other process can open it. textmill's processes queue with `flock` on
+side files. While another program has the file open, such as the duckdb command, opening is retried within the same time limit.
+If that program only reads, a writer soon stops waiting and writes to a copy that replaces the file.
 """
 
 import fcntl
@@ -19,24 +19,24 @@ from typing import IO
 import duckdb
 
 from llm_core.errors import DataError, TextmillError, UserError
-from llm_core.files import DISK_FULL, free_bytes
-from pipeline.catalog.replacement import beside, copy_database, lock_out_writers, replacement, settle_logs
+from llm_core.system import DISK_FULL, free_bytes
+from pipeline.catalog.file_swap import beside, copy_database, lock_out_writers, replacement, settle_logs
 
+# Readable by DuckDB 1.5 and newer.
 STORAGE_VERSION = "v1.5.0"
-"""Written so that DuckDB clients from 1.5 on can read the file."""
 
+# Seconds that a writer waits for readers of other programs before it copies the file.
 _PATIENCE_WITH_READERS = 2.0
-"""Seconds that a writer gives foreign readers to go before it takes a copy."""
 
-_REMEDY = "make it again from the files on disk with: textmill catalog rebuild"
+_REMEDY = "rebuild it from the files on disk: textmill catalog rebuild"
 _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
-    # An extension that is not built in would be fetched from the network.
+    # Do not download extensions.
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
-    # The work is small: a thread for each of many cores would cost more than it gives.
+    # Queries are small: starting a thread per core would take longer.
     "threads": "2",
 }
-# What DuckDB raises about the file and the disk, not about a statement. A wrong checksum comes as a bare `duckdb.Error`.
+# Errors of the file and the disk, not of a statement. A wrong checksum raises a plain `duckdb.Error`.
 _FILE_ERRORS = (
     duckdb.IOException,
     duckdb.InternalException,
@@ -47,11 +47,11 @@ _FILE_ERRORS = (
 
 
 class CatalogError(DataError):
-    """The catalog's own file is damaged, or the disk refuses it."""
+    """The catalog file is damaged or cannot be read or written."""
 
 
 class CatalogBusyError(CatalogError):
-    """Others held the catalog for the whole waiting time."""
+    """Other processes kept the catalog open for the entire waiting time."""
 
 
 class _LockedError(Exception):
@@ -59,7 +59,7 @@ class _LockedError(Exception):
 
 
 class Database:
-    """One DuckDB file. Nothing is held open between two `connect` blocks; they do not nest."""
+    """One DuckDB file, open only within `connect` blocks, which do not nest."""
 
     def __init__(self, path: Path, wait_seconds: float = 60.0) -> None:
         self.path = path
@@ -70,8 +70,8 @@ class Database:
         """One transaction: committed when the block ends, rolled back when it raises.
 
         Raises:
-            UserError: there is no file to read, or its schema is not this program's.
-            CatalogError: the file is damaged, the disk is full, or others held the file for the whole waiting time.
+            UserError: there is no file to read, or its schema has another version.
+            CatalogError: the file is damaged, the disk is full, or others kept the file open for the entire waiting time.
         """
         if read_only and not self.path.exists():
             raise UserError(f"{self.path}: no such catalog; run a job first, or name its folder with --home or TEXTMILL_HOME")
@@ -82,15 +82,15 @@ class Database:
 
     @contextmanager
     def replaced(self) -> Iterator[Path]:
-        """Gives the path for a new file, which takes the old one's place when the block ends without an error.
+        """Yields the path of a new file that replaces the old one when the block ends without an error.
 
-        Whoever reads the old one reads on in it; nobody can write to it meanwhile.
+        Meanwhile the old file cannot be written to. Existing readers keep it.
 
         Raises:
-            CatalogError: the new file could not be written whole, or others kept the old one open for writing.
+            CatalogError: the new file could not be written, or another program kept the old one open for writing.
         """
         with self._turn(shared=False) as deadline, ExitStack() as held:
-            if self.path.exists():  # no more is asked of it than its lock: it may be damaged
+            if self.path.exists():  # it may be damaged: only its lock is used
                 while (source := lock_out_writers(self.path)) is None:
                     self._pause(deadline, f"{self._writer()} has it open")
                 held.callback(os.close, source)
@@ -99,15 +99,15 @@ class Database:
             Database(fresh)._settle()
 
     def _settle(self) -> None:
-        """Takes the write-ahead log into the file."""
+        """Merges the write-ahead log into the file."""
         with self._turn(shared=False) as deadline, self._opened(deadline, read_only=False) as connection:
             connection.execute("CHECKPOINT")
 
     @contextmanager
     def _opened(self, deadline: float, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection to the file; where foreign readers keep it from a writer, to a copy that takes its place in the end."""
-        settle_logs(self.path)  # which a killed process may have set aside
-        path, patient_until = self.path, time.monotonic() + min(_PATIENCE_WITH_READERS, self._wait_seconds / 2)
+        """A connection to the file, or, if readers of other programs block a writer, to a copy that replaces it at the end."""
+        settle_logs(self.path)  # left aside by a killed process
+        path, copy_after = self.path, time.monotonic() + min(_PATIENCE_WITH_READERS, self._wait_seconds / 2)
         with self._file_errors(), ExitStack() as held:
             while True:
                 try:
@@ -115,36 +115,34 @@ class Database:
                     break
                 except _LockedError as locked:
                     reason = f"{locked} has it open"
-                copies = not read_only and path == self.path and time.monotonic() >= patient_until
-                if copies and (source := lock_out_writers(path)) is not None:
-                    # Closed only when the copy has its place and the disk knows it: a writer that opened the old file just
-                    # before is still refused the lock.
+                may_copy = not read_only and path == self.path and time.monotonic() >= copy_after
+                if may_copy and (source := lock_out_writers(path)) is not None:
+                    # Closed only after the copy has replaced the file: until then no writer gets the lock of the old file.
                     held.callback(os.close, source)
                     path = held.enter_context(replacement(self.path))
                     try:
                         copy_database(source, self.path, path)
                     except OSError as error:
-                        raise self._refused(error, "others read it, and it cannot be copied", "close it there") from None
+                        raise self._refused(error, "other programs read it, and it cannot be copied", "close it there") from None
                 else:
                     self._pause(deadline, reason)
-            held.callback(connection.close)  # which rolls back what was not committed
+            held.callback(connection.close)  # rolls back an open transaction
             yield connection
             if path != self.path:
-                connection.execute("CHECKPOINT")  # its log would not go with it
+                connection.execute("CHECKPOINT")  # the log is not moved with the file
 
     @contextmanager
     def _turn(self, shared: bool) -> Iterator[float]:
-        """Waits for our other processes, readers together or one writer alone, and gives the deadline of all waiting.
+        """Waits until this process may open the file, with other readers or as the only writer; yields the deadline for waiting.
 
-        Only one process at a time waits for those inside, all others wait behind it: otherwise readers that overlap would
-        keep a writer out for as long as they come.
+        Only the first process in the queue waits for the lock: otherwise overlapping readers could block a writer forever.
         """
         deadline = time.monotonic() + self._wait_seconds
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             queue, lock = (open(beside(self.path, suffix), "a+", encoding="utf-8") for suffix in (".queue", ".lock"))
         except OSError as error:
-            raise UserError(f"{self.path.parent}: not a folder to keep the catalog's lock in ({error.strerror})") from None
+            raise UserError(f"{self.path.parent}: cannot create the catalog's lock in this folder ({error.strerror})") from None
         with queue, lock:
             for file, kind in ((queue, fcntl.LOCK_EX), (lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)):
                 while True:
@@ -155,7 +153,7 @@ class Database:
                         self._pause(deadline, f"process {_holder(lock)} holds {lock.name}")
             fcntl.flock(queue, fcntl.LOCK_UN)
             if not shared:
-                lock.truncate(0)  # a killed process leaves its number
+                lock.truncate(0)  # a killed process leaves its id
                 lock.write(str(os.getpid()))
                 lock.flush()
             try:
@@ -165,11 +163,11 @@ class Database:
                     lock.truncate(0)
 
     def _attach(self, path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
-        """Raises _LockedError where another program's lock is in the way."""
+        """Raises _LockedError if another program has the file open."""
         connection = duckdb.connect(":memory:", config=_SETTINGS)
         try:
             options = "READ_ONLY" if read_only else f"STORAGE_VERSION '{STORAGE_VERSION}'"
-            # ATTACH takes no bound parameter for its file; a quote in the path is doubled.
+            # ATTACH does not bind parameters: quotes in the path are doubled.
             quoted = str(path).replace("'", "''")
             connection.execute(f"ATTACH '{quoted}' AS catalog ({options})")
             connection.execute("USE catalog")
@@ -188,7 +186,7 @@ class Database:
             raise
 
     def _writer(self) -> str:
-        """Who has the file open for writing: DuckDB knows, and tells whoever wants to read it."""
+        """The process that has the file open for writing; DuckDB names it in the error of a reader."""
         try:
             self._attach(self.path, read_only=True).close()
         except (_LockedError, TextmillError) as error:
@@ -197,7 +195,7 @@ class Database:
 
     @contextmanager
     def _file_errors(self) -> Iterator[None]:
-        """Makes an error of ours of what DuckDB says about the file and the disk."""
+        """Turns DuckDB's errors of the file and the disk into CatalogError."""
         try:
             yield
         except duckdb.Error as error:
@@ -208,7 +206,7 @@ class Database:
     def _refused(self, error: Exception, problem: str, remedy: str) -> CatalogError:
         if any(os.strerror(number) in str(error) for number in DISK_FULL):
             problem = f"disk full, it needs more than the {free_bytes(self.path):,} bytes that are free"
-            remedy = "what was recorded before is untouched. Free some space and run again"
+            remedy = "existing records are unchanged. Free some space and run again"
         return CatalogError(f"{self.path}: {problem} ({error}); {remedy}")
 
     def _pause(self, deadline: float, reason: str) -> None:
@@ -218,7 +216,7 @@ class Database:
 
 
 def migrate(connection: duckdb.DuckDBPyConnection) -> None:
-    """Brings the file to the newest schema version, each missing version in a transaction of its own."""
+    """Migrates the file to the newest schema version, each version in its own transaction."""
     connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY)")
     present = _version(connection)
     for version, statements in schema_versions():
@@ -232,8 +230,8 @@ def migrate(connection: duckdb.DuckDBPyConnection) -> None:
 def schema_versions() -> list[tuple[int, str]]:
     """The sections of schema.sql: version and statements, in order."""
     text = files("pipeline.catalog").joinpath("schema.sql").read_text(encoding="utf-8")
-    parts = re.split(r"^-- version (\d+)$", text, flags=re.MULTILINE)
-    return [(int(version), statements) for version, statements in zip(parts[1::2], parts[2::2], strict=True)]
+    sections = re.split(r"^-- version (\d+)$", text, flags=re.MULTILINE)
+    return [(int(version), statements) for version, statements in zip(sections[1::2], sections[2::2], strict=True)]
 
 
 def _version(connection: duckdb.DuckDBPyConnection) -> int:
@@ -243,11 +241,11 @@ def _version(connection: duckdb.DuckDBPyConnection) -> int:
 
 
 def _check_version(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
-    present, known = _version(connection), schema_versions()[-1][0]
-    if present > known:
-        raise UserError(f"{path}: has schema version {present}, this textmill knows {known}; use a newer textmill")
-    if present < known:  # only a reader meets this
-        raise UserError(f"{path}: has the older schema version {present}; bring it to {known}: textmill catalog rebuild")
+    present, newest = _version(connection), schema_versions()[-1][0]
+    if present > newest:
+        raise UserError(f"{path}: has schema version {present}, this textmill supports {newest}; use a newer textmill")
+    if present < newest:  # a reader: writers have migrated it
+        raise UserError(f"{path}: has the older schema version {present}; migrate it to {newest}: textmill catalog rebuild")
 
 
 def _holder(lock: IO[str]) -> str:

@@ -1,31 +1,32 @@
-"""The catalog made anew from the files on disk, which are the truth."""
+"""Rebuilds the catalog from the files on disk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from llm_core.checkpoint_files import CheckpointRecord, checkpoint_manifests
+from llm_core.checkpoint import CheckpointRecord
 from llm_core.errors import DataError
+from llm_core.layout import Home, RunFolder
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.database import CatalogError, Database
 
 
 def rebuild(home: Path, path: Path) -> list[str]:
-    """Makes the catalog at `path` anew from the files under `home`; the old one stays until the new one is whole.
+    """Rebuilds the catalog at `path` from the files under `home`; the old one stays until the new one is complete.
 
-    Other processes' records wait meanwhile, so that none is lost.
+    Other processes wait to record until it is done, so that no record is lost.
 
     Returns:
-        What could not be read and is therefore not in the new catalog.
+        A message for each file that could not be read and was skipped.
 
     Raises:
-        CatalogError: the new catalog could not be written, or others kept the old one open; the old one is as it was.
+        CatalogError: the new catalog could not be written, or another program kept the old one open; the old one is unchanged.
     """
     problems = []
     with Database(path).replaced() as fresh_path:
         fresh = Catalog(fresh_path)
         fresh.create()
-        for record in _records(home, fresh):
+        for record in _records(Home(home), fresh):
             try:
                 record()
             except CatalogError:
@@ -35,26 +36,25 @@ def rebuild(home: Path, path: Path) -> list[str]:
     return problems
 
 
-def _records(home: Path, catalog: Catalog) -> Iterator[Callable[[], object]]:
-    """What records each artifact, in the order of the lineage."""
-    processed, checkpoints, models = home / "processed_data", home / "checkpoints", home / "models"
-    for path in _oldest_first(processed / "snapshots", "*.json"):
-        if path.name != "current.json":
-            yield partial(catalog.record_snapshot, processed, path.stem)
-    for path in _oldest_first(processed / "tokenizers", "*.report.json"):
-        yield partial(catalog.record_tokenizer, processed, path.name.removesuffix(".report.json"))
-    for path in _oldest_first(processed / "manifests", "*.json"):
-        yield partial(catalog.record_dataset, processed, path.stem)
-    for path in _oldest_first(checkpoints, "*/run.json"):
+def _records(home: Home, catalog: Catalog) -> Iterator[Callable[[], object]]:
+    """A call that records each artifact, in the order of the lineage."""
+    data_dir = home.prepared.root
+    for path in _oldest_first(home.prepared.snapshots()):
+        yield partial(catalog.record_snapshot, data_dir, path.stem)
+    for path in _oldest_first(home.prepared.tokenizer_reports()):
+        yield partial(catalog.record_tokenizer, data_dir, path.name.removesuffix(".report.json"))
+    for path in _oldest_first(home.prepared.manifests()):
+        yield partial(catalog.record_dataset, data_dir, path.stem)
+    for path in _oldest_first([run.record for run in home.runs()]):
         yield partial(catalog.record_run, path.parent)
-        for manifest in checkpoint_manifests(path.parent):
-            yield partial(CheckpointRecord.read, manifest)  # a damaged one is not in the catalog, and said to be missing
-    for path in _oldest_first(checkpoints, "*/evaluation_step_*.json"):
+        for manifest in RunFolder(path.parent).checkpoint_manifests():
+            yield partial(CheckpointRecord.read, manifest)  # fails if it is damaged
+    for path in _oldest_first(home.evaluations()):
         yield partial(catalog.record_evaluation, path)
-    for path in _oldest_first(models, "*/textmill.json"):
+    for path in _oldest_first([model.record for model in home.model_folders()]):
         yield partial(catalog.record_model, path.parent)
 
 
-def _oldest_first(folder: Path, pattern: str) -> list[Path]:
-    """Files in the order they were written, so that what was first seen stays first seen."""
-    return sorted(folder.glob(pattern), key=lambda path: (path.stat().st_mtime_ns, path))
+def _oldest_first(paths: Iterable[Path]) -> list[Path]:
+    """Files in the order they were written, so that first_seen stays the same."""
+    return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path))

@@ -1,5 +1,5 @@
--- The catalog's tables. Each section is one schema version and runs once, in order, in one transaction.
--- A released section is never edited: a change is a new section at the end.
+-- The tables of the catalog. Each section is one schema version and runs once, in order, in one transaction.
+-- Released sections are never edited: a change is a new section at the end.
 
 -- version 1
 
@@ -8,14 +8,14 @@ CREATE TABLE snapshots (
     parent_snapshot_id VARCHAR,
     taken_at TIMESTAMP NOT NULL,        -- UTC
     files BIGINT NOT NULL,
-    documents BIGINT NOT NULL,          -- kept ones
+    documents BIGINT NOT NULL,          -- kept
     bytes_read BIGINT NOT NULL,
     bytes_kept BIGINT NOT NULL,
     bytes_dropped JSON NOT NULL,        -- reason -> bytes
     config JSON NOT NULL
 );
 
--- One row per distinct text that was ever kept.
+-- One row per distinct text that a snapshot has kept.
 CREATE TABLE documents (
     document_id VARCHAR PRIMARY KEY,    -- SHA-256 of the text's UTF-8 bytes
     path VARCHAR NOT NULL,              -- where it was first seen, relative to the raw text folder
@@ -32,7 +32,7 @@ CREATE TABLE snapshot_documents (
     path VARCHAR NOT NULL,
     start_byte BIGINT NOT NULL,         -- in the decompressed file
     end_byte BIGINT NOT NULL,
-    status VARCHAR NOT NULL             -- kept | duplicate | the reason it was dropped for
+    status VARCHAR NOT NULL             -- kept | duplicate | reason it was dropped
 );
 
 CREATE TABLE tokenizers (
@@ -91,7 +91,7 @@ CREATE TABLE training_runs (
     run_id VARCHAR PRIMARY KEY,
     dataset_id VARCHAR NOT NULL,
     tokenizer_id VARCHAR NOT NULL,
-    parent_run_id VARCHAR,              -- whose weights it began with
+    parent_run_id VARCHAR,              -- whose weights it started from
     parent_step BIGINT,
     config JSON NOT NULL,
     seed BIGINT NOT NULL,
@@ -113,7 +113,7 @@ CREATE TABLE training_runs (
     torch_version VARCHAR NOT NULL
 );
 
--- One row per optimizer step; the validation columns are filled at the steps that validated.
+-- One row per optimizer step; the validation columns are NULL at steps without a validation.
 CREATE TABLE train_metrics (
     run_id VARCHAR NOT NULL,
     step BIGINT NOT NULL,
@@ -128,7 +128,7 @@ CREATE TABLE train_metrics (
     PRIMARY KEY (run_id, step)
 );
 
--- The first optimizer step (0-based) that had tokens of a document as targets.
+-- The first optimizer step (0-based) with tokens of a document as targets.
 CREATE TABLE run_documents (
     run_id VARCHAR NOT NULL,
     document_id VARCHAR NOT NULL,
@@ -138,13 +138,13 @@ CREATE TABLE run_documents (
 CREATE TABLE checkpoints (
     checkpoint_id VARCHAR PRIMARY KEY,
     run_id VARCHAR NOT NULL,
-    step BIGINT NOT NULL,               -- optimizer steps done
+    step BIGINT NOT NULL,               -- completed optimizer steps
     tokens_seen BIGINT NOT NULL,
     path VARCHAR NOT NULL,              -- relative to the checkpoints folder
     sha256 VARCHAR NOT NULL,
     bytes BIGINT NOT NULL,
     val_loss DOUBLE,
-    on_disk BOOLEAN NOT NULL            -- false once retention has deleted it
+    on_disk BOOLEAN NOT NULL            -- false after retention has deleted it
 );
 
 CREATE TABLE evaluations (
@@ -168,8 +168,8 @@ CREATE TABLE models (
     bits_per_byte DOUBLE NOT NULL
 );
 
--- The runs that made a checkpoint: its own up to its step, and each parent's (generation 1, 2, ...) up to the step that
--- the child began with.
+-- The runs that produced a checkpoint: its own run up to its step, and each parent run (generation 1, 2, ...) up to the step
+-- that the child started from.
 CREATE VIEW checkpoint_ancestry AS
 WITH RECURSIVE ancestry(checkpoint_id, generation, run_id, step) AS (
     SELECT checkpoint_id, 0, run_id, step FROM checkpoints
@@ -181,8 +181,8 @@ WITH RECURSIVE ancestry(checkpoint_id, generation, run_id, step) AS (
 )
 FROM ancestry;
 
--- A checkpoint's whole past: for each run that made it, one row for each place in a raw file whose text that run has seen.
--- What is not recorded, or was not seen yet, is NULL: a gap in the catalog must not hide the rest.
+-- The lineage of a checkpoint: for each run that produced it, one row for each place in a raw file that the run was trained on.
+-- Values that are not recorded are NULL: a gap in the catalog does not hide the rest.
 CREATE VIEW checkpoint_lineage AS
 SELECT a.checkpoint_id, a.generation, a.run_id, a.step, r.dataset_id, d.snapshot_id, r.tokenizer_id, r.config, r.code_version, r.git_commit,
        r.seed, seen.document_id, seen.first_step, raw.path, raw.start_byte, raw.end_byte
@@ -192,7 +192,7 @@ LEFT JOIN datasets d USING (dataset_id)
 LEFT JOIN run_documents seen ON seen.run_id = a.run_id AND seen.first_step < a.step
 LEFT JOIN snapshot_documents raw ON raw.snapshot_id = d.snapshot_id AND raw.document_id = seen.document_id;
 
--- The checkpoints that have seen a document, themselves (seen_by_run_id = run_id) or by one of their parents.
+-- The checkpoints trained on a document, in their own run (seen_by_run_id = run_id) or in a parent run.
 CREATE VIEW document_usage AS
 SELECT seen.document_id, c.checkpoint_id, c.run_id, c.step, seen.run_id AS seen_by_run_id, seen.first_step, c.on_disk
 FROM run_documents seen
@@ -201,11 +201,11 @@ JOIN checkpoints c USING (checkpoint_id);
 
 -- version 2
 
-ALTER TABLE train_metrics ADD COLUMN mfu DOUBLE; -- model FLOPs utilisation: share of the device's peak; NULL in older runs
+ALTER TABLE train_metrics ADD COLUMN mfu DOUBLE; -- model FLOPs utilization: share of the device's peak; NULL in older runs
 
 -- version 3
 
--- What the run read the text from: the same documents, and so the same dataset, can lie in other files by then.
+-- The snapshot that the run was trained on. That of the dataset can differ: the same documents may be in other files.
 ALTER TABLE training_runs ADD COLUMN snapshot_id VARCHAR; -- NULL in older runs
 
 CREATE OR REPLACE VIEW checkpoint_lineage AS

@@ -1,6 +1,6 @@
-"""`python -m tests.faults` injects the long set of faults and prints a table; it ends with 1 if anything was lost.
+"""`python -m tests.faults` injects faults, prints a table and exits with 1 if anything was lost.
 
-A seed repeats the same faults: `python -m tests.faults --seed 7 --only kill_the_training_process`.
+The same seed injects the same faults: `python -m tests.faults --seed 7 --only kill_the_training_process`.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from llm_core.layout import Home
 from tests.faults import cancel, catalog_disk, concurrency, damage, disk, forks, hostile, kills, silence, steps
 from tests.faults.report import Tally, table
 
@@ -24,9 +25,9 @@ def write_corpus(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="repeats the faults of an earlier run")
-    parser.add_argument("--only", help="one scenario by its name")
-    parser.add_argument("--share", type=float, default=1.0, help="share of the long set, for a shorter run")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="seed of the random choices; default: the time")
+    parser.add_argument("--only", help="name of one scenario to run")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of the faults to inject, for a shorter run")
     options = parser.parse_args()
     forks.prepare()
     print(f"seed {options.seed}", flush=True)
@@ -34,7 +35,7 @@ def main() -> None:
         folder = Path(name)
         home = folder / "home"
         damage.prepare_home(write_corpus(folder / "corpus"), home)
-        data_dir = home / "processed_data"
+        data_dir = Home(home).prepared.root
 
         def many(count: int) -> int:
             return max(1, round(count * options.share))
@@ -59,10 +60,10 @@ def main() -> None:
             "fill_the_disk": lambda at: disk.fill_the_disk(folder / "corpus", at),
         }
         if not disk.can_mount(folder / "probe"):
-            print("fill_the_disk, cut_the_cable: left out, they need root, to mount a small file system and to make networks")
+            print("fill_the_disk, cut_the_cable: skipped, they need root to mount a small file system and to create networks")
             del scenarios["fill_the_disk"], scenarios["cut_the_cable"]
         if not catalog_disk.can_trace():
-            print("fail_the_catalog: left out, it needs the command strace")
+            print("fail_the_catalog: skipped, it needs the command strace")
             del scenarios["fail_the_catalog"]
         tallies: list[Tally] = []
         for scenario, run in scenarios.items():

@@ -1,6 +1,5 @@
-"""SIGINT and SIGTERM at every level, on a slow disk, twice: the training saves, ends in order, and goes on to the same bits."""
+"""SIGINT and SIGTERM at every level, on a slow disk, twice: the training saves, ends in order and resumes to the same bits."""
 
-import json
 import random
 import shutil
 import signal
@@ -8,14 +7,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from llm_core.checkpoint_files import newest_valid
-from llm_core.runlog import read_metrics
-from tests.faults.kills import problem_of_resuming, torchrun, uninterrupted
+from llm_core.checkpoint import RunRecord, newest_valid
+from llm_core.layout import Home, RunFolder
+from llm_core.training import read_metrics
+from tests.faults.kills import problem_of_resuming, torchrun, undisturbed
 from tests.faults.processes import Command, wait_for_a_step, wait_until
 from tests.faults.report import Tally
-from tests.faults.steps import DagsterHome, differences, uninterrupted_home
+from tests.faults.steps import DagsterHome, differences, undisturbed_home
 
-# Python runs a module of this name before anything else: every write of a checkpoint takes a second longer in all processes.
+# As sitecustomize.py, Python runs this first in every process: each write of a checkpoint takes a second longer.
 _SLOW_DISK = """
 import os, time
 fsync = os.fsync
@@ -28,10 +28,10 @@ os.fsync = slow
 
 
 def cancel_torchrun(data_dir: Path, folder: Path, trials: int, seed: int) -> Tally:
-    """The documented command with two ranks; the signal goes to a rank, to torchrun or to both as from a terminal."""
+    """The documented command with two ranks; the signal goes to a rank, to torchrun or to all processes, as from a terminal."""
     tally = Tally("torchrun with two ranks, SIGINT or SIGTERM", seed)
     chosen = random.Random(seed)
-    whole, _ = uninterrupted(data_dir)
+    expected, _ = undisturbed(data_dir)
     slow = _slow_disk(folder)
     for trial in range(trials):
         run_dir = folder / f"run{trial}"
@@ -43,7 +43,7 @@ def cancel_torchrun(data_dir: Path, folder: Path, trials: int, seed: int) -> Tal
         with torchrun(data_dir, run_dir, environment=environment) as command:
             problem = _cancel(command, target, twice, run_dir, chosen)
         if problem is None:
-            problem = problem_of_resuming(data_dir, run_dir, whole)
+            problem = problem_of_resuming(data_dir, run_dir, expected)
         tally.count(problem and f"{target}{', twice' * twice}{', slow disk' * bool(environment)}: {problem}")
     return tally
 
@@ -52,30 +52,30 @@ def cancel_dagster_steps(corpus_dir: Path, folder: Path, trials: int, seed: int)
     """`dagster job execute`; the signal goes to the command, to torchrun or to a rank."""
     tally = Tally("dagster job execute, SIGINT or SIGTERM", seed)
     chosen = random.Random(seed)
-    whole = uninterrupted_home(corpus_dir)
+    expected = undisturbed_home(corpus_dir)
     slow = _slow_disk(folder)
     for trial in range(trials):
         home = DagsterHome(corpus_dir, folder / f"trial{trial}")
         target = ["command", "torchrun", "command", "rank 0"][trial % 4]
         twice, environment = trial % 4 < 2, slow if trial % 3 != 1 else {}
-        run_dir = home.root / "checkpoints" / whole.run_id
+        run_dir = Home(home.root).run(expected.run_id).root
         with home.execute(**environment) as command:
             problem = _cancel(command, target, twice, run_dir, chosen)
         if problem is None:
             with home.execute() as command:
                 code = command.wait()
-            problem = differences(whole.outcome, home.outcome())
+            problem = differences(expected.outcome, home.outcome())
             if code != 0:
-                problem = f"resumed, it ends with {code}: {command.output()[-1000:]}"
+                problem = f"exit code {code} after the resume: {command.output()[-1000:]}"
         tally.count(problem and f"{target}{', twice' * twice}{', slow disk' * bool(environment)}: {problem}")
         shutil.rmtree(folder / f"trial{trial}")
     return tally
 
 
 def _cancel(command: Command, target: str, twice: bool, run_dir: Path, chosen: random.Random) -> str | None:
-    """Sends the signals once the training has made a step. Returns what was not in order, None if all was."""
+    """Sends the signals after the first step. Returns what went wrong, None if nothing did."""
     if not wait_for_a_step(command, run_dir):
-        return f"it did not begin: {command.output()[-2000:]}"
+        return f"no first step: {command.output()[-2000:]}"
     time.sleep(chosen.uniform(0, 0.5))
     command.signal(chosen.choice([signal.SIGINT, signal.SIGTERM]), target)
     if twice:
@@ -83,21 +83,21 @@ def _cancel(command: Command, target: str, twice: bool, run_dir: Path, chosen: r
         command.signal(chosen.choice([signal.SIGINT, signal.SIGTERM]), target)
     code, left = command.wait(), command.left()
     if code is None or left:
-        return f"ended with {code}, left {left}"
-    state = json.loads((run_dir / "run.json").read_text())
-    if state["status"] == "finished":  # the last step was made before the signal arrived
+        return f"exit code {code}, left behind {left}"
+    run = RunRecord.read(run_dir)
+    if run.status == "finished":  # the signal arrived after the last step
         return None
     newest, _ = newest_valid(run_dir)
-    last_step = max(line["step"] for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train")
-    if state["status"] != "preempted" or newest is None or newest.step != last_step:
+    last_step = max(line["step"] for line in read_metrics(RunFolder(run_dir).metrics) if line["kind"] == "train")
+    if run.status != "preempted" or newest is None or newest.step != last_step:
         saved = newest.step if newest else None
-        return f"state {state['status']}, saved step {saved} of {last_step}: {command.output()[-2000:]}"
-    return None if code else "a training that was stopped ended with 0"
+        return f"status {run.status}, saved step {saved} of {last_step}: {command.output()[-2000:]}"
+    return None if code else "a stopped training exited with 0"
 
 
 def _slow_disk(folder: Path) -> Mapping[str, str]:
-    """The environment in which checkpoints take long to write."""
-    place = folder / "slow_disk"
-    place.mkdir(exist_ok=True)
-    (place / "sitecustomize.py").write_text(_SLOW_DISK)
-    return {"PYTHONPATH": str(place)}
+    """Environment variables that make checkpoints slow to write."""
+    modules = folder / "slow_disk"
+    modules.mkdir(exist_ok=True)
+    (modules / "sitecustomize.py").write_text(_SLOW_DISK)
+    return {"PYTHONPATH": str(modules)}

@@ -1,4 +1,4 @@
-"""Files truncated and bits flipped, one at a time: the result is right all the same, or refused with the name of the file."""
+"""Truncated files and flipped bits, one at a time: the result is still correct, or an error names the file."""
 
 import os
 import random
@@ -9,25 +9,25 @@ from pathlib import Path
 
 from llm_core.config import CorpusConfig, EvaluateConfig, ShardConfig, TokenizerConfig, TrainConfig
 from llm_core.corpus import take_snapshot
+from llm_core.dataset import build_dataset
 from llm_core.errors import DataError
-from llm_core.export import export_checkpoint
-from llm_core.files import sha256_file
+from llm_core.evaluation.evaluator import evaluate_checkpoint
 from llm_core.generate import GenerateOptions, continue_prompt
-from llm_core.judge import evaluate_checkpoint
-from llm_core.shards import build_dataset
-from llm_core.tokenizer_store import prepare_tokenizer
-from llm_core.train import train
+from llm_core.huggingface.directory import export_checkpoint
+from llm_core.layout import Home, ModelFolder, RunFolder, checkpoint_manifest
+from llm_core.system import sha256_file
+from llm_core.tokenizer import prepare_tokenizer
+from llm_core.training.run import train
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.database import Database
 from pipeline.catalog.rebuild import rebuild
 from tests.faults.forks import OPTIONS, outcome, run_forked
 from tests.faults.report import Tally
 
-STEP_10 = "checkpoints/run/checkpoint_step_10.pt"
 CORPUS, TOKENIZER = CorpusConfig(max_document_bytes=2048), TokenizerConfig(vocab_size=512)
 SHARDS = ShardConfig(max_length=64, num_workers=1, shard_bytes=1 << 16)
 
-# What is done after the damage, and the files that it reads.
+# The actions after the damage, and the files that each of them reads.
 FILES = {
     "prepare and train": [
         "processed_data/tokenizer.json",
@@ -42,7 +42,6 @@ FILES = {
         "checkpoints/run/checkpoint_step_10.pt",
         "checkpoints/run/checkpoint_step_10.pt.json",
         "checkpoints/run/checkpoint_step_8.pt",
-        "checkpoints/run/latest.json",
         "checkpoints/run/metrics.jsonl",
         "checkpoints/run/run.json",
         "checkpoints/run/config.json",
@@ -52,7 +51,7 @@ FILES = {
         "processed_data/dataset/*.parquet",
         "processed_data/tokenizers/*[0-9a-f].json",
     ],
-    "judge": [
+    "evaluate": [
         "checkpoints/run/checkpoint_step_10.pt",
         "checkpoints/run/checkpoint_step_10.pt.json",
         "processed_data/tokenizers/*[0-9a-f].json",
@@ -66,6 +65,7 @@ FILES = {
         "checkpoints/run/checkpoint_step_10.pt",
         "checkpoints/run/checkpoint_step_10.pt.json",
         "checkpoints/run/run.json",
+        "checkpoints/run/config.json",
         "processed_data/tokenizers/*[0-9a-f].json",
         "processed_data/manifests/*.json",
     ],
@@ -78,26 +78,33 @@ FILES = {
         "processed_data/manifests/*.json",
         "processed_data/dataset/*.parquet",
         "checkpoints/run/run.json",
+        "checkpoints/run/config.json",
         "checkpoints/run/document_steps.parquet",
         "checkpoints/run/checkpoint_step_10.pt.json",
     ],
 }
 
 
-def prepare_home(corpus_dir: Path, home: Path) -> None:
-    """A home with prepared data, a run that was interrupted after step 10 of 12, and a catalog that knows of both.
+def run_folder(home: Path) -> RunFolder:
+    return Home(home).run("run")
 
-    The catalog's last writer was killed, so that one of its transactions stands in the write-ahead log alone.
+
+def prepare_home(corpus_dir: Path, home: Path) -> None:
+    """A home with prepared data, a run interrupted after step 10 of 12, and a catalog of both.
+
+    The last writer of the catalog was killed, so that one transaction is only in the write-ahead log.
     """
-    shutil.copytree(corpus_dir, home / "raw_text_data")
+    shutil.copytree(corpus_dir, Home(home).raw_text)
     prepare(home)
-    ended = run_forked(lambda: _train(home, home / "checkpoints/run"), home / "log")
+    run, catalog = run_folder(home), Home(home).catalog
+    ended = run_forked(lambda: _train(home, run.root), home / "log")
     assert ended.code == 0, ended.output
-    for name in ("checkpoint_step_12.pt.json", "checkpoint_step_12.pt"):
-        (home / "checkpoints/run" / name).rename(home / name)
-    rebuild(home, home / "catalog.duckdb")
-    assert run_forked(lambda: _write_and_die(home / "catalog.duckdb"), home / "log").code == -signal.SIGKILL
-    assert (home / "catalog.duckdb.wal").stat().st_size
+    last = run.checkpoint(12)
+    for path in (checkpoint_manifest(last), last):
+        path.rename(home / path.name)
+    rebuild(home, catalog)
+    assert run_forked(lambda: _write_and_die(catalog), home / "log").code == -signal.SIGKILL
+    assert catalog.with_name(f"{catalog.name}.wal").stat().st_size
 
 
 def _write_and_die(catalog: Path) -> None:
@@ -108,14 +115,14 @@ def _write_and_die(catalog: Path) -> None:
 
 
 def damage_files(home: Path, folder: Path, trials_of_each: int, seed: int) -> Tally:
-    """Each kind of file, truncated and with one bit flipped, `trials_of_each` times."""
-    tally = Tally("file truncated or a bit flipped", seed)
+    """Each kind of file, truncated and with a flipped bit, `trials_of_each` times each."""
+    tally = Tally("truncated file or flipped bit", seed)
     chosen = random.Random(seed)
-    whole = (home / "checkpoint_step_12.pt").read_bytes(), outcome_lines(home)
+    expected = (home / run_folder(home).checkpoint(12).name).read_bytes(), outcome_lines(home)
     for action, patterns in FILES.items():
         shutil.copytree(home, folder / "home", copy_function=shutil.copy2, dirs_exist_ok=True)
-        right = _answer(action, folder / "home", folder / "answer", whole)
-        assert right[0] == 0, right[1]
+        undamaged = _do(action, folder / "home", folder / "work", expected)
+        assert undamaged[0] == 0, undamaged[1]
         for pattern in patterns:
             for trial in range(2 * trials_of_each):
                 copy = folder / "home"
@@ -123,17 +130,18 @@ def damage_files(home: Path, folder: Path, trials_of_each: int, seed: int) -> Ta
                 shutil.copytree(home, copy, copy_function=shutil.copy2)
                 victim = chosen.choice(sorted(copy.glob(pattern)))
                 how = _truncate(victim, chosen) if trial % 2 else _flip(victim, chosen)
-                answer = _answer(action, copy, folder / "answer", whole)
-                tally.count(_problem(answer, right, victim, f"{action}: {victim.relative_to(copy)} {how}"))
+                damaged = _do(action, copy, folder / "work", expected)
+                tally.count(_problem(damaged, undamaged, victim, f"{action}: {victim.relative_to(copy)} {how}"))
     return tally
 
 
 def outcome_lines(home: Path) -> list[object]:
-    """The logged losses of the whole run, which metrics.jsonl still holds after its last checkpoint was taken away."""
-    run_dir = home / "checkpoints/run"
-    shutil.copy(home / "checkpoint_step_12.pt", run_dir)
-    _, lines = outcome(run_dir)
-    (run_dir / "checkpoint_step_12.pt").unlink()
+    """The metrics of all 12 steps, which metrics.jsonl keeps although the last checkpoint was moved."""
+    run = run_folder(home)
+    last = run.checkpoint(12)
+    shutil.copy(home / last.name, last)
+    _, lines = outcome(run.root)
+    last.unlink()
     return list(lines)
 
 
@@ -151,36 +159,36 @@ def _flip(path: Path, chosen: random.Random) -> str:
     return f"bit {bit} of byte {byte} flipped"
 
 
-def _problem(answer: tuple[int, str, object], right: tuple[int, str, object], victim: Path, what: str) -> str | None:
-    code, output, result = answer
-    if code == 0 and result == right[2]:
+def _problem(damaged: tuple[int, str, object], undamaged: tuple[int, str, object], victim: Path, what: str) -> str | None:
+    code, output, result = damaged
+    if code == 0 and result == undamaged[2]:
         return None
-    if victim.name == "metrics.jsonl" and result == (True, False) and str(victim) in output:
-        return None  # cut between two lines: trained as it was to be, and said which losses are no longer on record
+    if victim.name == RunFolder(victim.parent).metrics.name and result == (True, False) and str(victim) in output:
+        return None  # cut between two lines: the weights are correct, and the missing metrics are reported
     if victim.name.endswith(".wal"):
-        # Cut between two of its entries, a log is one that a power cut left: the state before the entry is whole as well.
-        if code == 0 and result == str(right[2]).replace(_LOGGED, _NOT_LOGGED):
+        # A log cut between two entries looks like one after a power cut: the state before the entry is correct too.
+        if code == 0 and result == str(undamaged[2]).replace(_LOGGED, _NOT_LOGGED):
             return None
-        victim = victim.with_suffix("")  # the log is a part of the catalog, under whose name it is spoken of
-    # A refusal names the file, or for a pair of files that belong together the other one.
+        victim = victim.with_suffix("")  # errors in the log name the catalog
+    # The error names the file, or the other one of a pair, such as a checkpoint and its manifest.
     stem = victim.name.split(".")[0]
     if code in (2, 3) and stem in output and "Traceback" not in output:
         return None
-    return f"{what}: code {code}, {'another result' if code == 0 else output[-300:]}"
+    return f"{what}: exit code {code}, {'wrong result' if code == 0 else output[-300:]}"
 
 
-def _answer(action: str, home: Path, folder: Path, whole: tuple[bytes, object]) -> tuple[int, str, object]:
-    """Does one thing in `home`, in a process of its own. Returns its exit code, what it printed and what came out."""
+def _do(action: str, home: Path, folder: Path, expected: tuple[bytes, object]) -> tuple[int, str, object]:
+    """Does an action in `home`, in a child process. Returns its exit code, output and result."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     work: Callable[[], object] = {
         "prepare and train": lambda: (prepare(home), _train(home, folder / "run")),
-        "resume": lambda: _train(home, home / "checkpoints/run"),
-        "judge": lambda: (folder / "values").write_text(judge(home, home / STEP_10)),
+        "resume": lambda: _train(home, run_folder(home).root),
+        "evaluate": lambda: (folder / "values").write_text(evaluate(home, run_folder(home).checkpoint(10))),
         "generate": lambda: (folder / "values").write_text(_generate(home)),
         "export": lambda: (folder / "values").write_text(_export(home, folder / "model")),
-        "catalog": lambda: (folder / "values").write_text(_ask(home)),
-        "catalog log": lambda: (folder / "values").write_text(_ask(home, _LAST)),
+        "catalog": lambda: (folder / "values").write_text(_query(home)),
+        "catalog log": lambda: (folder / "values").write_text(_query(home, _LAST)),
         "rebuild": lambda: (folder / "values").write_text(_rebuild(home)),
     }[action]
     ended = run_forked(work, folder / "log")
@@ -188,58 +196,56 @@ def _answer(action: str, home: Path, folder: Path, whole: tuple[bytes, object]) 
         return ended.code, ended.output, None
     if (folder / "values").is_file():
         return 0, ended.output, (folder / "values").read_text()
-    checkpoint, lines = outcome(folder / "run" if action == "prepare and train" else home / "checkpoints/run")
-    return 0, ended.output, (checkpoint == whole[0], lines == whole[1])
+    checkpoint, lines = outcome(folder / "run" if action == "prepare and train" else run_folder(home).root)
+    return 0, ended.output, (checkpoint == expected[0], lines == expected[1])
 
 
 def prepare(home: Path) -> None:
-    raw, processed = home / "raw_text_data", home / "processed_data"
+    raw, processed = Home(home).raw_text, Home(home).prepared.root
     snapshot = take_snapshot(raw, processed, CORPUS)
     build_dataset(snapshot, prepare_tokenizer(snapshot, raw, processed, TOKENIZER), raw, processed, SHARDS)
 
 
 def _train(home: Path, run_dir: Path) -> None:
-    train(TrainConfig(**OPTIONS), home / "processed_data", run_dir, resume="auto")
+    train(TrainConfig(**OPTIONS), Home(home).prepared.root, run_dir, resume="auto")
 
 
-def judge(home: Path, path: Path) -> str:
+def evaluate(home: Path, path: Path) -> str:
     config = EvaluateConfig(max_eval_tokens=512, sample_tokens=2)
-    return str(
-        [(entry["metric"], entry["value"]) for entry in evaluate_checkpoint(path, home / "processed_data", config)["metrics"]]
-    )
+    evaluation = evaluate_checkpoint(path, Home(home).prepared.root, config)
+    return str([(entry["metric"], entry["value"]) for entry in evaluation["metrics"]])
 
 
 def _generate(home: Path) -> str:
-    options = {"checkpoint": str(home / STEP_10), "data_dir": str(home / "processed_data"), "prompt": "The class"}
-    return continue_prompt(GenerateOptions(**options, max_new_tokens=8))
+    folders = {"checkpoint": str(run_folder(home).checkpoint(10)), "data_dir": str(Home(home).prepared.root)}
+    return continue_prompt(GenerateOptions(**folders, prompt="The class", max_new_tokens=8))
 
 
 def _export(home: Path, model_dir: Path) -> str:
-    export_checkpoint(home / STEP_10, home / "processed_data", model_dir, evaluation=None, reason="a test")
-    return str(sorted((path.name, sha256_file(path)) for path in model_dir.iterdir() if path.name != "textmill.json"))
+    export_checkpoint(run_folder(home).checkpoint(10), Home(home).prepared.root, model_dir, evaluation=None, reason="a test")
+    record = ModelFolder(model_dir).record
+    return str(sorted((path.name, sha256_file(path)) for path in model_dir.iterdir() if path != record))
 
 
-_QUESTIONS = (
+_QUERIES = (
     "SELECT run_id, status, config FROM training_runs",
     "SELECT run_id, step, loss, val_loss FROM train_metrics ORDER BY ALL",
     "SELECT checkpoint_id, step, sha256 FROM checkpoints WHERE on_disk ORDER BY ALL",
     "SELECT checkpoint_id, document_id, path, start_byte, end_byte, first_step FROM checkpoint_lineage ORDER BY ALL",
     "SELECT tokenizer_id, bytes_per_token FROM tokenizers ORDER BY ALL",
 )
-
-
 _LAST = "SELECT count(*) AS logged FROM dataset_shards WHERE dataset_id = 'logged'"
 _LOGGED, _NOT_LOGGED = "[{'logged': 1}]", "[{'logged': 0}]"
 
 
-def _ask(home: Path, *more: str) -> str:
-    catalog = Catalog(home / "catalog.duckdb")
-    return str([catalog.query(question) for question in (*_QUESTIONS, *more)])
+def _query(home: Path, *more: str) -> str:
+    catalog = Catalog(Home(home).catalog)
+    return str([catalog.query(query) for query in (*_QUERIES, *more)])
 
 
 def _rebuild(home: Path) -> str:
-    """What could not be read is left out and named, which counts as refused; without that the rows are the same."""
-    problems = rebuild(home, home / "catalog.duckdb")
+    """The rows of a rebuilt catalog. A skipped file, which a rebuild reports, counts as an error."""
+    problems = rebuild(home, Home(home).catalog)
     if problems:
         raise DataError("; ".join(problems))
-    return _ask(home)
+    return _query(home)

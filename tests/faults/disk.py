@@ -1,4 +1,4 @@
-"""Disks that refuse: the n-th write, sync or rename fails for every n, and a file system that is too small for each stage."""
+"""Failing disks: the n-th write, sync or rename fails, for every n, and file systems too small for each stage."""
 
 import errno
 import os
@@ -11,94 +11,99 @@ from pathlib import Path
 from typing import Any
 
 from llm_core.config import TrainConfig
-from llm_core.export import export_checkpoint
-from llm_core.files import HashingWriter, read_json
-from llm_core.train import train
-from tests.faults.damage import judge, prepare
+from llm_core.evaluation import read_evaluation
+from llm_core.huggingface.directory import export_checkpoint
+from llm_core.layout import Home, ModelFolder
+from llm_core.system.files import HashingWriter
+from llm_core.training.run import train
+from tests.faults.damage import evaluate, prepare, run_folder
 from tests.faults.forks import OPTIONS, outcome, run_forked
 from tests.faults.report import Tally
 
 _STEPS = 4
-# A checkpoint while it trains, in the background, and one at the end.
+# One checkpoint in the background during training and one at the end.
 _CONFIG = TrainConfig(**(OPTIONS | {"max_steps": _STEPS, "num_layers": 1, "save_interval": 2}))
 _BYTES_MISSING = re.compile(r"disk full, .*[\d,]+ bytes and [\d,]+ are (free|missing)")
 
 
 def _stages(home: Path) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """For each stage what does it, in the order of the lineage, and what is then to be seen of it."""
-    processed, run_dir, model = home / "processed_data", home / "checkpoints/run", home / "model"
-    final = run_dir / f"checkpoint_step_{_STEPS}.pt"
+    """The work of each stage, in the order of the lineage, and a function that reads its result."""
+    prepared, run, model = Home(home).prepared, run_folder(home), ModelFolder(home / "model")
+    final = run.checkpoint(_STEPS)
     return {
-        "prepare": (lambda: prepare(home), lambda: (processed / "metadata.json").read_bytes()),
-        "train": (lambda: train(_CONFIG, processed, run_dir, resume="auto"), lambda: outcome(run_dir, _STEPS)),
-        # Looked at in its file: a parent that has used PyTorch's threads must not fork any more.
-        "judge": (lambda: judge(home, final), lambda: [read_json(path)["metrics"] for path in run_dir.glob("evaluation_*.json")]),
+        "prepare": (lambda: prepare(home), lambda: prepared.metadata.read_bytes()),
+        "train": (lambda: train(_CONFIG, prepared.root, run.root, resume="auto"), lambda: outcome(run.root, _STEPS)),
+        # Read from the file: a parent that has used PyTorch's threads must not fork.
+        "evaluate": (
+            lambda: evaluate(home, final),
+            lambda: [read_evaluation(path)["metrics"] for path in Home(home).evaluations()],
+        ),
         "export": (
-            lambda: export_checkpoint(final, processed, model, None, "test"),
-            lambda: [(path.name, path.read_bytes()) for path in sorted(model.iterdir()) if path.name != "textmill.json"],
+            lambda: export_checkpoint(final, prepared.root, model.root, None, "test"),
+            lambda: [(path.name, path.read_bytes()) for path in sorted(model.root.iterdir()) if path != model.record],
         ),
     }
 
 
 def fail_the_nth_call(corpus_dir: Path, folder: Path, every: int = 1) -> Tally:
-    """For every stage and every n: the n-th write, fsync or rename fails, and the stage is run again without a fault.
+    """The n-th write, fsync or rename of each stage fails, for every n, and the stage is run again without a fault.
 
-    every: takes only each `every`-th n, for a quicker run.
+    every: tests only each `every`-th n, to save time.
     """
     tally = Tally("n-th write, fsync or rename fails", 0)
     reference = _home(corpus_dir, folder / "reference")
     before = folder / "before"
     shutil.copytree(reference, before)
-    for stage, (work, look) in _stages(reference).items():
+    for stage, (work, result) in _stages(reference).items():
         ended = run_forked(work, folder / "log")
         assert ended.code == 0, ended.output
-        expected = look()
+        expected = result()
         n, succeeded = 0, False
         while not succeeded:
             n += 1 if n == 0 else every
             home = folder / "home"
             shutil.rmtree(home, ignore_errors=True)
             shutil.copytree(before, home, copy_function=shutil.copy2)
-            again, look_there = _stages(home)[stage]
-            broken = run_forked(lambda n=n, again=again: _with_failing_call(n, again), folder / "log")
-            succeeded = broken.code == 0
+            work_here, result_here = _stages(home)[stage]
+            disturbed = run_forked(lambda n=n, work=work_here: _with_failing_call(n, work), folder / "log")
+            succeeded = disturbed.code == 0
             if succeeded:
                 continue
-            mended = run_forked(again, folder / "log")
+            rerun = run_forked(work_here, folder / "log")
             problem = None
-            if "Traceback" in broken.output:
-                problem = f"{stage}, call {n}: {broken.output[-600:]}"
-            elif mended.code or look_there() != expected:
-                problem = f"{stage}, call {n}: run again, it ends with {mended.code}: {mended.output[-600:]}"
+            if "Traceback" in disturbed.output:
+                problem = f"{stage}, call {n}: {disturbed.output[-600:]}"
+            elif rerun.code or result_here() != expected:
+                problem = f"{stage}, call {n}: exit code {rerun.code} of the rerun: {rerun.output[-600:]}"
             tally.count(problem)
         shutil.copytree(reference, before, copy_function=shutil.copy2, dirs_exist_ok=True)
     return tally
 
 
 def fill_the_disk(corpus_dir: Path, folder: Path) -> Tally:
-    """Every stage on a file system that is too small for it, and again after it has grown. Needs root, to mount one."""
+    """Each stage on a file system too small for it, and again after the file system has grown. Needs root to mount one."""
     tally = Tally("disk full", 0)
     reference = _home(corpus_dir, folder / "reference")
-    for stage, (work, look) in _stages(reference).items():
+    for stage, (work, result) in _stages(reference).items():
         used = _size(reference)
         ended = run_forked(work, folder / "log")
         assert ended.code == 0, ended.output
         growth = _size(reference) - used
         for share in (0.1, 0.5, 0.9):
-            what = f"{stage} with {share:.0%} of its space"
+            what = f"{stage} with {share:.0%} of the space it needs"
             with _small_disk(folder / "disk", 64 << 20) as disk:
                 before = disk / "home"
                 _replay(corpus_dir, before, stage, folder / "log")
                 _resize(disk, _blocks(disk) + int(share * growth))
-                again, look_there = _stages(before)[stage]
-                broken = run_forked(again, folder / "log")
+                work_here, result_here = _stages(before)[stage]
+                disturbed = run_forked(work_here, folder / "log")
                 _resize(disk, 64 << 20)
-                mended = run_forked(again, folder / "log2")
+                rerun = run_forked(work_here, folder / "log2")
                 problem = None
-                if broken.code != 0 and (not _BYTES_MISSING.search(broken.output) or "Traceback" in broken.output):
-                    problem = f"{what}: {broken.code} {broken.output[-600:]}"
-                elif mended.code or look_there() != look():
-                    problem = f"{what}: run again, it ends with {mended.code}: {mended.output[-600:]}"
+                if disturbed.code != 0 and (not _BYTES_MISSING.search(disturbed.output) or "Traceback" in disturbed.output):
+                    problem = f"{what}: exit code {disturbed.code}: {disturbed.output[-600:]}"
+                elif rerun.code or result_here() != result():
+                    problem = f"{what}: exit code {rerun.code} of the rerun: {rerun.output[-600:]}"
                 tally.count(problem)
     return tally
 
@@ -112,12 +117,12 @@ def can_mount(folder: Path) -> bool:
 
 
 def _home(corpus_dir: Path, home: Path) -> Path:
-    shutil.copytree(corpus_dir, home / "raw_text_data")
+    shutil.copytree(corpus_dir, Home(home).raw_text)
     return home
 
 
 def _replay(corpus_dir: Path, home: Path, until: str, log: Path) -> None:
-    """A home in which every stage before `until` has been done."""
+    """A home after all stages before `until`."""
     _home(corpus_dir, home)
     for stage, (work, _) in _stages(home).items():
         if stage == until:
@@ -140,7 +145,7 @@ def _with_failing_call(n: int, work: Callable[[], object]) -> None:
         return call
 
     class FailingRaw:
-        """A file whose writes are counted too, below the place where errors are told."""
+        """A file whose writes count too, below the code that reports errors."""
 
         def __init__(self, raw: Any) -> None:
             self._raw = raw

@@ -1,6 +1,6 @@
-"""Training in forked children of a process that has loaded PyTorch: a trial costs a fraction of a second.
+"""Training in forks of a process that has loaded PyTorch: a trial takes a fraction of a second.
 
-The children run the whole of `llm_core.train.train`, with their own files, lock and signals.
+Each child runs all of `llm_core.training.run.train`, with its own files, lock and signals.
 """
 
 import os
@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from llm_core import loop
 from llm_core.config import TrainConfig
 from llm_core.errors import TextmillError
-from llm_core.runlog import read_metrics
-from llm_core.train import train
-from tests.llm_core.training import SMALL
+from llm_core.layout import RunFolder
+from llm_core.training import loop, read_metrics
+from llm_core.training.run import train
+from tests.support.training import SMALL
 
 OPTIONS: dict[str, Any] = SMALL | {
     "max_steps": 12,
@@ -34,22 +34,22 @@ OPTIONS: dict[str, Any] = SMALL | {
     "threads_per_process": 1,
 }
 
+# Seconds after which a child counts as hung and is killed.
 HUNG = 300.0
-"""Seconds after which a child that nobody was to kill is."""
 
 T = TypeVar("T")
 
 
 def prepare() -> None:
-    """What a parent does once: no threads that a fork would lose, and no measuring of the machine in each child."""
+    """Called once in the parent: no threads, because a fork loses them, and no peak measurement in each child."""
     torch.set_num_threads(1)
     loop.measure_peak_flops = lambda *_: 1e9
 
 
 def in_new_process(scenario: Callable[..., T], *arguments: Any) -> T:
-    """What `scenario` returns, run in a process that may be forked.
+    """Runs `scenario` in a new process, which can fork, and returns its result.
 
-    One that has computed with several threads may not: OpenMP lets its child wait for them forever.
+    A process that has computed with several threads cannot: its child waits for OpenMP's threads forever.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=prepare) as executor:
         return executor.submit(scenario, *arguments).result()
@@ -57,16 +57,16 @@ def in_new_process(scenario: Callable[..., T], *arguments: Any) -> T:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code, or minus the signal that ended it; and what it printed."""
+    """A child's exit code, or minus the signal that killed it, and its output."""
 
     code: int
     output: str
 
 
 def run_forked(work: Callable[[], object], log: Path, kill_after: float = HUNG) -> Ended:
-    """Runs `work` in a child; errors of ours print their message and give their exit code, as the tools do.
+    """Runs `work` in a child, which handles a TextmillError as the tools do.
 
-    kill_after: seconds after which the child is killed, if it still runs then; by default those after which it must hang.
+    kill_after: seconds after which the child is killed if it still runs.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -100,17 +100,17 @@ def run_forked(work: Callable[[], object], log: Path, kill_after: float = HUNG) 
 
 
 def train_forked(data_dir: Path, run_dir: Path, kill_after: float = HUNG, **options: Any) -> Ended:
-    """Trains, or goes on training, in `run_dir`."""
+    """Trains in `run_dir`, or resumes."""
     config = TrainConfig(**(OPTIONS | options))
     return run_forked(lambda: train(config, data_dir, run_dir, resume="auto"), run_dir.with_suffix(".log"), kill_after)
 
 
 def outcome(run_dir: Path, steps: int = OPTIONS["max_steps"]) -> tuple[bytes, list[dict[str, Any]]]:
-    """What a run has come to, to the bit: its last checkpoint, and what it logged of every step, rates and times apart."""
-    timed = {"time", "tokens_per_second", "mfu"}
+    """The bytes of a run's last checkpoint and its metrics, without rates and times."""
+    run, timed = RunFolder(run_dir), {"time", "tokens_per_second", "mfu"}
     lines = [
         {name: value for name, value in line.items() if name not in timed}
-        for line in read_metrics(run_dir / "metrics.jsonl")
+        for line in read_metrics(run.metrics)
         if line["kind"] != "checkpoint"
     ]
-    return (run_dir / f"checkpoint_step_{steps}.pt").read_bytes(), lines
+    return run.checkpoint(steps).read_bytes(), lines

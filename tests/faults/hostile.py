@@ -1,7 +1,7 @@
-"""Input made to break: each kind of file is fed to the real preparation, in a process whose memory is measured.
+"""Hostile files of every kind, given to the real preparation in a process whose memory is measured.
 
-Whatever it holds, the preparation ends well, what stands beside it is prepared as ever, every byte is accounted for, nothing that
-the file says is done, and memory stays within a bound.
+The preparation must succeed, prepare the files beside them as usual, account for every byte, execute nothing and stay within a
+memory limit.
 """
 
 import gzip
@@ -23,17 +23,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm_core.corpus import load_snapshot
-from llm_core.shards import load_manifest, open_tokens
+from llm_core.dataset import load_manifest
+from llm_core.dataset.shard import open_tokens
+from llm_core.layout import Home
 from pipeline.catalog.catalog import Catalog
 from tests.faults.report import Tally
-from tests.llm_core.corpora import fill, zstd
+from tests.support.corpora import fill, zstd
 
+# Limit of resident bytes; the libraries take about a fifth of it.
 MAX_MEMORY = 1 << 30
-"""Resident bytes that a preparation may reach; about a fifth of it are the libraries."""
 
 SPECIAL = "<|endoftext|><|pad|>[UNK][PAD]<|endoftext|>\n"
 
-# Started by a small process: what a program is told to have held at most includes what the one that started it held.
+# A small process starts the command: the peak that the system reports includes the memory of the process that started it.
 _MEASURED = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[2:]).returncode
@@ -41,8 +43,8 @@ open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru
 sys.exit(code)
 """
 
+# Writes one or more files into a folder; the number is the size of large ones in bytes.
 Make = Callable[[Path, int], object]
-"""Puts a file or more into a folder; the number is how many bytes the large ones have."""
 
 
 def _line(text: str, rest: str = "") -> bytes:
@@ -50,7 +52,7 @@ def _line(text: str, rest: str = "") -> bytes:
 
 
 def _gzip(path: Path, block: bytes, size: int) -> None:
-    """A gzip file that `size` bytes of repeated blocks come out of, made without holding them."""
+    """A gzip file of repeated blocks, `size` bytes when decompressed, written without holding them in memory."""
     with gzip.open(path, "wb") as file:
         for _ in range(0, size, len(block)):
             file.write(block)
@@ -75,28 +77,28 @@ def _parquet(path: Path, text: Any, **options: Any) -> None:
 
 
 def _lying_footer(path: Path) -> None:
-    """A Parquet file whose footer claims to be longer than the file."""
+    """A Parquet file whose footer claims a length greater than that of the file."""
     _parquet(path, ["text"] * 50)
     content = path.read_bytes()
     path.write_bytes(content[:-8] + struct.pack("<I", 0x7FFFFFF0) + content[-4:])
 
 
 def _socket(path: Path) -> None:
-    with closing(socket.socket(socket.AF_UNIX)) as listener:
-        here = os.open(path.parent, os.O_RDONLY)  # the path itself may be too long for a socket
-        listener.bind(f"/proc/self/fd/{here}/{path.name}")
+    with closing(socket.socket(socket.AF_UNIX)) as server:
+        here = os.open(path.parent, os.O_RDONLY)  # the full path may be too long for a socket
+        server.bind(f"/proc/self/fd/{here}/{path.name}")
         os.close(here)
 
 
 def _outside(folder: Path) -> Path:
-    """The folder that the corpus lies in."""
+    """The parent of the corpus folder."""
     return next(parent for parent in (folder, *folder.parents) if parent.name == "raw").parent
 
 
 def _links(folder: Path) -> None:
     outside = _outside(folder) / "outside"
     outside.mkdir(exist_ok=True)
-    (outside / "secret.txt").write_text("a secret that stands outside of the folder\n" * 3)
+    (outside / "secret.txt").write_text("a secret outside the folder\n" * 3)
     (folder / "leaves.txt").symlink_to(outside / "secret.txt")
     (folder / "leaves_relatively.txt").symlink_to(os.path.relpath(outside / "secret.txt", folder))
     (folder / "leaves_as_folder").symlink_to(outside)
@@ -137,18 +139,18 @@ NAMES = [
 
 def _names(folder: Path) -> None:
     for number, name in enumerate(NAMES):
-        (folder / name).write_text(f"A file with a name of its own, number {number}.\n" * 3)
+        (folder / name).write_text(f"A file with an unusual name, number {number}.\n" * 3)
     with open(os.fsencode(folder) + b"/not \xff\xfe utf8.txt", "w") as file:
         file.write("A file whose name is not UTF-8.\n")
     deep = folder
     for _ in range(40):
         deep = deep / "deep"
     deep.mkdir(parents=True)
-    (deep / "down.txt").write_text("A file far down in the folder.\n" * 3)
+    (deep / "down.txt").write_text("A file in a deep folder.\n" * 3)
 
 
 def _evil(path: Path) -> bytes:
-    """A pickle that makes a file at `path` when it is loaded."""
+    """A pickle that creates a file at `path` when it is loaded."""
 
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -163,7 +165,7 @@ def _pickles(folder: Path) -> None:
 
 
 KINDS: dict[str, tuple[Make, dict[str, str | None]]] = {
-    # What is made, and the status of each file that is to have one; None where it is not even looked at.
+    # The files, and the expected status of each; None: not listed at all.
     "one line": (lambda at, size: _plain(at / "line.txt", b"x" * (1 << 20), size), {"line.txt": "kept"}),
     "one line, gz": (lambda at, size: _gzip(at / "line.txt.gz", os.urandom(1 << 19).hex().encode(), size), {}),
     "one line of jsonl": (
@@ -288,13 +290,12 @@ KINDS: dict[str, tuple[Make, dict[str, str | None]]] = {
 
 
 def feed(folder: Path, size: int, seed: int, random_files: int, tokenizer_type: str = "bpe", together: bool = False) -> Tally:
-    """Feeds every kind, in a corpus of its own or `together` in one, and files of random bytes under every ending.
+    """Prepares every kind, each in its own corpus or `together` in one, and random bytes with every file suffix.
 
-    size: bytes of the large files. random_files: how many of these, in corpora of 50.
+    size: of the large files, in bytes. random_files: number of the files with random bytes, in corpora of 50.
     """
     tally = Tally("hostile input", seed)
     if together:
-        # In folders of their own, in one corpus.
         kinds: dict[str, tuple[Make, dict[str, str | None]]] = {"all kinds at once": (_all_kinds, _all_statuses())}
     else:
         kinds = dict(KINDS)
@@ -328,26 +329,27 @@ def _all_statuses() -> dict[str, str | None]:
 
 
 def _random_files(chosen: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
-    """Random bytes, and whole files with a few bytes changed."""
-    endings = [f"{kind}{pack}" for kind in ("txt", "md", "jsonl", "parquet") for pack in ("", ".gz", ".zst")]
+    """Random bytes, and intact files with a few bytes changed."""
+    suffixes = [f"{kind}{packed}" for kind in ("txt", "md", "jsonl", "parquet") for packed in ("", ".gz", ".zst")]
     table = io.BytesIO()
     pq.write_table(pa.table({"text": [f"row {n} {chosen.random()}" for n in range(100)]}), table)
     for number in range(count):
-        ending = chosen.choice(endings)
-        whole = table.getvalue() if ".parquet" in f".{ending}" else b"".join(_line(f"text {chosen.random()}") for _ in range(30))
-        data = bytearray(chosen.randbytes(chosen.randrange(2000)) if chosen.random() < 0.3 else whole)
-        if ending.endswith("gz"):
+        suffix = chosen.choice(suffixes)
+        intact = table.getvalue() if ".parquet" in f".{suffix}" else b"".join(_line(f"text {chosen.random()}") for _ in range(30))
+        data = bytearray(chosen.randbytes(chosen.randrange(2000)) if chosen.random() < 0.3 else intact)
+        if suffix.endswith("gz"):
             data = bytearray(gzip.compress(data))
-        elif ending.endswith("zst"):
+        elif suffix.endswith("zst"):
             data = bytearray(zstd(bytes(data)))
         for _ in range(chosen.randrange(4) if data else 0):
             data[chosen.randrange(len(data))] = chosen.randrange(256)
-        yield f"random{number}.{ending}", bytes(data[: chosen.randrange(len(data) + 1)] if chosen.random() < 0.2 else data)
+        yield f"random{number}.{suffix}", bytes(data[: chosen.randrange(len(data) + 1)] if chosen.random() < 0.2 else data)
 
 
 def _problem(here: Path, expected: dict[str, str | None], tokenizer_type: str) -> str | None:
-    """What was lost by preparing `here`/raw, None if nothing was."""
-    out = here / "home" / "processed_data"
+    """What went wrong when preparing `here`/raw, None if nothing did."""
+    home = Home(here / "home")
+    out = home.prepared.root
     options = {"input_dir": here / "raw", "output_dir": out, "tokenizer_type": tokenizer_type, "vocab_size": 270}
     options |= {"max_length": 64, "num_workers": 1, "val_fraction": 0.3}
     command = [sys.executable, "-m", "llm_core.data_prep_tool", *(f"--{name}={value}" for name, value in options.items())]
@@ -356,11 +358,11 @@ def _problem(here: Path, expected: dict[str, str | None], tokenizer_type: str) -
         code = subprocess.run(measured, stdout=log, stderr=log, stdin=subprocess.DEVNULL).returncode
     output = (here / "log").read_bytes()
     if code or b"Traceback" in output:
-        return f"code {code}: {output[-1000:].decode(errors='replace')}"
+        return f"exit code {code}: {output[-1000:].decode(errors='replace')}"
     if (memory := int((here / "memory").read_text())) > MAX_MEMORY:
         return f"{memory >> 20} MiB of memory"
     if b"\x1b" in output or b"\x07" in output:
-        return "a control character of a name reached the terminal"
+        return "a control character in a file name reached the terminal"
     if (here / "CANARY").exists():
         return "a pickle was loaded"
     manifest = load_manifest(out)
@@ -368,28 +370,27 @@ def _problem(here: Path, expected: dict[str, str | None], tokenizer_type: str) -
     summary, files = snapshot.summary, {row["path"]: row for row in snapshot.files.to_pylist()}
     if summary["bytes_read"] != summary["bytes_kept"] + sum(summary["bytes_dropped"].values()):
         return f"bytes do not add up: {summary}"
-    found = {path: row["status"] for path, row in files.items()}
-    wanted = expected | {f"plain{number:02}.txt": "kept" for number in range(16)}
-    for path, status_wanted in wanted.items():
-        if found.get(path) != status_wanted:
-            return f"{path!r} is {found.get(path)}, not {status_wanted}"
+    statuses = {path: row["status"] for path, row in files.items()}
+    for path, status in (expected | {f"plain{number:02}.txt": "kept" for number in range(16)}).items():
+        if statuses.get(path) != status:
+            return f"{path!r} is {statuses.get(path)}, not {status}"
     if sum(totals.documents for totals in manifest.splits.values()) != summary["documents"]:
-        return "a document is missing in the dataset"
+        return "a document is missing from the dataset"
     for shard in manifest.shards:
         ends = int((open_tokens(out, shard) == manifest.tokenizer.eot_id).sum())
         if ends != shard.documents:
             return f"{ends} end-of-text tokens in {shard.documents} documents"
-    return _catalog_problem(here / "home", snapshot.kept_documents().to_pylist(), out, manifest)
+    return _catalog_problem(home, snapshot.kept_documents().to_pylist(), out, manifest)
 
 
-def _catalog_problem(home: Path, documents: list[dict[str, Any]], out: Path, manifest: Any) -> str | None:
-    """Whether the catalog takes in what was prepared and finds every file by its name."""
-    catalog = Catalog(home / "catalog.duckdb")
+def _catalog_problem(home: Home, documents: list[dict[str, Any]], out: Path, manifest: Any) -> str | None:
+    """What went wrong when recording the data and finding every file by its name, None if nothing did."""
+    catalog = Catalog(home.catalog)
     catalog.record_snapshot(out, manifest.snapshot_id)
     catalog.record_dataset(out, manifest.dataset_id)
     rows = catalog.query("SELECT DISTINCT path FROM snapshot_documents WHERE status = 'kept'")
     if {row["path"] for row in rows} != {document["path"] for document in documents}:
-        return "the catalog has other names"
+        return "the file names in the catalog differ"
     for name in {document["path"] for document in documents}:
-        catalog.usage(name)  # raises where it does not know the name
+        catalog.usage(name)  # raises if the name is unknown
     return None

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: what is run again afterwards ends as if nothing had happened, to the bit."""
+"""SIGKILL at random moments: the rerun gives the same bits as an undisturbed run."""
 
 import random
 import shutil
@@ -13,7 +13,7 @@ from typing import Any
 from tests.faults.forks import outcome, train_forked
 from tests.faults.processes import Command
 from tests.faults.report import Tally
-from tests.llm_core.training import run_train, train_arguments
+from tests.support.training import run_train, train_arguments
 
 RANKS_OPTIONS: dict[str, Any] = {
     "max_steps": 300,
@@ -25,13 +25,13 @@ RANKS_OPTIONS: dict[str, Any] = {
 
 
 def kill_the_training_process(data_dir: Path, folder: Path, kills: int, seed: int) -> Tally:
-    """One process, killed again and again until its run is done; then the next run, until there were enough kills."""
+    """One process, killed and restarted until its run finishes; then the next run, until there are enough kills."""
     tally = Tally("training process, SIGKILL", seed)
     random_moment = random.Random(seed)
     began = time.monotonic()
-    assert train_forked(data_dir, folder / "whole").code == 0
+    assert train_forked(data_dir, folder / "undisturbed").code == 0
     duration = time.monotonic() - began
-    whole = outcome(folder / "whole")
+    expected = outcome(folder / "undisturbed")
     while tally.injected < kills:
         run_dir = folder / f"run{tally.injected}"
         pending = 0
@@ -42,8 +42,8 @@ def kill_the_training_process(data_dir: Path, folder: Path, kills: int, seed: in
                 continue
             problem = None
             if ended.code != 0:
-                problem = f"{run_dir.name}: ended with {ended.code}: {ended.output[-500:]}"
-            elif outcome(run_dir) != whole:
+                problem = f"{run_dir.name}: exit code {ended.code}: {ended.output[-500:]}"
+            elif outcome(run_dir) != expected:
                 problem = f"{run_dir.name}: the weights or the logged losses differ"
             elif left := [path.name for path in run_dir.glob(".*.tmp")]:
                 problem = f"{run_dir.name}: left behind {left}"
@@ -55,10 +55,10 @@ def kill_the_training_process(data_dir: Path, folder: Path, kills: int, seed: in
 
 
 def kill_two_ranks(data_dir: Path, folder: Path, kills: int, seed: int) -> Tally:
-    """The documented command with two ranks; a rank, torchrun or all of them are killed."""
+    """The documented command with two ranks; a rank, torchrun or all processes are killed."""
     tally = Tally("torchrun with two ranks, SIGKILL", seed)
     chosen = random.Random(seed)
-    whole, duration = uninterrupted(data_dir)
+    expected, duration = undisturbed(data_dir)
     while tally.injected < kills:
         run_dir = folder / f"run{tally.injected}"
         pending: list[str | None] = []
@@ -66,10 +66,10 @@ def kill_two_ranks(data_dir: Path, folder: Path, kills: int, seed: int) -> Tally
             target, moment = chosen.choice(["rank 0", "rank 1", "torchrun", "all"]), chosen.uniform(0.3, 1.1) * duration
             code, orphans = _kill_torchrun(data_dir, run_dir, target, moment)
             if code is None:
-                pending.append(f"{target} killed after {moment:.2f} s: processes {orphans} were left" if orphans else None)
+                pending.append(f"{target} killed after {moment:.2f} s: left behind {orphans}" if orphans else None)
                 continue
-            problem = f"{run_dir.name}: ended with {code}" if code else None
-            if code == 0 and outcome(run_dir, RANKS_OPTIONS["max_steps"]) != whole:
+            problem = f"{run_dir.name}: exit code {code}" if code else None
+            if code == 0 and outcome(run_dir, RANKS_OPTIONS["max_steps"]) != expected:
                 problem = f"{run_dir.name}: the weights or the logged losses differ"
             for orphaned in pending:
                 tally.count(orphaned or problem)
@@ -79,8 +79,8 @@ def kill_two_ranks(data_dir: Path, folder: Path, kills: int, seed: int) -> Tally
 
 
 @cache
-def uninterrupted(data_dir: Path) -> tuple[object, float]:
-    """The outcome of the command when nobody disturbs it, and how many seconds it takes."""
+def undisturbed(data_dir: Path) -> tuple[object, float]:
+    """The outcome of the undisturbed command, and how many seconds it takes."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         run_train(data_dir, Path(folder), 2, **RANKS_OPTIONS)
@@ -95,27 +95,27 @@ def torchrun(
     shutdown_timeout: int = 60,
     **options: Any,
 ) -> Command:
-    """The documented command with two ranks, and so many seconds for them to save when they are stopped."""
+    """Starts the documented command with two ranks; shutdown_timeout: seconds in which they can save when stopped."""
     run_dir.mkdir(parents=True, exist_ok=True)
     train = train_arguments(data_dir, run_dir, **(RANKS_OPTIONS | options))
     arguments = ["torch.distributed.run", "--nproc_per_node=2", f"--shutdown-timeout={shutdown_timeout}", *train]
     return Command(arguments, log or run_dir.with_suffix(".log"), environment)
 
 
-def problem_of_resuming(data_dir: Path, run_dir: Path, whole: object) -> str | None:
-    """Gives the command again; what was lost by then, None if it ends as the undisturbed one did."""
+def problem_of_resuming(data_dir: Path, run_dir: Path, expected: object) -> str | None:
+    """Runs the command again. Returns what was lost, None if its outcome is the expected one."""
     with torchrun(data_dir, run_dir) as command:
         code = command.wait()
     if code != 0:
-        return f"resumed, it ends with {code}: {command.output()[-1000:]}"
-    return None if outcome(run_dir, RANKS_OPTIONS["max_steps"]) == whole else "the weights or the logged losses differ"
+        return f"exit code {code} after the resume: {command.output()[-1000:]}"
+    return None if outcome(run_dir, RANKS_OPTIONS["max_steps"]) == expected else "the weights or the logged losses differ"
 
 
 def _kill_torchrun(data_dir: Path, run_dir: Path, target: str, moment: float) -> tuple[int | None, list[str]]:
     """Runs the command and kills `target` after `moment` seconds.
 
     Returns:
-        The exit code where the run ended by itself before that, else None; and the processes that outlived the kill.
+        The exit code if the run ended before that, else None; and the processes that outlived the kill.
     """
     with torchrun(data_dir, run_dir) as command:
         code = command.wait(moment)

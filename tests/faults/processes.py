@@ -1,4 +1,4 @@
-"""Commands with all that they start: looked at by level, signalled, and waited for until none of their processes is left."""
+"""Commands with all their child processes: found by level, signalled, and waited for until none is left."""
 
 import os
 import subprocess
@@ -11,21 +11,23 @@ from pathlib import Path
 
 import psutil
 
-PATIENCE = 600.0
-"""Seconds after which something that should have ended counts as left."""
+from llm_core.layout import RunFolder
 
+# Seconds after which a process that should have ended counts as left behind.
+PATIENCE = 600.0
+
+# Environment variable of every process of a command; a training under Dagster inherits variables with this prefix.
 _MARK = "TORCH_FAULTS_TRIAL"
-"""Environment variable that every process of a command has; the prefix lets it through to a training under Dagster."""
 
 _TORCHRUN = "torch.distributed.run"
-_RANK = ("llm_core.train", "pipeline.training_rank")
+_RANK = ("llm_core.train", "pipeline.processes.training_rank")
 
 
 class Command:
-    """One command with its whole family, whoever of it has died meanwhile. Leaving the `with` block kills what is left."""
+    """A command and its descendants, orphans included. Leaving the `with` block kills those that still run."""
 
     def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
-        """arguments: what follows `python -m`."""
+        """arguments: those after `python -m`."""
         self._mark = uuid.uuid4().hex
         self._log = log
         variables = {"OMP_NUM_THREADS": "1", _MARK: self._mark} | dict(environment or {})
@@ -36,7 +38,7 @@ class Command:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | variables,
-                start_new_session=True,  # a signal reaches the processes it was sent to and no others
+                start_new_session=True,  # a signal reaches only the processes it is sent to
             )
 
     def __enter__(self) -> "Command":
@@ -48,11 +50,11 @@ class Command:
         self.process.wait()
 
     def family(self) -> list[psutil.Process]:
-        """Every living process of the command, orphans too."""
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
+        """Every running process of the command, orphans included."""
+        return [process for process in psutil.process_iter() if self._is_member(process)]
 
     def level(self, name: str) -> list[psutil.Process]:
-        """The processes at one level: command, torchrun, rank 0, rank 1, ... or all of them."""
+        """The processes of a level: command, torchrun, rank 0, rank 1, ... or all."""
         if name == "all":
             return self.family()
         if name == "command":
@@ -60,20 +62,20 @@ class Command:
         return [process for process in self.family() if name in _levels(process)]
 
     def signal(self, number: int, name: str) -> None:
-        """Sends a signal to a level; to the command itself while that level is not there."""
+        """Sends a signal to a level, or to the command itself if that level has no process yet."""
         for process in self.level(name) or self.level("command"):
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
     def wait(self, seconds: float = PATIENCE) -> int | None:
-        """The command's exit code; None if it has not ended by then."""
+        """The command's exit code, None if it still runs after `seconds`."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
 
     def left(self, seconds: float = 120.0) -> list[str]:
-        """What is still running after so many seconds, or nothing as soon as all have ended."""
+        """Waits for all processes to end and returns those that still run after `seconds`."""
         deadline = time.monotonic() + seconds
         while (alive := self.family()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -82,7 +84,7 @@ class Command:
     def output(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def _is_ours(self, process: psutil.Process) -> bool:
+    def _is_member(self, process: psutil.Process) -> bool:
         try:
             return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_MARK) == self._mark
         except psutil.Error:
@@ -90,7 +92,7 @@ class Command:
 
 
 def wait_until(happened: Callable[[], bool], command: Command, seconds: float = PATIENCE) -> bool:
-    """Looks until something has happened; False if the command ended or the time was over before."""
+    """Polls until `happened` returns True; False if the command ends or the time runs out first."""
     deadline = time.monotonic() + seconds
     while not happened():
         if command.process.poll() is not None or time.monotonic() > deadline:
@@ -100,8 +102,8 @@ def wait_until(happened: Callable[[], bool], command: Command, seconds: float = 
 
 
 def wait_for_a_step(command: Command, run_dir: Path) -> bool:
-    """Waits until the training of a run directory has logged a step; False if it ended or the time was over before."""
-    metrics = run_dir / "metrics.jsonl"
+    """Waits until the training has logged a step; False if it ends or the time runs out first."""
+    metrics = RunFolder(run_dir).metrics
     return wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, command)
 
 

@@ -1,11 +1,11 @@
-"""What a scenario came to."""
+"""The result of a scenario."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Tally:
-    """Faults of one kind: how many were injected, how many of them the system came through, and what was lost by the others."""
+    """Faults of one kind: how many were injected, how many of them did no harm, and what the others cost."""
 
     scenario: str
     seed: int
@@ -14,7 +14,7 @@ class Tally:
     losses: list[str] = field(default_factory=list)
 
     def count(self, problem: str | None) -> None:
-        """Counts one fault and tells of every tenth; `problem` says what it cost, None that it cost nothing."""
+        """Counts one fault and prints every tenth; problem: what it cost, None if nothing."""
         self.injected += 1
         if problem is None:
             self.survived += 1

@@ -1,4 +1,4 @@
-"""The data preparation as its user meets it: flags, messages, exit codes, and what lies on disk afterwards."""
+"""Data preparation from the user's side: flags, messages, exit codes and files."""
 
 import base64
 import json
@@ -13,19 +13,20 @@ from typing import Any
 
 import pytest
 
-from llm_core import data_prep_tool, encoding
+from llm_core import data_prep_tool
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.data_prep_tool import DataPrepOptions
-from llm_core.shards import load_manifest, open_tokens
-from llm_core.tokenizer import Tokenizer
-from llm_core.tokenizer_training import train_tokenizer
+from llm_core.dataset import load_manifest
+from llm_core.dataset.shard import open_tokens
+from llm_core.tokenizer import Tokenizer, parallel
+from llm_core.tokenizer.training import train_tokenizer
 
 ROOT = Path(data_prep_tool.__file__).parents[1]
 SMALL = ["--vocab_size", "300", "--max_document_bytes", "2048", "--num_workers", "2"]
 
 
 def run(corpus: Path, out: Path, *flags: str) -> dict[str, Any]:
-    """Runs the tool in this process and returns the metadata it leaves."""
+    """Runs the tool in this process and returns its metadata."""
     data_prep_tool.main(["--input_dir", str(corpus), "--output_dir", str(out), *SMALL, *flags])
     metadata: dict[str, Any] = json.loads((out / "metadata.json").read_text())
     return metadata
@@ -37,7 +38,7 @@ def report_of(out: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("command", [["-m", "llm_core.data_prep_tool"], [str(ROOT / "llm_core" / "data_prep_tool.py")]])
-def test_the_users_command_line_works_as_module_and_as_file(command: list[str], corpus_dir: Path, tmp_path: Path) -> None:
+def test_the_command_line_works_as_a_module_and_as_a_file(command: list[str], corpus_dir: Path, tmp_path: Path) -> None:
     flags = ["--input_dir", str(corpus_dir), "--output_dir", "processed_data", "--tokenizer_type", "bpe", *SMALL]
     environment = os.environ | ({"PYTHONPATH": str(ROOT)} if command[0] == "-m" else {"PYTHONPATH": ""})
     done = subprocess.run(
@@ -49,21 +50,21 @@ def test_the_users_command_line_works_as_module_and_as_file(command: list[str], 
     assert (manifest.max_length, manifest.stride) == (128, 16)
     assert Tokenizer.load(out / "tokenizer.json").tokenizer_id == manifest.tokenizer.tokenizer_id
     assert all((out / shard.file).is_file() for shard in manifest.shards)
-    assert "Looking: 40 of 40 files" in done.stderr
+    assert "Reading: 40 of 40 files" in done.stderr
     assert "Encoding: " in done.stderr
     assert f"Dataset        {manifest.dataset_id}, windows of 128 tokens, overlap 16" in done.stdout
     assert f"{manifest.splits['train'].tokens:,} in {manifest.splits['train'].documents} documents" in done.stdout
 
 
-def test_defaults_are_those_of_the_users_document() -> None:
+def test_the_defaults_match_the_documentation() -> None:
     options = DataPrepOptions()
     assert (options.input_dir, options.output_dir) == ("raw_text_data", "processed_data")
     assert (options.tokenizer_type, options.vocab_size, options.max_length, options.stride) == ("bpe", 32000, 2048, 0)
     for stage in (CorpusConfig, TokenizerConfig, ShardConfig):
-        assert options.part(stage) == stage()
+        assert options.stage(stage) == stage()
 
 
-def test_the_table_tells_what_was_read_dropped_and_made(
+def test_the_table_shows_what_was_read_dropped_and_made(
     corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = tmp_path / "raw"
@@ -74,7 +75,7 @@ def test_the_table_tells_what_was_read_dropped_and_made(
     (raw / "latin1.txt").write_bytes(b"caf\xe9")
     run(raw, tmp_path / "out")
     first = capsys.readouterr().out
-    assert "36 of text, 35 passed over" in first
+    assert "36 of text, 35 skipped" in first
     assert "quarantined  1 files, lines or rows: not utf8" in first
     assert "latin1.txt: not utf8, unexpected end of data at byte 3" in first
     assert "bpe, 300 tokens, new" in first
@@ -114,7 +115,7 @@ def test_special_tokens(corpus_dir: Path, tmp_path: Path) -> None:
     assert metadata["tokenizer"]["eot_id"] == open_tokens(tmp_path, load_manifest(tmp_path).shards[0])[0]
 
 
-def test_max_length_and_stride_make_no_shard_again(corpus_dir: Path, tmp_path: Path) -> None:
+def test_max_length_and_stride_rebuild_no_shard(corpus_dir: Path, tmp_path: Path) -> None:
     before = run(corpus_dir, tmp_path, "--max_length", "64")
     after = run(corpus_dir, tmp_path, "--max_length", "32", "--stride", "8")
     assert (after["max_length"], after["stride"]) == (32, 8)
@@ -122,39 +123,39 @@ def test_max_length_and_stride_make_no_shard_again(corpus_dir: Path, tmp_path: P
     assert after["dataset_id"] == before["dataset_id"]
 
 
-def test_num_workers_changes_nothing_but_time(corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "_RUN_CHARACTERS", 512)
+def test_num_workers_changes_only_the_time(corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_BATCH_CHARACTERS", 512)
     used: dict[str, set[int]] = {"1": set(), "3": set()}
     original = Tokenizer.encode_batch
-    everyone_has_one = threading.Barrier(3)
+    every_thread_has_a_batch = threading.Barrier(3)
 
     def recording(tokenizer: Tokenizer, texts: list[str]) -> Any:
         if workers == "3" and threading.get_ident() not in used[workers]:
-            everyone_has_one.wait(60)
+            every_thread_has_a_batch.wait(60)
         used[workers].add(threading.get_ident())
         return original(tokenizer, texts)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", recording)
-    made = []
+    metadata = []
     for workers in used:
-        made.append(run(corpus_dir, tmp_path / workers, "--num_workers", workers))
-    assert made[0] == made[1]
+        metadata.append(run(corpus_dir, tmp_path / workers, "--num_workers", workers))
+    assert metadata[0] == metadata[1]
     assert used["1"] == {threading.get_ident()}
     assert len(used["3"]) == 3
 
 
 def test_num_workers_0_means_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    requested: list[int] = []
 
-    def recording(tokenizer: Tokenizer, runs: Any, workers: int) -> Any:
-        asked.append(workers)
-        return map(tokenizer.encode_batch, runs)
+    def recording(tokenizer: Tokenizer, batches: Any, workers: int) -> Any:
+        requested.append(workers)
+        return map(tokenizer.encode_batch, batches)
 
-    monkeypatch.setattr(encoding, "_encode_on_threads", recording)
-    monkeypatch.setattr(encoding, "available_cores", lambda: 7)
+    monkeypatch.setattr(parallel, "_encode_on_threads", recording)
+    monkeypatch.setattr(parallel, "available_cores", lambda: 7)
     tokenizer = train_tokenizer(lambda: iter(["some text, some text"]), TokenizerConfig(vocab_size=260))
-    assert len(list(encoding.encode_all(tokenizer, ["one", "two"], 0))) == 2
-    assert asked == [7]
+    assert len(list(parallel.encode_all(tokenizer, ["one", "two"], 0))) == 2
+    assert requested == [7]
 
 
 def test_shard_bytes_bounds_a_shard(corpus_dir: Path, tmp_path: Path) -> None:
@@ -170,12 +171,12 @@ def test_max_document_bytes_val_fraction_and_text_field(tmp_path: Path) -> None:
     lines = [json.dumps({"body": f"Sentence {n} of this line of text. " * 20}) for n in range(200)]
     (raw / "lines.jsonl").write_text("\n".join(lines))
     flags = ["--text_field", "body", "--vocab_size", "290", "--max_document_bytes"]
-    whole = run(raw, tmp_path / "a", *flags, "4096", "--val_fraction", "0.3")["splits"]
+    undivided = run(raw, tmp_path / "a", *flags, "4096", "--val_fraction", "0.3")["splits"]
     divided = run(raw, tmp_path / "b", *flags, "256", "--val_fraction", "0.1")["splits"]
-    documents = [sum(split["documents"] for split in splits.values()) for splits in (whole, divided)]
+    documents = [sum(split["documents"] for split in splits.values()) for splits in (undivided, divided)]
     assert documents[0] == 200
     assert documents[1] > 500
-    assert 0.2 < whole["val"]["documents"] / documents[0] < 0.4
+    assert 0.2 < undivided["val"]["documents"] / documents[0] < 0.4
     assert 0.05 < divided["val"]["documents"] / documents[1] < 0.15
 
 
@@ -231,15 +232,15 @@ def test_retrain_tokenizer(tmp_path: Path) -> None:
         (["--num_workers", "-1"], "--num_workers -1: Input should be greater than or equal to 0"),
         (["--no_such_flag", "1"], "no_such_flag"),
         (["--vocab_size", "90000"], "--vocab_size 90000: the text yields"),
-        (["--special_tokens", '["the"]'], "--special_tokens 'the': ordinary text could be taken for it"),
+        (["--special_tokens", '["the"]'], "--special_tokens 'the': ordinary text could become this token"),
         (["--tokenizer_type", "tiktoken", "--tiktoken_encoding", "gpt9"], "--tiktoken_encoding gpt9: unknown"),
         (["--tokenizer_type", "tiktoken", "--tiktoken_ranks", "/nowhere"], "--tiktoken_ranks /nowhere: no such file"),
         (["--input_dir", "/nowhere"], "--input_dir /nowhere: no such folder"),
-        (["--input_dir", __file__], "test_data_prep_tool.py: is a file; name the folder that it lies in"),
+        (["--input_dir", __file__], "test_data_prep_tool.py: is a file; name the folder that contains it"),
         (["--val_fraction", "0.0000001"], "--val_fraction 1e-07: none of the"),
     ],
 )
-def test_a_wrong_option_ends_with_code_2_and_names_itself(
+def test_an_invalid_option_exits_with_code_2_and_is_named(
     flags: list[str], message: str, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -251,27 +252,27 @@ def test_a_wrong_option_ends_with_code_2_and_names_itself(
     assert not (tmp_path / "out" / "metadata.json").exists()
 
 
-def test_what_is_written_never_lies_among_what_is_read(
+def test_the_output_folder_is_never_inside_the_input_folder(
     corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(corpus_dir, tmp_path / "raw")
     with pytest.raises(SystemExit) as ended:
         run(tmp_path / "raw", tmp_path / "raw" / "out")
     assert ended.value.code == 2
-    assert f"lies in --input_dir {tmp_path / 'raw'} and would be read as text" in capsys.readouterr().err
+    assert f"is inside --input_dir {tmp_path / 'raw'} and would be read as text" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_ends_with_code_2_and_names_itself(
+def test_an_unwritable_folder_exits_with_code_2_and_is_named(
     corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").write_text("a file where the folder should be")
     with pytest.raises(SystemExit) as ended:
         run(corpus_dir, tmp_path / "out")
     assert ended.value.code == 2
-    assert f"{tmp_path / 'out'}: not a folder to write to" in capsys.readouterr().err
+    assert f"{tmp_path / 'out'}: not a writable folder" in capsys.readouterr().err
 
 
-def test_damaged_metadata_ends_with_code_3_and_names_the_file(
+def test_damaged_metadata_exits_with_code_3_and_is_named(
     corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(corpus_dir, tmp_path)

@@ -1,4 +1,4 @@
-"""A real Dagster instance over a small home of its own."""
+"""The lineage on a real Dagster instance, in a small home."""
 
 import math
 import shutil
@@ -9,9 +9,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from llm_core.evaluation_file import read_evaluation
-from llm_core.files import write_json
-from pipeline.automation import LINEAGE
+from llm_core.evaluation import read_evaluation
+from llm_core.layout import Home as Folders
+from llm_core.system import write_json
+from pipeline.automation.jobs import LINEAGE
 from pipeline.catalog.catalog import Catalog
 from pipeline.resources import CatalogResource, Storage, Torchrun
 
@@ -44,8 +45,12 @@ class Home:
         self.torchrun = Torchrun(report_seconds=0.5, stop_seconds=30, catalog_seconds=0.5)
         self._instance = instance
 
+    @property
+    def folders(self) -> Folders:
+        return self.storage.folders
+
     def materialize(self, *assets: dg.AssetsDefinition, expect_success: bool = True, **overrides: dict[str, Any]) -> Any:
-        """Runs part of the lineage, all of it by default, on the tiny configuration; overrides: asset name -> options."""
+        """Runs the lineage, or part of it, with the tiny configuration. overrides: asset name -> options."""
         chosen = list(assets) or LINEAGE
         names = {asset.key.to_user_string() for asset in chosen}
         config = {name: {"config": TINY.get(name, {}) | overrides.get(name, {})} for name in names}
@@ -65,14 +70,14 @@ class Home:
         return result
 
     def make_the_evaluation_not_finite(self) -> None:
-        (path,) = self.storage.checkpoints.glob("*/evaluation_step_6_*.json")
+        (path,) = self.folders.checkpoints.glob("*/evaluation_step_6_*.json")
         result = read_evaluation(path)
         for entry in result["metrics"]:
             entry["value"] = math.nan
         write_json(path, result)
 
     def messages(self, result: Any) -> list[str]:
-        """What the run page shows as the log of a run."""
+        """The log of a run, as its page shows it."""
         return [entry.user_message for entry in self._instance.all_logs(result.run_id)]
 
     def metadata(self, result: Any, asset: str) -> dict[str, Any]:
@@ -94,19 +99,19 @@ def make_home(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 @pytest.fixture(scope="session")
 def trained_home(make_home: Callable[[], Home]) -> tuple[Home, Any]:
-    """A home in which the whole lineage ran once, and the result of that run. Tests copy it before they change it."""
+    """A home in which the whole lineage ran once, and the result of that run. Tests `clone` it to change it."""
     home = make_home()
     return home, home.materialize()
 
 
 @pytest.fixture
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[Home, Any]], tuple[Home, Any]]:
-    """Copies a home, so that a test may change it."""
+    """Copies a home for a test that changes it."""
 
     def copy(source: tuple[Home, Any]) -> tuple[Home, Any]:
         home, result = source
         root = tmp_path_factory.mktemp("clone") / "home"
-        shutil.copytree(home.storage.root, root, copy_function=shutil.copy2)
+        shutil.copytree(home.folders.root, root, copy_function=shutil.copy2)
         return Home(root, dg.DagsterInstance.local_temp(str(tmp_path_factory.mktemp("dagster")))), result
 
     return copy

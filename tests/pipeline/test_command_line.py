@@ -1,4 +1,4 @@
-"""The pipeline as CI runs it: exit codes, reasons in the last lines, parts of the lineage, and the README's configurations."""
+"""The pipeline in CI: exit codes, reasons in the last lines, parts of the lineage, and the configurations in the README."""
 
 import os
 import re
@@ -11,27 +11,27 @@ import dagster as dg
 import pytest
 import yaml
 
-from pipeline.automation import LINEAGE
+from pipeline.automation.jobs import LINEAGE
 from pipeline.definitions import defs
 from tests.pipeline.conftest import TINY, Home
-from tests.pipeline.dagster_dev import ROOT
+from tests.support.dagster_dev import ROOT
 
 MODULE = ["-m", "pipeline.definitions"]
-# The code location, but for a check that finds something wrong in whatever it sees.
+# The code location with a check that always fails.
 FAILING_CHECK = """
-from pipeline import checks
-made = checks.raw_text
-checks.raw_text = lambda snapshot: [result._replace(passed=False) for result in made(snapshot)]
+from pipeline.assets import checks
+check = checks.check_raw_text
+checks.check_raw_text = lambda snapshot: [result._replace(passed=False) for result in check(snapshot)]
 from pipeline.definitions import defs
 """
 
 
 def dagster(home: Home, *arguments: str, **options: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """`dagster ...` as in CI, without an instance; options: asset -> options, over the tiny ones."""
+    """`dagster ...` as in CI, without an instance; options: asset -> options, merged into the tiny ones."""
     ops = {name: {"config": TINY.get(name, {}) | options.get(name, {})} for name in options}
-    config = home.storage.root / "run.yaml"
+    config = home.folders.root / "run.yaml"
     config.write_text(yaml.safe_dump({"ops": ops}))
-    environment = os.environ | {"TEXTMILL_HOME": str(home.storage.root)}
+    environment = os.environ | {"TEXTMILL_HOME": str(home.folders.root)}
     environment.pop("DAGSTER_HOME", None)
     command = [sys.executable, "-m", "dagster", *arguments, "-c", str(config)]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -63,7 +63,7 @@ def test_a_failure_is_an_exit_code_and_a_reason_in_the_last_lines(
     assert failing.returncode == 1
     assert "textmill: raw_text failed: 2 blocking asset checks failed" in last_lines(failing)
     assert "bytes_add_up" in last_lines(failing)
-    assert "trained_tokenizer - STEP_START" not in failing.stderr, "the run ended there"
+    assert "trained_tokenizer - STEP_START" not in failing.stderr, "the run ends there"
 
     training = dagster(home, *job, "pretrain", **TINY | {"checkpoint": {"batch_size": 5, "micro_batch_size": 2}})
     assert training.returncode == 1
@@ -81,17 +81,17 @@ def test_a_failure_is_an_exit_code_and_a_reason_in_the_last_lines(
 
 
 @pytest.mark.slow
-def test_a_part_of_the_lineage_is_run_alone(trained_home: tuple[Home, Any], clone: Any) -> None:
+def test_a_part_of_the_lineage_can_run_alone(trained_home: tuple[Home, Any], clone: Any) -> None:
     home, _ = clone(trained_home)
-    home.storage.current_evaluation.unlink()
-    chosen = dagster(home, "asset", "materialize", *MODULE, "--select", "checkpoint,evaluation", checkpoint={}, evaluation={})
-    assert chosen.returncode == 0, chosen.stderr
-    assert re.findall(r"(\w+) - STEP_START", chosen.stderr) == ["checkpoint", "evaluation"]
-    assert home.storage.current_evaluation.is_file()
-    prepared: dict[str, Any] = {"raw_text": {}, "trained_tokenizer": {}, "tokenized_shards": {}}
-    part = dagster(home, "job", "execute", *MODULE, "-j", "pretrain", "-o", "raw_text+", **prepared)
-    assert part.returncode == 0, part.stderr
-    assert re.findall(r"(\w+) - STEP_START", part.stderr) == list(prepared)
+    home.folders.current_evaluation.unlink()
+    selected = dagster(home, "asset", "materialize", *MODULE, "--select", "checkpoint,evaluation", checkpoint={}, evaluation={})
+    assert selected.returncode == 0, selected.stderr
+    assert re.findall(r"(\w+) - STEP_START", selected.stderr) == ["checkpoint", "evaluation"]
+    assert home.folders.current_evaluation.is_file()
+    preparation: dict[str, Any] = {"raw_text": {}, "trained_tokenizer": {}, "tokenized_shards": {}}
+    prepared = dagster(home, "job", "execute", *MODULE, "-j", "pretrain", "-o", "raw_text+", **preparation)
+    assert prepared.returncode == 0, prepared.stderr
+    assert re.findall(r"(\w+) - STEP_START", prepared.stderr) == list(preparation)
 
 
 def test_every_run_configuration_in_the_documents_fits_the_job() -> None:

@@ -1,4 +1,4 @@
-"""The ready run configurations in configs/: each fits the job it is for, and the smallest runs in CI."""
+"""The run configurations in configs/: each fits its job, and the smallest one runs in CI."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from llm_core.config import MODEL_NAMES
 from pipeline.assets.checkpoint import CheckpointConfig
 from pipeline.catalog.catalog import Catalog
 from pipeline.definitions import defs
-from tests.pipeline.dagster_dev import ROOT
+from tests.support.dagster_dev import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -22,23 +22,23 @@ def options(path: Path) -> CheckpointConfig:
     return CheckpointConfig(**dg.config_from_files([str(path)])["ops"]["checkpoint"]["config"])
 
 
-def test_there_is_one_for_each_preset_and_one_for_ci() -> None:
+def test_each_preset_has_a_configuration_and_ci_has_one() -> None:
     assert {path.stem for path in CONFIGS} == {*get_args(MODEL_NAMES), "smoke"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_it_fits_the_job_and_names_the_command_it_is_for(path: Path) -> None:
+def test_a_configuration_fits_its_job_and_names_its_command(path: Path) -> None:
     assert dg.validate_run_config(defs.resolve_job_def("pretrain"), dict(dg.config_from_files([str(path)])))
     assert f"dagster job execute -m pipeline.definitions -j pretrain -c configs/{path.name}\n" in path.read_text()
     line = dg.config_from_files([str(path)]).get("resources", {}).get("storage", {}).get("config", {}).get("release_line")
     assert line == (path.stem if path.stem != "smoke" else None), "sizes do not compete for one release"
-    config = options(path)  # its bounds are checked here; the launchpad leaves them to the step
+    config = options(path)  # checks the bounds, which the launchpad leaves to the step
     assert config.model == (path.stem if path.stem != "smoke" else "tiny")
     assert config.batch_size % ((config.micro_batch_size or 1) * config.nproc_per_node) == 0
 
 
 @pytest.mark.slow
-def test_ci_smoke_goes_from_text_to_a_released_model(corpus_dir: Path, tmp_path: Path) -> None:
+def test_the_smoke_configuration_runs_from_text_to_a_released_model(corpus_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "raw_text_data").symlink_to(corpus_dir)
     environment = os.environ | {"TEXTMILL_HOME": str(tmp_path)}
     environment.pop("DAGSTER_HOME", None)

@@ -1,4 +1,4 @@
-"""The deployment files say the same as what is tested, and let nobody in from outside."""
+"""The deployment files have the tested settings and open nothing to the network."""
 
 import os
 import re
@@ -13,13 +13,13 @@ import pytest
 import yaml
 
 from llm_core.cli import parse_options
-from llm_core.files import read_json
+from llm_core.system import read_json
 from llm_core.train import PROG, TrainOptions
 from pipeline.assets.checkpoint import checkpoint
-from pipeline.automation import LINEAGE
-from pipeline.launcher import option_list
+from pipeline.automation.jobs import LINEAGE
+from pipeline.processes.tools import option_list
 from tests.pipeline.conftest import TINY, Home
-from tests.pipeline.dagster_dev import ROOT
+from tests.support.dagster_dev import ROOT
 
 DEPLOY = ROOT / "deploy"
 INSTANCE = yaml.safe_load((ROOT / "dagster.yaml").read_text())
@@ -40,7 +40,7 @@ def test_kubernetes_has_the_tested_limits_and_retries() -> None:
         assert yaml.safe_load(cluster)[section] == INSTANCE[section]
 
 
-def test_the_web_ui_is_reached_from_this_machine_alone() -> None:
+def test_the_web_ui_is_reachable_only_from_this_machine() -> None:
     services = yaml.safe_load((DEPLOY / "docker-compose.yaml").read_text())["services"]
     assert {name: service["ports"] for name, service in services.items() if "ports" in service} == {
         "webserver": ["127.0.0.1:3000:3000"]
@@ -53,30 +53,30 @@ def test_the_web_ui_is_reached_from_this_machine_alone() -> None:
             assert command == "127.0.0.1", document
 
 
-def test_no_password_stands_in_a_file() -> None:
+def test_no_file_contains_a_password() -> None:
     for path in DEPLOY.rglob("*"):
         if path.is_file():
             for value in re.findall(r"PASSWORD(?:: |=)([^\s'\"]+)", path.read_text()):
                 assert value.startswith(("${POSTGRES_PASSWORD:?", "...", "%s")), path
 
 
-def test_the_image_can_compile_and_tells_the_commit_that_it_was_built_from(tmp_path: Path) -> None:
+def test_the_image_can_compile_and_records_its_commit(tmp_path: Path) -> None:
     dockerfile = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
     (installed,) = re.findall(r"^RUN apt-get .*$", dockerfile, re.MULTILINE)
     assert {"gcc", "g++", "git"} <= set(installed.split())
-    (remembers,) = re.findall(r"^ARG GIT_COMMIT=\nRUN (.*)$", dockerfile, re.MULTILINE)
+    (records_commit,) = re.findall(r"^ARG GIT_COMMIT=\nRUN (.*)$", dockerfile, re.MULTILINE)
     for commit in ("", "0123456789abcdef0123456789abcdef01234567"):
         place = tmp_path / f"image{commit}"
         (place / "llm_core").mkdir(parents=True)
         environment = {"PATH": os.environ["PATH"], "GIT_CONFIG_SYSTEM": str(place / "gitconfig"), "GIT_COMMIT": commit}
-        subprocess.run(["sh", "-ec", remembers], cwd=place, env=environment, check=True)
-        asked = subprocess.run(
+        subprocess.run(["sh", "-ec", records_commit], cwd=place, env=environment, check=True)
+        done = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=place / "llm_core", env=environment, capture_output=True, text=True
         )
-        assert asked.stdout.strip() == commit
+        assert done.stdout.strip() == commit
 
 
-def test_a_training_on_several_machines_starts_again_with_the_data_that_it_began_with() -> None:
+def test_a_restarted_multi_node_training_keeps_its_dataset() -> None:
     (job,) = [part for part in kubernetes() if part["kind"] == "Job"]
     (container,) = job["spec"]["template"]["spec"]["containers"]
     _, command = container["args"][0].split("-m llm_core.train ")
@@ -86,20 +86,20 @@ def test_a_training_on_several_machines_starts_again_with_the_data_that_it_began
     assert options.resume == "auto"
 
 
-def test_whatever_uses_the_device_is_in_its_pool() -> None:
+def test_assets_that_use_the_device_are_in_its_pool() -> None:
     pools = {asset.key.to_user_string(): asset.op.pool for asset in LINEAGE}
     assert {name for name, pool in pools.items() if pool == "device"} == {"checkpoint", "evaluation"}
     assert INSTANCE["concurrency"]["pools"] == {"granularity": "run", "default_limit": 1}
 
 
 @pytest.mark.slow
-def test_a_training_made_elsewhere_is_taken_over_under_its_run_id(trained_home: tuple[Home, Any], clone: Any) -> None:
+def test_a_training_from_elsewhere_is_reused_by_its_run_id(trained_home: tuple[Home, Any], clone: Any) -> None:
     home, _ = clone(trained_home)
-    folder = home.storage.checkpoints / "multi-node"
-    options = option_list({"data_dir": home.storage.processed, "save_dir": folder} | TINY["checkpoint"] | {"seed": 11})
+    folder = home.folders.checkpoints / "multi-node"
+    options = option_list({"data_dir": home.folders.prepared.root, "save_dir": folder} | TINY["checkpoint"] | {"seed": 11})
     subprocess.run([sys.executable, "-m", "llm_core.train", *options], check=True, capture_output=True)
     run_id = read_json(folder / "run.json")["run_id"]
     folder.rename(folder.with_name(run_id))
     taken = home.metadata(home.materialize(checkpoint, checkpoint={"seed": 11}), "checkpoint")
     assert (taken["run_id"], taken["reused"]) == (run_id, True)
-    assert Path(taken["file"]) == home.storage.checkpoints / run_id / "checkpoint_step_6.pt"
+    assert Path(taken["file"]) == home.folders.checkpoints / run_id / "checkpoint_step_6.pt"

@@ -1,4 +1,4 @@
-"""What a run's configuration says of the resources holds for all that the run writes."""
+"""Resource options in a run configuration apply to everything that the run writes."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from pipeline.resources import Storage
 from tests.pipeline.conftest import TINY
 
 
-def test_the_home_of_a_runs_configuration_is_that_of_its_catalog_too(
+def test_the_catalog_is_in_the_home_of_the_run_configuration(
     corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")  # where the default home, ./data, would come to lie
+    monkeypatch.chdir(tmp_path / "work")  # where the default home, ./data, would be
     home = tmp_path / "home"
     config: dict[str, Any] = {
         "ops": {name: {"config": TINY[name]} for name in ("raw_text", "trained_tokenizer", "tokenized_shards")},
@@ -31,7 +31,7 @@ def test_the_home_of_a_runs_configuration_is_that_of_its_catalog_too(
     assert [path.parent for path in tmp_path.rglob("catalog.duckdb")] == [home], "and nowhere else"
 
 
-def test_the_catalog_is_waited_for_as_long_as_its_option_says(corpus_dir: Path, tmp_path: Path) -> None:
+def test_the_wait_for_the_catalog_is_bounded_by_its_option(corpus_dir: Path, tmp_path: Path) -> None:
     config: dict[str, Any] = {
         "ops": {"raw_text": {"config": TINY["raw_text"]}},
         "resources": {
@@ -48,10 +48,10 @@ def test_the_catalog_is_waited_for_as_long_as_its_option_says(corpus_dir: Path, 
     assert "busy for 0.5 seconds" in str(failure.event_specific_data)
 
 
-def test_a_folder_under_the_users_own_home_may_be_written_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_in_a_path_is_the_users_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     storage = Storage(home="~/mill", raw_text_dir="~/texts")
-    assert (storage.root, storage.raw_text) == (tmp_path / "mill", tmp_path / "texts")
+    assert (storage.folders.root, storage.raw_text) == (tmp_path / "mill", tmp_path / "texts")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_folder_under_the_users_own_home_may_be_written_with_a_tilde(tmp_path:
         ({"release_line": "../elsewhere"}, "storage.release_line ../elsewhere: not a name"),
     ],
 )
-def test_a_wrong_option_of_the_storage_fails_in_a_step_and_is_not_tried_again(
+def test_a_wrong_storage_option_fails_in_a_step_and_is_not_retried(
     storage: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -78,4 +78,4 @@ def test_a_wrong_option_of_the_storage_fails_in_a_step_and_is_not_tried_again(
     assert message in str([event.event_specific_data for event in result.all_events if event.is_step_failure])
     assert run is not None and run.tags[RETRY_ON_ASSET_OR_OP_FAILURE_TAG] == "false"
     assert not (tmp_path / "no_such_folder").exists()
-    assert not [event for event in result.all_events if event.is_step_materialization], "no step went on with it"
+    assert not [event for event in result.all_events if event.is_step_materialization], "no step succeeded with it"

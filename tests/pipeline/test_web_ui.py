@@ -1,4 +1,4 @@
-"""The web UI as a person uses it: a real `dagster dev`, a real browser, a run that is launched by a click and watched."""
+"""The web UI as people use it: a real `dagster dev`, a real browser, and a run that is launched with a click."""
 
 import json
 import re
@@ -12,22 +12,22 @@ from urllib.parse import urlencode
 import pytest
 
 from pipeline.catalog.catalog import Catalog
-from tests.pipeline.browser import CHROMIUM, LOCATION, opened_page
 from tests.pipeline.conftest import TINY
-from tests.pipeline.dagster_dev import dagster_dev
+from tests.support.browser import CHROMIUM, LOCATION, opened_page
+from tests.support.dagster_dev import dagster_dev
 
 pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
 STEPS = 400  # a few seconds of training: long enough to watch
+# Has an effect if a page interprets it as markup.
 MARKUP = "<img src=x onerror=alert(1)>[a](javascript:alert(2)) | <script>alert(3)<"
-"""What would do something where a page took it for markup."""
 
 
 @pytest.fixture(scope="module")
 def home(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A textmill home that holds raw text and nothing else; files and a folder have markup in their names, some are not UTF-8."""
+    """A textmill home with only raw text; some names contain markup, and some files are not UTF-8."""
     root = tmp_path_factory.mktemp("home")
     shutil.copytree(corpus_dir, root / "raw_text_data")
     for name in ("latin1.txt", f"{MARKUP}.txt"):
@@ -40,7 +40,7 @@ def home(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where `dagster dev` serves that home, with a Dagster instance that has never seen a run."""
+    """The address of `dagster dev` for that home, with a new Dagster instance."""
     with dagster_dev(home, tmp_path_factory.mktemp("dagster_home")) as server:
         yield server.address
 
@@ -53,15 +53,15 @@ def page(address: str) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class WatchedRun:
-    """What a person saw on the page of a run."""
+    """What the page of a run showed."""
 
+    # The last progress line during training.
     progress: str
-    """The last line about the training while it went on."""
     status: str
     run_id: str
     model_id: str
+    # Messages of dialogs that scripts opened on any page, from then on.
     alerts: list[str]
-    """What any page said in a box that a script opens, from then on."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def run(page: Any, home: Path) -> WatchedRun:
     page.get_by_text("No errors").wait_for()
     page.get_by_role("button", name="Launch Run").click()
     page.wait_for_url("**/runs/*")
-    # A run can be terminated while it goes on, and only then.
+    # The button is visible only while the run is in progress.
     terminate, progress = (
         page.get_by_role("button", name="Terminate"),
         page.get_by_text(re.compile(rf"^step \d+/{STEPS}: .*tokens_per_second")),
@@ -106,33 +106,33 @@ def test_the_launchpad_offers_every_option_with_type_default_and_explanation(pag
     for default in ("batch_size: 8", "learning_rate: 0.0003", "nproc_per_node: 1"):
         options.filter(has_text=default).first.wait_for()
     options.filter(has_text="learning_rate: 0.0003").click()
-    page.get_by_text("Peak learning rate.").first.wait_for()  # the help beside the editor follows the cursor
+    page.get_by_text("Peak learning rate.").first.wait_for()  # the help next to the editor follows the cursor
     page.get_by_text("Literal['adamw', 'muon']").first.wait_for()
 
 
-def test_a_launched_run_tells_its_progress_while_it_trains_and_succeeds(run: WatchedRun) -> None:
+def test_a_launched_run_reports_progress_while_it_trains_and_succeeds(run: WatchedRun) -> None:
     assert "loss" in run.progress
     assert "tokens_per_second" in run.progress
     assert run.status == "Success"
 
 
-def test_the_raw_text_page_lists_what_was_set_aside_and_why(page: Any, run: WatchedRun) -> None:
+def test_the_raw_text_page_lists_quarantined_files_with_reasons(page: Any, run: WatchedRun) -> None:
     page.goto("/assets/raw_text")
     assert "latin1.txt" in _shown(page, "quarantined_files")
     assert "not_utf8" in _shown(page, "quarantined_files")
 
 
-def test_the_checkpoint_page_tells_what_was_trained_and_draws_its_loss(page: Any, run: WatchedRun) -> None:
+def test_the_checkpoint_page_shows_what_was_trained_and_plots_its_loss(page: Any, run: WatchedRun) -> None:
     page.goto("/assets/checkpoint")
     assert _shown(page, "run_id") == run.run_id
     assert _shown(page, "steps") == str(STEPS)
     assert 0 < float(_shown(page, "validation_bits_per_byte")) < 8
     assert _picture(page, "loss_curve") > (400, 200)
     page.get_by_role("button", name="Plots").first.click()
-    page.get_by_text("grad_norm", exact=True).first.wait_for()  # what was observed while it trained
+    page.get_by_text("grad_norm", exact=True).first.wait_for()  # observed during training
 
 
-def test_the_evaluation_page_compares_the_model_and_shows_what_it_writes(page: Any, run: WatchedRun) -> None:
+def test_the_evaluation_page_compares_the_model_and_shows_samples(page: Any, run: WatchedRun) -> None:
     page.goto("/assets/evaluation")
     assert float(_shown(page, "bits_per_byte")) < float(_shown(page, "unigram_bits_per_byte"))
     assert _picture(page, "comparison") > (400, 100)
@@ -147,7 +147,7 @@ def test_the_released_model_page_names_the_model_and_its_directory(page: Any, ru
 
 
 @pytest.mark.parametrize("asset", [*TINY, "released_model", "run_comparison"])
-def test_a_name_or_a_text_is_no_markup_on_any_page(asset: str, page: Any, run: WatchedRun) -> None:
+def test_names_and_texts_are_never_interpreted_as_markup(asset: str, page: Any, run: WatchedRun) -> None:
     page.goto(f"/assets/{asset}")
     if asset in ("raw_text", "evaluation"):
         page.get_by_text(MARKUP).first.wait_for()
@@ -161,7 +161,7 @@ def test_a_name_or_a_text_is_no_markup_on_any_page(asset: str, page: Any, run: W
 
 
 def _made_of_markup(page: Any) -> int:
-    """Elements that only what stands in the names and texts can have made."""
+    """Number of elements that can only come from the names and texts."""
     return int(page.locator("img[src='x'], a[href^='javascript'], script:text('alert(3)')").count())
 
 
@@ -175,7 +175,7 @@ def _shown(page: Any, key: str) -> str:
 
 
 def _picture(page: Any, key: str) -> tuple[int, int]:
-    """Width and height of the PNG behind a metadata entry, as the browser has decoded it."""
+    """Width and height of the PNG behind a metadata entry, as decoded by the browser."""
     _metadata(page, key).get_by_text("[Show Markdown]").click()
     image = page.locator("img[src^='data:image/png;base64,']")
     image.wait_for()

@@ -1,4 +1,4 @@
-"""A catalog with a whole lineage in it."""
+"""A catalog of a small lineage, and the duckdb command."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 
 from pipeline.catalog.catalog import Catalog
-from tests.pipeline.catalog.artifacts import NASTY, Artifacts, duckdb_command
+from tests.support.artifacts import NASTY, Artifacts, duckdb_command
 
 
 @pytest.fixture
 def artifacts(tmp_path: Path) -> Artifacts:
-    made = Artifacts(tmp_path / "home")
-    made.whole_lineage(NASTY)
-    return made
+    artifacts = Artifacts(tmp_path / "home")
+    artifacts.full_lineage(NASTY)
+    return artifacts
 
 
 @pytest.fixture
 def catalog(artifacts: Artifacts) -> Catalog:
-    """A catalog with the whole lineage in it."""
+    """A catalog with every artifact of the lineage."""
     catalog = Catalog(artifacts.home / "catalog.duckdb", wait_seconds=30)
     artifacts.record_all(catalog)
     return catalog
@@ -27,7 +27,7 @@ def catalog(artifacts: Artifacts) -> Catalog:
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Starts the duckdb command on a file and leaves it open there."""
+    """Opens a file with the duckdb command and keeps it open."""
     started = []
 
     def start(path: Path, *options: str) -> "subprocess.Popen[str]":

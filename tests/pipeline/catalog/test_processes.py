@@ -1,4 +1,4 @@
-"""Rule 36: many processes at once use one catalog."""
+"""Rule 36: many processes use one catalog concurrently."""
 
 import subprocess
 import time
@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.database import CatalogBusyError, Database
-from tests.pipeline.catalog.artifacts import TABLES, duckdb_command, python, python_ready
+from tests.support.artifacts import TABLES, duckdb_command, python, python_ready
 
 WRITER = """
 import sys
@@ -33,7 +33,7 @@ print(reads, flush=True)
 """
 
 
-def test_rule_36_writers_at_once_all_succeed_and_readers_keep_none_out(tmp_path: Path) -> None:
+def test_rule_36_concurrent_writers_all_succeed_despite_readers(tmp_path: Path) -> None:
     path, end = tmp_path / "catalog.duckdb", tmp_path / "end"
     Catalog(path).create()
     readers = [python_ready(READER, path, end) for _ in range(4)]
@@ -42,12 +42,12 @@ def test_rule_36_writers_at_once_all_succeed_and_readers_keep_none_out(tmp_path:
         writer.communicate()
     end.touch()
     reads = [int(reader.communicate()[0]) for reader in readers]
-    assert [process.returncode for process in (*writers, *readers)] == [0] * 8, "each waited for less than its minute"
+    assert [process.returncode for process in (*writers, *readers)] == [0] * 8, "no process waits for a minute"
     assert Catalog(path).query("SELECT count(*) AS n FROM dataset_shards") == [{"n": 32}]
     assert min(reads) > 0
 
 
-def test_processes_that_make_the_catalog_at_once_make_one(tmp_path: Path) -> None:
+def test_processes_that_create_the_catalog_concurrently_create_one(tmp_path: Path) -> None:
     path = tmp_path / "catalog.duckdb"
     writers = [python(WRITER, path, number, 1) for number in range(4)]
     for writer in writers:
@@ -67,7 +67,7 @@ with Database(Path(sys.argv[1])).connect() as connection:
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_waiting_has_an_end_that_names_the_holder(read_only: bool, tmp_path: Path) -> None:
+def test_waiting_times_out_and_names_the_process_that_holds_the_catalog(read_only: bool, tmp_path: Path) -> None:
     path = tmp_path / "catalog.duckdb"
     holder = python_ready(HOLDER, path)
     busy = f"busy for 1 seconds: process {holder.pid} holds"
@@ -78,7 +78,7 @@ def test_waiting_has_an_end_that_names_the_holder(read_only: bool, tmp_path: Pat
     Catalog(path, wait_seconds=1).create()
 
 
-def test_a_writer_waits_for_the_duckdb_command_that_may_write_and_names_it(shell: Any, catalog: Catalog) -> None:
+def test_a_writer_waits_for_a_writable_duckdb_command_and_names_it(shell: Any, catalog: Catalog) -> None:
     path = catalog._database.path
     process = shell(path)
     with pytest.raises(CatalogBusyError, match=r"duckdb \(PID \d+\) has it open; close it and run again"):

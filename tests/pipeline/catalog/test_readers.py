@@ -1,4 +1,4 @@
-"""Rule 36: a foreign DuckDB client that reads the catalog makes no writer fail, however long it stays."""
+"""Rule 36: another program that reads the catalog never makes a writer fail."""
 
 import errno
 import os
@@ -15,9 +15,9 @@ import pytest
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.database import CatalogBusyError, CatalogError, Database
 from pipeline.catalog.rebuild import rebuild
-from tests.pipeline.catalog.artifacts import Artifacts, contents, killed_at_random, leave_a_log, python_ready
+from tests.support.artifacts import Artifacts, contents, killed_at_random, leave_a_log, python_ready
 
-# Keeps the file that is named on its standard input open, and answers an empty line with the rows that it sees in it.
+# Opens the file named on its standard input and keeps it open; an empty line prints the rows it sees again.
 READER = """
 import sys, duckdb
 connection = None
@@ -32,7 +32,7 @@ for line in sys.stdin:
 
 
 class Reader:
-    """A foreign process that reads a catalog and never lets go of it."""
+    """Another process that reads a catalog and keeps it open."""
 
     def __init__(self) -> None:
         self.process = python_ready(READER)
@@ -78,19 +78,19 @@ def beside(path: Path) -> set[str]:
     return {other.name.removeprefix(path.name) for other in path.parent.glob(f"{path.name}*")}
 
 
-def test_rule_36_a_foreign_reader_that_stays_open_makes_no_writer_fail(path: Path, reader: Reader) -> None:
+def test_rule_36_a_foreign_reader_never_makes_a_writer_fail(path: Path, reader: Reader) -> None:
     assert reader.open(path) == ["first"]
     before = path.stat().st_ino
     write(path, "second", wait_seconds=4)
     write(path, "third", wait_seconds=4)
-    assert reader.rows() == ["first"], "it reads on in what it opened"
-    assert reader.open(path) == ["first", "second", "third"], "whoever opens it now sees the new rows"
+    assert reader.rows() == ["first"], "it still reads the file it opened"
+    assert reader.open(path) == ["first", "second", "third"], "a new connection sees the new rows"
     assert rows(path) == ["first", "second", "third"]
     assert path.stat().st_ino != before
     assert beside(path) == {"", ".lock", ".queue"}
 
 
-def test_a_reader_that_goes_is_waited_for_and_nothing_is_copied(path: Path, reader: Reader, monkeypatch: Any) -> None:
+def test_a_writer_waits_for_a_reader_that_closes_soon_and_copies_nothing(path: Path, reader: Reader, monkeypatch: Any) -> None:
     monkeypatch.setattr("pipeline.catalog.database._PATIENCE_WITH_READERS", 60.0)
     reader.open(path)
     before = path.stat().st_ino
@@ -99,7 +99,7 @@ def test_a_reader_that_goes_is_waited_for_and_nothing_is_copied(path: Path, read
     assert path.stat().st_ino == before
 
 
-def test_the_log_of_a_killed_writer_is_in_the_copy_and_stands_beside_no_other_file(path: Path, reader: Reader) -> None:
+def test_the_log_of_a_killed_writer_is_in_the_copy_and_next_to_no_other_file(path: Path, reader: Reader) -> None:
     leave_a_log(path)
     assert reader.open(path) == ["first", "s"]
     write(path, "third")
@@ -108,7 +108,7 @@ def test_the_log_of_a_killed_writer_is_in_the_copy_and_stands_beside_no_other_fi
     assert rows(path) == reader.open(path) == ["first", "s", "third"]
 
 
-def test_a_record_that_fails_leaves_the_file_and_its_log_as_they_are(path: Path, reader: Reader) -> None:
+def test_a_failed_record_leaves_the_file_and_its_log_unchanged(path: Path, reader: Reader) -> None:
     leave_a_log(path)
     reader.open(path)
     before = path.read_bytes(), path.with_name("catalog.duckdb.wal").read_bytes()
@@ -119,7 +119,9 @@ def test_a_record_that_fails_leaves_the_file_and_its_log_as_they_are(path: Path,
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_or_quota_without_room_for_the_copy_is_said(number: int, path: Path, reader: Reader, monkeypatch: Any) -> None:
+def test_a_disk_or_quota_without_space_for_the_copy_is_reported(
+    number: int, path: Path, reader: Reader, monkeypatch: Any
+) -> None:
     reader.open(path)
 
     def full(*_: object) -> None:
@@ -133,8 +135,8 @@ def test_a_disk_or_quota_without_room_for_the_copy_is_said(number: int, path: Pa
     assert rows(path) == ["first", "second"]
 
 
-def test_no_foreign_writer_comes_in_while_the_copy_is_made(path: Path, reader: Reader) -> None:
-    """It would write to a file that is about to lose its name."""
+def test_foreign_writers_are_locked_out_while_the_copy_is_written(path: Path, reader: Reader) -> None:
+    """It would write to the file that is about to be replaced."""
     reader.open(path)
     program = "import sys, duckdb; duckdb.connect(sys.argv[1]).execute('CREATE TABLE lost (row INTEGER)')"
     with Database(path, 4).connect() as connection:
@@ -161,24 +163,24 @@ def test_rebuild_replaces_the_file_that_a_foreign_reader_has_open(
     assert contents(catalog) == before
 
 
-# Forks a writer for each number on its standard input, which kills itself at that line of the code that replaces the file.
+# Forks a writer for each number on its standard input; it kills itself at that line of the code that replaces the file.
 KILLED_AT_A_LINE = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.catalog import database, replacement
+from pipeline.catalog import database, file_swap
 database._PATIENCE_WITH_READERS = 0.0
 print("ready", flush=True)
 for line in sys.stdin:
     number, path = line.split()
     child = os.fork()
     if child == 0:
-        left = int(number)
+        lines_left = int(number)
         def trace(frame, event, _):
-            global left
-            if frame.f_code.co_filename != replacement.__file__ or frame.f_code.co_name == "beside":
+            global lines_left
+            if frame.f_code.co_filename != file_swap.__file__ or frame.f_code.co_name == "beside":
                 return None
-            left -= event == "line"
-            if not left:
+            lines_left -= event == "line"
+            if not lines_left:
                 os.kill(os.getpid(), signal.SIGKILL)
             return trace
         sys.settrace(trace)
@@ -201,7 +203,7 @@ def test_a_writer_killed_at_a_line_of_the_replacement_loses_nothing(
     victims = python_ready(KILLED_AT_A_LINE)
     assert victims.stdin is not None and victims.stdout is not None
     found = []
-    for number in range(1, 1000, 3):  # a third of the lines, which takes half a minute
+    for number in range(1, 1000, 3):  # a third of the lines: half a minute
         path = tmp_path / str(number) / "catalog.duckdb"
         shutil.copytree(start, path.parent)
         reader.open(path)
@@ -222,7 +224,7 @@ def test_a_writer_killed_at_a_line_of_the_replacement_loses_nothing(
     victims.communicate()
 
 
-# Opens the file for reading again and again, so that a writer hardly ever finds it free.
+# Keeps reopening the file for reading, so that a writer rarely finds it closed.
 CROWD = """
 import sys, time, duckdb
 print("ready", flush=True)
@@ -236,33 +238,33 @@ while True:
 NUMBERING_WRITER = """
 import sys
 from pathlib import Path
-from llm_core.files import atomic_writer
+from llm_core.system import atomic_writer
 from pipeline.catalog import database
 database._PATIENCE_WITH_READERS = 0.02
-path, told = map(Path, sys.argv[1:])
+path, committed = map(Path, sys.argv[1:])
 print("ready", flush=True)
 while True:
     with database.Database(path, 60).connect() as connection:
         (number,) = connection.execute("SELECT count(*) FROM dataset_shards").fetchone()
         connection.execute("INSERT INTO dataset_shards VALUES ('d', ?, 0, 0)", [f"{number:05}"])
-    with atomic_writer(told) as file:
+    with atomic_writer(committed) as file:
         file.write(str(number).encode())
 """
 
 
 def test_writers_killed_at_random_among_foreign_readers_lose_nothing(tmp_path: Path) -> None:
-    path, told = tmp_path / "catalog.duckdb", tmp_path / "told"
+    path, committed = tmp_path / "catalog.duckdb", tmp_path / "committed"
     Catalog(path).create()
-    told.write_text("-1")
+    committed.write_text("-1")
     crowd = [python_ready(CROWD, path) for _ in range(3)]
     inodes = set()
     try:
-        for _ in killed_at_random(NUMBERING_WRITER, path, told, seed=36, within=1.5):
+        for _ in killed_at_random(NUMBERING_WRITER, path, committed, seed=36, within=1.5):
             found = rows(path)
             inodes.add(path.stat().st_ino)
             assert found == [f"{number:05}" for number in range(len(found))]
-            assert int(told.read_text()) in (len(found) - 1, len(found) - 2), "what was said to be written is there"
-        assert len(inodes) > 1, "copies took the place of the file"
+            assert int(committed.read_text()) in (len(found) - 1, len(found) - 2), "committed rows are kept"
+        assert len(inodes) > 1, "copies replaced the file"
         assert [process.poll() for process in crowd] == [None] * len(crowd)
     finally:
         for process in crowd:
@@ -270,11 +272,11 @@ def test_writers_killed_at_random_among_foreign_readers_lose_nothing(tmp_path: P
             process.communicate()
 
 
-def test_a_foreign_writer_is_still_waited_for_and_named(path: Path, shell: Callable[..., Any]) -> None:
+def test_a_writer_waits_for_a_foreign_writer_and_names_it(path: Path, shell: Callable[..., Any]) -> None:
     shell(path)
     with pytest.raises(CatalogBusyError, match=r"busy for 1 seconds: .*duckdb \(PID \d+\) has it open; close it and run again"):
         write(path, "second", wait_seconds=1)
     with pytest.raises(CatalogBusyError, match=r"duckdb \(PID \d+\) has it open"), Database(path, 1).replaced():
-        pytest.fail("it is not given a path")
+        pytest.fail("it yields no path")
     with pytest.raises(duckdb.IOException):
         duckdb.connect(str(path), read_only=True)

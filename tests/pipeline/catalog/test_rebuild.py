@@ -1,4 +1,4 @@
-"""The catalog made anew from the files, which are the truth."""
+"""The catalog is rebuilt from the files on disk."""
 
 import os
 import random
@@ -11,7 +11,7 @@ import pytest
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.database import CatalogBusyError, CatalogError, Database
 from pipeline.catalog.rebuild import rebuild
-from tests.pipeline.catalog.artifacts import (
+from tests.support.artifacts import (
     TABLES,
     Artifacts,
     contents,
@@ -38,14 +38,12 @@ def test_the_catalog_of_a_real_lineage_is_rebuilt_with_the_same_rows(trained_hom
     home, _ = clone(trained_home)
     before = contents(home.catalog)
     assert all(before[table] for table in TABLES)
-    assert rebuild(home.storage.root, home.storage.root / "catalog.duckdb") == []
+    assert rebuild(home.folders.root, home.folders.catalog) == []
     assert contents(home.catalog) == before
 
 
 @pytest.mark.parametrize("suffix", ["", ".wal"])
-def test_a_damaged_file_is_named_with_its_remedy_and_the_remedy_works(
-    suffix: str, catalog: Catalog, artifacts: Artifacts
-) -> None:
+def test_a_damaged_file_is_reported_with_a_remedy_that_works(suffix: str, catalog: Catalog, artifacts: Artifacts) -> None:
     before = contents(catalog)
     path = artifacts.home / "catalog.duckdb"
     leave_a_log(path)
@@ -53,23 +51,23 @@ def test_a_damaged_file_is_named_with_its_remedy_and_the_remedy_works(
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2 if suffix else 8] ^= 1  # the middle of the log, the file's magic number
     damaged.write_bytes(content)
-    for question in (lambda: catalog.query("SELECT 1"), catalog.create):
+    for access in (lambda: catalog.query("SELECT 1"), catalog.create):
         with pytest.raises(CatalogError) as caught:
-            question()
+            access()
         assert str(path) in str(caught.value)
         assert "textmill catalog rebuild" in str(caught.value)
     assert rebuild(artifacts.home, path) == []
     assert contents(catalog) == before
 
 
-def test_a_flipped_bit_anywhere_is_harmless_or_a_message_of_ours(catalog: Catalog, artifacts: Artifacts) -> None:
+def test_a_flipped_bit_anywhere_is_harmless_or_reported(catalog: Catalog, artifacts: Artifacts) -> None:
     artifacts.snapshot("large", [f"file {number} {document_id(str(number))}" for number in range(5_000)])
     catalog.record_snapshot(artifacts.processed, "large")
     path = artifacts.home / "catalog.duckdb"
-    before, sound = contents(catalog), path.read_bytes()
+    before, intact = contents(catalog), path.read_bytes()
     chance, refused = random.Random(1), []
     for _ in range(25):
-        damaged = bytearray(sound)
+        damaged = bytearray(intact)
         damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged)
         try:
@@ -80,7 +78,7 @@ def test_a_flipped_bit_anywhere_is_harmless_or_a_message_of_ours(catalog: Catalo
     assert all("textmill catalog rebuild" in message for message in refused)
 
 
-def test_rebuild_leaves_out_what_is_damaged_and_names_it(catalog: Catalog, artifacts: Artifacts) -> None:
+def test_rebuild_skips_and_names_damaged_files(catalog: Catalog, artifacts: Artifacts) -> None:
     (artifacts.home / "models" / "model" / "textmill.json").write_text("{")
     (artifacts.home / "checkpoints" / "run" / "metrics.jsonl").write_text("\0\0\0\n")
     problems = rebuild(artifacts.home, artifacts.home / "catalog.duckdb")
@@ -105,7 +103,7 @@ while True:
     assert not list(artifacts.home.glob("*.new*"))
 
 
-def test_a_rebuild_that_ends_before_its_last_rename_leaves_the_old_catalog_with_its_log(
+def test_a_rebuild_that_fails_before_the_rename_keeps_the_old_catalog_and_its_log(
     catalog: Catalog, artifacts: Artifacts, monkeypatch: Any
 ) -> None:
     path = artifacts.home / "catalog.duckdb"
@@ -124,7 +122,7 @@ def test_a_rebuild_that_ends_before_its_last_rename_leaves_the_old_catalog_with_
     assert contents(catalog) == before
 
 
-def test_a_second_rebuild_waits_before_it_touches_anything(catalog: Catalog, artifacts: Artifacts, monkeypatch: Any) -> None:
+def test_a_second_rebuild_waits_before_it_changes_anything(catalog: Catalog, artifacts: Artifacts, monkeypatch: Any) -> None:
     before = contents(catalog)
     path = artifacts.home / "catalog.duckdb"
     program = """
@@ -148,7 +146,7 @@ module.rebuild(*map(Path, sys.argv[1:]))
     assert contents(catalog) == before
 
 
-def test_rebuilds_and_records_at_once_do_not_disturb_each_other(catalog: Catalog, artifacts: Artifacts) -> None:
+def test_concurrent_rebuilds_and_records_do_not_interfere(catalog: Catalog, artifacts: Artifacts) -> None:
     before = contents(catalog)
     path = artifacts.home / "catalog.duckdb"
     program = """
@@ -163,14 +161,16 @@ for _ in range(4):
 """
     processes = [python(program, artifacts.home, path) for _ in range(3)]
     while any(process.poll() is None for process in processes):
-        assert contents(catalog) == before, "at every moment: a later rebuild would mend what an earlier one broke"
+        assert contents(catalog) == before, "at all times: a later rebuild would hide an earlier error"
     for process in processes:
         process.communicate()
     assert [process.returncode for process in processes] == [0] * 3
     assert contents(catalog) == before
 
 
-def test_rebuild_does_not_pull_the_file_from_under_the_duckdb_command(shell: Any, catalog: Catalog, monkeypatch: Any) -> None:
+def test_rebuild_does_not_replace_a_file_that_the_duckdb_command_may_write(
+    shell: Any, catalog: Catalog, monkeypatch: Any
+) -> None:
     path = catalog._database.path
     before = contents(catalog)
     process = shell(path)

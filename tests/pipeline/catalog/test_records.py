@@ -1,4 +1,4 @@
-"""What the catalog holds: the rows of the files, once, or a message that names the damaged one."""
+"""The catalog has each row of the files once; a damaged file is reported by name."""
 
 import json
 import os
@@ -9,10 +9,10 @@ import duckdb
 import pytest
 
 from llm_core.errors import DataError, UserError
-from llm_core.files import read_json, write_json
+from llm_core.system import read_json, write_json
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.database import CatalogError
-from tests.pipeline.catalog.artifacts import NASTY, Artifacts, contents, document_id
+from tests.support.artifacts import NASTY, Artifacts, contents, document_id
 
 
 def test_every_table_has_the_rows_of_the_files(catalog: Catalog) -> None:
@@ -33,13 +33,13 @@ def test_every_table_has_the_rows_of_the_files(catalog: Catalog) -> None:
         "checkpoints": 2,
         "evaluations": 2,
         "models": 1,
-        # The checkpoint at step 2 has seen the documents of step 0 (three, one of them in two files), the last one all.
+        # The checkpoint at step 2 was trained on the documents of step 0 (three, one of them in two files), the last one on all.
         "checkpoint_lineage": 4 + documents,
         "document_usage": 3 + documents - 1,
     }
 
 
-def test_paths_are_data_whatever_they_hold(catalog: Catalog) -> None:
+def test_paths_with_special_characters_are_recorded_as_they_are(catalog: Catalog) -> None:
     assert {row["path"] for row in catalog.query("SELECT path FROM documents")} == set(NASTY)
     (used,) = [row for row in catalog.usage(NASTY[3]) if row["step"] == 4]
     assert used["documents"] == 1
@@ -48,7 +48,7 @@ def test_paths_are_data_whatever_they_hold(catalog: Catalog) -> None:
 @pytest.mark.parametrize("folder", ["it's", "path=elsewhere", "a[1]*b", "two\nlines", "with block in it"])
 def test_a_home_may_have_any_name(folder: str, tmp_path: Path) -> None:
     artifacts = Artifacts(tmp_path / folder)
-    artifacts.whole_lineage(["one.txt", "two.txt"])
+    artifacts.full_lineage(["one.txt", "two.txt"])
     catalog = Catalog(artifacts.home / "catalog.duckdb")
     artifacts.record_all(catalog)
     assert {row["path"] for row in catalog.query("SELECT path FROM documents")} == {"one.txt", "two.txt"}
@@ -65,7 +65,7 @@ def test_recording_again_changes_nothing(catalog: Catalog, artifacts: Artifacts)
     assert contents(catalog) == before
 
 
-def test_a_document_is_known_by_where_it_was_seen_first_in_whatever_order_it_is_recorded(tmp_path: Path) -> None:
+def test_a_document_has_its_first_path_whatever_the_order_of_recording(tmp_path: Path) -> None:
     artifacts = Artifacts(tmp_path)
     for age, (snapshot_id, split_of_text) in enumerate([("new", ["x.txt", "text"]), ("old", ["text", "y.txt"])]):
         artifacts.snapshot(snapshot_id, split_of_text)
@@ -81,9 +81,7 @@ def test_a_document_is_known_by_where_it_was_seen_first_in_whatever_order_it_is_
     assert text["split"] == "train", "as in the old snapshot"
 
 
-def test_a_step_that_was_trained_twice_counts_as_it_was_last_and_a_torn_line_not_at_all(
-    catalog: Catalog, artifacts: Artifacts
-) -> None:
+def test_the_last_line_of_a_repeated_step_counts_and_a_torn_line_is_ignored(catalog: Catalog, artifacts: Artifacts) -> None:
     run_dir = artifacts.home / "checkpoints" / "run"
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "train", "step": 3, "tokens": 300, "loss": 0.5}) + "\n")
@@ -94,7 +92,7 @@ def test_a_step_that_was_trained_twice_counts_as_it_was_last_and_a_torn_line_not
     assert [row["step"] for row in rows if row["val_loss"] is not None] == [2, 4]
 
 
-def test_a_deleted_checkpoint_stays_known_as_deleted(catalog: Catalog, artifacts: Artifacts) -> None:
+def test_a_deleted_checkpoint_is_recorded_as_deleted(catalog: Catalog, artifacts: Artifacts) -> None:
     run_dir = artifacts.home / "checkpoints" / "run"
     (run_dir / "checkpoint_step_2.pt.json").unlink()
     (run_dir / "checkpoint_step_2.pt").unlink()
@@ -103,7 +101,7 @@ def test_a_deleted_checkpoint_stays_known_as_deleted(catalog: Catalog, artifacts
     assert rows == [{"step": 2, "on_disk": False}, {"step": 4, "on_disk": True}]
 
 
-def test_a_damaged_checkpoint_manifest_does_not_keep_the_run_out(catalog: Catalog, artifacts: Artifacts) -> None:
+def test_a_run_with_a_damaged_checkpoint_manifest_is_recorded(catalog: Catalog, artifacts: Artifacts) -> None:
     run_dir = artifacts.home / "checkpoints" / "run"
     (run_dir / "checkpoint_step_2.pt.json").write_text('{"format_version": 1}')
     catalog.record_run(run_dir)
@@ -111,7 +109,7 @@ def test_a_damaged_checkpoint_manifest_does_not_keep_the_run_out(catalog: Catalo
     assert rows == [{"step": 2, "on_disk": False}, {"step": 4, "on_disk": True}]
 
 
-def test_a_dataset_whose_manifest_was_written_anew_is_as_the_file_says(catalog: Catalog, artifacts: Artifacts) -> None:
+def test_a_dataset_with_a_rewritten_manifest_is_recorded_as_in_the_file(catalog: Catalog, artifacts: Artifacts) -> None:
     artifacts.dataset("data", "another snapshot", "tok", NASTY)
     catalog.record_dataset(artifacts.processed, "data")
     assert catalog.query("SELECT snapshot_id FROM datasets") == [{"snapshot_id": "another snapshot"}]
@@ -147,11 +145,11 @@ RUN_FILES = ["checkpoints/run/metrics.jsonl", "checkpoints/run/document_steps.pa
     [
         *((name, damage) for name in (*MANIFESTS, RUN_STATE) for damage in (lose_fields, change_types, flip_bits)),
         *((name, flip_bits) for name in (*DATA_TABLES, *RUN_FILES)),
-        # A run that has not begun lacks its files: for them that is no damage.
+        # Not the files of a run: a run that has not started has none.
         *((name, Path.unlink) for name in (*MANIFESTS, *DATA_TABLES)),
     ],
 )
-def test_a_damaged_artifact_is_named_and_leaves_the_catalog_as_it_was(
+def test_a_damaged_artifact_is_reported_and_leaves_the_catalog_unchanged(
     name: str, damage: Callable[[Path], None], artifacts: Artifacts
 ) -> None:
     (path,) = artifacts.home.glob(name)
@@ -162,10 +160,10 @@ def test_a_damaged_artifact_is_named_and_leaves_the_catalog_as_it_was(
     assert path.name in str(caught.value)
     assert not isinstance(caught.value, CatalogError), "the catalog itself is fine"
     if path.parent.name == "run" and name not in MANIFESTS:
-        assert catalog.query("SELECT * FROM checkpoints") == [], "all of a run or nothing of it"
+        assert catalog.query("SELECT * FROM checkpoints") == [], "a run is recorded completely or not at all"
 
 
-def test_a_hundred_thousand_documents_are_one_record(tmp_path: Path) -> None:
+def test_a_snapshot_of_100_000_documents_is_recorded(tmp_path: Path) -> None:
     artifacts = Artifacts(tmp_path)
     artifacts.snapshot("snap", [f"folder/file {number}.txt" for number in range(100_000)])
     catalog = Catalog(tmp_path / "catalog.duckdb")
@@ -173,12 +171,12 @@ def test_a_hundred_thousand_documents_are_one_record(tmp_path: Path) -> None:
     assert catalog.query("SELECT count(*) AS n FROM documents") == [{"n": 100_000}]
 
 
-def test_a_question_cannot_write(catalog: Catalog) -> None:
+def test_a_query_cannot_write(catalog: Catalog) -> None:
     with pytest.raises(duckdb.Error, match="read-only"):
         catalog.query("DELETE FROM documents")
 
 
-def test_no_catalog_is_made_by_asking(tmp_path: Path) -> None:
+def test_a_query_does_not_create_a_catalog(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such catalog"):
         Catalog(tmp_path / "home" / "catalog.duckdb").runs()
     assert list(tmp_path.iterdir()) == []

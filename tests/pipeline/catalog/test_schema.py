@@ -1,4 +1,4 @@
-"""An older catalog is brought to the newest schema."""
+"""An older catalog is migrated to the newest schema."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from llm_core.errors import UserError
 from pipeline.catalog import database
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.database import CatalogError, Database
-from tests.pipeline.catalog.artifacts import contents
+from tests.support.artifacts import contents
 
 
 def schema_of(path: Path) -> list[tuple[Any, ...]]:
@@ -20,7 +20,9 @@ def schema_of(path: Path) -> list[tuple[Any, ...]]:
         return [row for sql in (columns, views, versions) for row in connection.execute(sql).fetchall()]
 
 
-def test_an_upgraded_catalog_keeps_its_rows_and_ends_like_a_fresh_one(catalog: Catalog, monkeypatch: Any, tmp_path: Path) -> None:
+def test_a_migrated_catalog_keeps_its_rows_and_has_the_schema_of_a_new_one(
+    catalog: Catalog, monkeypatch: Any, tmp_path: Path
+) -> None:
     before = contents(catalog)
     newest = database.schema_versions()[-1][0]
     later = [

@@ -1,4 +1,4 @@
-"""Rule 35: a record is in the catalog as a whole or not at all."""
+"""Rule 35: an artifact is recorded completely or not at all."""
 
 import resource
 import signal
@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from pipeline.catalog.catalog import Catalog
-from tests.pipeline.catalog.artifacts import Artifacts, contents, document_id, killed_at_random, leave_a_log, python
+from tests.support.artifacts import Artifacts, contents, document_id, killed_at_random, leave_a_log, python
 
 KILLED_WRITER = """
 import sys
@@ -19,7 +19,7 @@ while True:
 """
 
 
-def test_rule_35_a_writer_killed_at_any_moment_leaves_a_whole_state(artifacts: Artifacts) -> None:
+def test_rule_35_a_writer_killed_at_any_moment_leaves_a_consistent_state(artifacts: Artifacts) -> None:
     path = artifacts.home / "catalog.duckdb"
     run_dir = artifacts.home / "checkpoints" / "run"
     catalog = Catalog(path, wait_seconds=30)
@@ -37,7 +37,7 @@ from pipeline.catalog.database import Database
 victim, moment = sys.argv[3], int(sys.argv[4])
 calls = 0
 class Killer:
-    # DuckDB's own connection, but for the end of the process at one of its statements.
+    # A DuckDB connection that kills the process at one of its statements.
     def __init__(self, connection): self.connection = connection
     def __getattr__(self, name): return getattr(self.connection, name)
     def execute(self, *arguments):
@@ -62,7 +62,9 @@ else: catalog.record_run(home / "checkpoints" / "run")
 
 
 @pytest.mark.parametrize("victim", ["snapshot", "dataset", "run"])
-def test_rule_35_a_record_killed_before_any_of_its_statements_leaves_the_state_before(victim: str, artifacts: Artifacts) -> None:
+def test_rule_35_a_record_killed_before_any_of_its_statements_leaves_the_previous_state(
+    victim: str, artifacts: Artifacts
+) -> None:
     path = artifacts.home / "catalog.duckdb"
     catalog = Catalog(path, wait_seconds=30)
     catalog.create()
@@ -74,12 +76,12 @@ def test_rule_35_a_record_killed_before_any_of_its_statements_leaves_the_state_b
             break
         assert writer.returncode == -signal.SIGKILL
         assert contents(catalog) == empty
-    assert moment > 3, "it has several statements"
+    assert moment > 3, "several statements were interrupted"
     assert contents(catalog) != empty
 
 
 def test_a_committed_record_survives_the_death_of_its_process(artifacts: Artifacts) -> None:
-    """The rows are then in the write-ahead log only; readers, the next writer and the duckdb command all see them."""
+    """The rows are only in the write-ahead log; readers and the next writer see them."""
     path = artifacts.home / "catalog.duckdb"
     leave_a_log(path)
     catalog = Catalog(path)
@@ -88,7 +90,7 @@ def test_a_committed_record_survives_the_death_of_its_process(artifacts: Artifac
     assert len(catalog.query("SELECT * FROM dataset_shards")) == 1
 
 
-def test_a_full_disk_is_said_and_leaves_the_state_before(catalog: Catalog, artifacts: Artifacts) -> None:
+def test_a_full_disk_is_reported_and_leaves_the_previous_state(catalog: Catalog, artifacts: Artifacts) -> None:
     before = contents(catalog)
     path = artifacts.home / "catalog.duckdb"
     artifacts.snapshot("large", [f"file {number} {document_id(str(number))}" for number in range(40_000)])
@@ -104,13 +106,13 @@ except CatalogError as error:
 """
     limit = path.stat().st_size + 300_000
 
-    def small_files() -> None:  # the nearest to a full disk that needs no mount
+    def small_files() -> None:  # like a full disk, without mounting a file system
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    said, _ = python(program, path, artifacts.processed, preexec_fn=small_files).communicate()
-    assert str(path) in said
-    assert "if there is room on the disk" in said
+    output, _ = python(program, path, artifacts.processed, preexec_fn=small_files).communicate()
+    assert str(path) in output
+    assert "if there is room on the disk" in output
     assert contents(catalog) == before
     problem = python(
         program.replace('Catalog(Path(sys.argv[1])).record_snapshot(Path(sys.argv[2]), "large")', "rebuild_home()").replace(
@@ -121,5 +123,5 @@ except CatalogError as error:
         artifacts.home,
         preexec_fn=small_files,
     ).communicate()[0]
-    assert "catalog.duckdb.new" in problem, "an unfinished new catalog is no reason to give up the old one"
+    assert "catalog.duckdb.new" in problem, "the new catalog is incomplete: the old one is kept"
     assert contents(catalog) == before

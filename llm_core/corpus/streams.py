@@ -1,0 +1,198 @@
+"""The content of a file as a byte stream: decompressed, optionally repaired, counted, hashed and bounded."""
+
+import codecs
+import gzip
+import hashlib
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import IO, Any
+
+import pyarrow as pa
+
+from llm_core.corpus.types import Quarantine
+
+# Decompressed bytes per compressed byte. Text stays below 30; a file above the limit counts as a decompression bomb.
+MAX_COMPRESSION = 200
+
+# The ratio is not checked up to this many decompressed bytes.
+MAX_COMPRESSION_FREE = 64 << 20
+
+BLOCK = 1 << 20
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def open_content(raw: IO[bytes], path: str) -> Any:
+    """The decompressed bytes of an open file as a buffered, seekable stream; seeking back can mean starting over.
+
+    Reading raises Quarantine if the compressed data is damaged or truncated.
+    """
+    name = path.lower()
+    if name.endswith(".gz"):
+        return io.BufferedReader(BlockStream(lambda: _gzip_blocks(raw)), BLOCK)
+    if name.endswith(".zst"):
+        return io.BufferedReader(BlockStream(lambda: _zstd_blocks(raw)), BLOCK)
+    return raw
+
+
+def is_compressed(path: str) -> bool:
+    return path.lower().endswith((".gz", ".zst"))
+
+
+class Meter:
+    """Counts and hashes the content of a file of `size` bytes, and stops a decompression bomb."""
+
+    def __init__(self, size: int) -> None:
+        self._max_bytes = max(MAX_COMPRESSION_FREE, size * MAX_COMPRESSION)
+        self._hash = hashlib.sha256()
+        self._pending = b""  # hashed late: the hash of a file with a single piece may never be needed
+        self.position = 0
+        self.replaced = 0  # invalid UTF-8 sequences that became U+FFFD
+
+    def add(self, data: bytes) -> None:
+        self._hash.update(self._pending)
+        self._pending = data
+        self.position += len(data)
+        if self.position > self._max_bytes:
+            raise Quarantine("too_compressed", f"expands to more than {self._max_bytes} bytes")
+
+    def mark(self, boundary: bytes) -> None:
+        """Hashes a boundary between values without counting it as content."""
+        self._hash.update(self._pending)
+        self._pending = boundary
+
+    def sha256(self) -> str:
+        self._hash.update(self._pending)
+        self._pending = b""
+        return self._hash.hexdigest()
+
+
+class Content:
+    """Reads the content of a file once, in order, through a meter."""
+
+    def __init__(self, raw: IO[bytes], path: str, meter: Meter, repair: bool = False) -> None:
+        self._stream = open_content(raw, path)
+        if repair:
+            self._stream = repaired(self._stream, meter)
+        self._meter = meter
+
+    @property
+    def position(self) -> int:
+        return self._meter.position
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self._stream.read(size)
+        self._meter.add(data)
+        return data
+
+    def readline(self, limit: int) -> bytes:
+        data: bytes = self._stream.readline(limit)
+        self._meter.add(data)
+        return data
+
+    def skip_byte_order_mark(self) -> int:
+        """Skips a byte order mark at the start and returns its size."""
+        there = self._stream.read(len(_BOM)) == _BOM
+        self._stream.seek(0)
+        return len(self.read(len(_BOM))) if there else 0
+
+    def drain(self) -> None:
+        """Counts and hashes the rest as far as it is readable."""
+        with suppress(Quarantine):
+            while self.read(BLOCK):
+                pass
+
+
+def repaired(stream: Any, meter: Meter) -> io.BufferedReader:
+    """A seekable stream with each invalid UTF-8 sequence replaced by U+FFFD; the meter counts them."""
+
+    def blocks() -> Iterator[bytes]:
+        stream.seek(0)
+        replacing, ignoring = (codecs.getincrementaldecoder("utf-8")(errors) for errors in ("replace", "ignore"))
+        block = b"more"
+        while block:
+            block = stream.read(BLOCK)
+            text = replacing.decode(block, final=not block)
+            meter.replaced += len(text) - len(ignoring.decode(block, final=not block))
+            if text:
+                yield text.encode()
+
+    return io.BufferedReader(BlockStream(blocks), BLOCK)
+
+
+class BlockStream(io.RawIOBase):
+    """A readable stream over an iterator of blocks; seeking back starts a new iterator."""
+
+    def __init__(self, blocks: Callable[[], Iterator[bytes]]) -> None:
+        self._restart = blocks
+        self._blocks = blocks()
+        self._rest = memoryview(b"")
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("a stream of unknown length seeks from its start")
+        if offset < self._position:
+            self._blocks, self._rest, self._position = self._restart(), memoryview(b""), 0
+        while self._position < offset and self._take(offset - self._position):
+            pass
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._take(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _take(self, size: int) -> memoryview:
+        if not self._rest:
+            self._rest = memoryview(next(self._blocks, b""))
+        data, self._rest = self._rest[:size], self._rest[size:]
+        self._position += len(data)
+        return data
+
+
+class _Lent:
+    """A file that Arrow can read but not close."""
+
+    closed = False
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self.read = raw.read
+
+    def close(self) -> None:
+        pass
+
+
+def _gzip_blocks(raw: IO[bytes]) -> Iterator[bytes]:
+    """All members of a gzip file."""
+    raw.seek(0)
+    stream = gzip.GzipFile(fileobj=raw)
+    try:
+        while block := stream.read1(BLOCK):
+            yield block
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise Quarantine("unreadable_gzip", str(error)) from None
+
+
+def _zstd_blocks(raw: IO[bytes]) -> Iterator[bytes]:
+    """All frames of a Zstandard file. The library refuses windows above 128 MiB, zstd's default limit."""
+    raw.seek(0)
+    stream = pa.CompressedInputStream(pa.PythonFile(_Lent(raw), mode="r"), "zstd")
+    try:
+        while block := stream.read(BLOCK):
+            yield block
+    except OSError as error:
+        if error.errno:  # an error of the disk, not of the format
+            raise
+        raise Quarantine("unreadable_zstd", str(error)) from None

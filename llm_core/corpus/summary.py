@@ -1,0 +1,130 @@
+"""The summary of a snapshot: every byte read is kept, or dropped for a reason."""
+
+from collections import Counter
+from typing import Any, TypedDict
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llm_core.corpus.types import HARMLESS, KEPT, format_of
+
+LISTED_QUARANTINES = 100
+
+
+class ByteTotals(TypedDict):
+    bytes_read: int
+    bytes_kept: int
+    bytes_dropped: dict[str, int]  # by reason
+    sequences_replaced: int
+    train_bytes: int
+    val_bytes: int
+
+
+class FileChanges(TypedDict):
+    files_added: int
+    files_changed: int
+    files_removed: int
+    files_unchanged: int
+
+
+class ScanCounts(FileChanges):
+    files_ignored: int
+    files_skipped: dict[str, int]  # by reason
+
+
+class QuarantineEntry(TypedDict):
+    path: str
+    reason: str
+    detail: str
+
+
+class Quarantines(TypedDict):
+    quarantined: list[QuarantineEntry]
+    quarantined_by_reason: dict[str, int]
+
+
+class SnapshotTotals(ByteTotals, ScanCounts, Quarantines):
+    format_version: int
+    snapshot_id: str
+    config: dict[str, Any]
+    parent_snapshot_id: str | None
+    files: int
+    documents: int  # kept ones
+
+
+class TableFile(TypedDict):
+    file: str
+    sha256: str
+
+
+class SnapshotSummary(SnapshotTotals):
+    """The JSON file of a snapshot."""
+
+    files_table: TableFile
+    documents_table: TableFile
+
+
+def byte_totals(files: pa.Table, documents: pa.Table) -> ByteTotals:
+    """`bytes_read` = `bytes_kept` + the sum of `bytes_dropped` (by reason)."""
+    by_status = _sums(documents, "status")
+    kept = by_status.pop(KEPT, 0)
+    dropped = Counter(by_status)
+    for reason in ("byte_order_mark", "jsonl_envelope"):
+        dropped[reason] += pc.sum(files[reason]).as_py()
+    # A file without documents is dropped entirely, with its own status as the reason.
+    for row in files.filter(pc.equal(files["documents"], 0)).to_pylist():
+        dropped[row["status"]] += row["bytes"] - row["byte_order_mark"] - row["jsonl_envelope"]
+    by_split = _sums(documents.filter(pc.equal(documents["status"], KEPT)), "split")
+    return {
+        "bytes_read": pc.sum(files["bytes"]).as_py(),
+        "bytes_kept": kept,
+        "bytes_dropped": {reason: size for reason, size in dropped.items() if size},
+        "sequences_replaced": pc.sum(files["replaced"]).as_py(),
+        "train_bytes": by_split.get("train", 0),
+        "val_bytes": by_split.get("val", 0),
+    }
+
+
+def file_changes(files: pa.Table, previous: pa.Table | None) -> FileChanges:
+    """How the files differ from those of the previous snapshot, by content."""
+    before = _contents(previous) if previous is not None else {}
+    now = _contents(files)
+    unchanged = sum(before.get(path) == content for path, content in now.items())
+    added = len(now.keys() - before.keys())
+    return {
+        "files_added": added,
+        "files_changed": len(now) - unchanged - added,
+        "files_removed": len(before.keys() - now.keys()),
+        "files_unchanged": unchanged,
+    }
+
+
+def quarantine(files: pa.Table, documents: pa.Table) -> Quarantines:
+    """Files, .jsonl lines and .parquet rows that are quarantined: the first are listed, all are counted by reason."""
+    entries: list[QuarantineEntry] = [
+        {"path": row["path"], "reason": row["status"], "detail": row["detail"] or "no text in it"}
+        for row in files.filter(pc.equal(files["documents"], 0)).to_pylist()
+    ]
+    by_reason = Counter(entry["reason"] for entry in entries)
+    harmless = pc.is_in(documents["status"], value_set=pa.array(sorted(HARMLESS)))
+    quarantined = documents.filter(pc.invert(harmless))
+    entries += [
+        {"path": row["path"], "reason": row["status"], "detail": _place(row)}
+        for row in quarantined.slice(0, LISTED_QUARANTINES).to_pylist()
+    ]
+    by_reason.update({count["values"]: count["counts"] for count in pc.value_counts(quarantined["status"]).to_pylist()})
+    return {"quarantined": entries[:LISTED_QUARANTINES], "quarantined_by_reason": dict(by_reason)}
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f"row {row['start']}" if format_of(row["path"]) == "parquet" else f"line at byte {row['start']}"
+
+
+def _sums(documents: pa.Table, key: str) -> dict[str, int]:
+    grouped = documents.group_by(key).aggregate([("bytes", "sum")])
+    return dict(zip(grouped[key].to_pylist(), grouped["bytes_sum"].to_pylist(), strict=True))
+
+
+def _contents(files: pa.Table) -> dict[str, tuple[str, str]]:
+    columns = (files[name].to_pylist() for name in ("path", "sha256", "status"))
+    return {path: (sha256, status) for path, sha256, status in zip(*columns, strict=True)}

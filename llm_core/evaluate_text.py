@@ -1,0 +1,53 @@
+"""`python -m llm_core.evaluate_text`: evaluates a checkpoint on the held-out text of a dataset."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from llm_core.checkpoint import named_checkpoint
+from llm_core.cli import parse_options, printable, run_tool
+from llm_core.config import EvaluateConfig
+from llm_core.evaluation import by_source
+from llm_core.evaluation.evaluator import evaluate_checkpoint
+
+PROG = "python -m llm_core.evaluate_text"
+
+
+class EvaluateTextOptions(EvaluateConfig):
+    """Evaluate a checkpoint on the held-out text of a dataset."""
+
+    checkpoint: str = Field(
+        description="A checkpoint_step_<N>.pt file, or a run folder for its newest; the result is written beside it."
+    )
+    data_dir: str = Field("processed_data", description="Folder written by the data preparation.")
+    dataset_id: str | None = Field(
+        None, description="Evaluate on this dataset version, from manifests/; default: the current one."
+    )
+    snapshot_id: str | None = Field(
+        None, description="With dataset_id: the snapshot with the sources of its documents; default: the one it was made from."
+    )
+
+
+def main() -> None:
+    options = parse_options(EvaluateTextOptions, PROG)
+    result = evaluate_checkpoint(
+        named_checkpoint(options.checkpoint),
+        Path(options.data_dir),
+        options.stage(EvaluateConfig),
+        options.dataset_id,
+        options.snapshot_id,
+    )
+    for entry in result["metrics"]:
+        if entry["source"] == "all":
+            counts = entry["metric"] in ("tokens", "bytes")
+            print(f"{entry['metric']:<22} {entry['value']:,.{0 if counts else 4}f}")
+    if table := by_source(result):
+        print(f"\n{'source':<22} {'bits per byte':>13} {'loss':>8} {'bytes':>14}")
+        for row in table:
+            print(f"{printable(row['source']):<22} {row['bits_per_byte']:13.4f} {row['loss']:8.4f} {row['bytes']:14,.0f}")
+    for sample in result["samples"]:
+        print("\n" + printable(sample["prompt"] + sample["continuation"], keep="\n\t"))
+
+
+if __name__ == "__main__":
+    run_tool(main, PROG)

@@ -1,0 +1,40 @@
+"""Files, locks, processes and versions, used by every other package."""
+
+from llm_core.system.files import (
+    DISK_FULL,
+    ID_LENGTH,
+    InnerPath,
+    atomic_writer,
+    content_id,
+    explain_disk_full,
+    free_bytes,
+    fsync_path,
+    inside,
+    iter_rows,
+    now,
+    parquet_bytes,
+    parse_record,
+    read_json,
+    read_parquet,
+    read_pointer,
+    read_record,
+    sha256_file,
+    verify_file,
+    write_json,
+)
+from llm_core.system.locks import held, preparing
+from llm_core.system.processes import (
+    available_cores,
+    die_with_parent,
+    infrequent_garbage_collection,
+    keep_freed_memory,
+    restrict_umask,
+)
+from llm_core.system.version import code_version, git_commit, release
+
+__all__ = [
+    "DISK_FULL", "ID_LENGTH", "InnerPath", "atomic_writer", "available_cores", "code_version", "content_id", "die_with_parent",
+    "explain_disk_full", "free_bytes", "fsync_path", "git_commit", "held", "infrequent_garbage_collection", "inside",
+    "iter_rows", "keep_freed_memory", "now", "parquet_bytes", "parse_record", "preparing", "read_json", "read_parquet",
+    "read_pointer", "read_record", "release", "restrict_umask", "sha256_file", "verify_file", "write_json",
+]  # fmt: skip

@@ -1,0 +1,202 @@
+"""The tokenizers of a folder of prepared data: trained once per configuration, and kept.
+
+tokenizers/<tokenizer_id>.json         every tokenizer, in Hugging Face's format
+tokenizers/<tokenizer_id>.report.json  its training text, and how well it compresses
+tokenizers/<tokenizer_id>.tried.json   how it does on newer text, see `drift`
+tokenizers/frozen.json                 the tokenizer that each configuration keeps
+tokenizer.json                         a copy of the current one; written last
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+
+from llm_core.config import TokenizerConfig
+from llm_core.corpus import InputDir, Snapshot, iter_texts
+from llm_core.errors import DataError, UserError
+from llm_core.layout import PreparedData
+from llm_core.system import ID_LENGTH, content_id, read_json, sha256_file, write_json
+from llm_core.tokenizer.drift import DriftReport, measure_drift
+from llm_core.tokenizer.report import TokenizerReport, measure_compression, read_report
+from llm_core.tokenizer.tokenizer import Tokenizer
+from llm_core.tokenizer.training import train_tokenizer
+
+# Text that a tokenizer's report is measured on.
+_MEASURED_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class TokenizerArtifact:
+    """A tokenizer in the store."""
+
+    tokenizer: Tokenizer
+    report: TokenizerReport
+    sha256: str
+    reused: bool
+    drift_report: DriftReport = field(default_factory=DriftReport)  # on the current text, by `prepare_tokenizer`
+    replaced_drift: float | None = None  # of the tokenizer that this one replaces
+
+    @property
+    def tokenizer_id(self) -> str:
+        return self.tokenizer.tokenizer_id
+
+    @property
+    def file(self) -> str:
+        """Path relative to the folder of prepared data."""
+        return PreparedData(Path()).tokenizer_file(self.tokenizer_id).as_posix()
+
+
+def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, data_dir: Path, config: TokenizerConfig) -> TokenizerArtifact:
+    """The tokenizer for a snapshot, trained only if there is none yet.
+
+    A configuration keeps its tokenizer, whatever text arrives: a new one makes tokens and trained models incomparable. A changed
+    configuration, `retrain_tokenizer`, or a drift above `retrain_on_drift` trains a new one.
+
+    Raises:
+        UserError: the configuration does not fit the text.
+        DataError: the tokenizer of this configuration, tokenizer.json or frozen.json is damaged, or the text changed since the
+            snapshot.
+    """
+    folder, identity = PreparedData(data_dir), tokenizer_identity(config)
+    replaced_drift = None
+    for kept, report in _reusable(folder, snapshot, config, identity):
+        drift_report = measure_drift(kept, report, snapshot, input_dir, data_dir)
+        if config.retrain_on_drift is None or (drift_report.drift or 0.0) <= config.retrain_on_drift:
+            _freeze(folder, identity, kept.tokenizer_id)
+            return TokenizerArtifact(kept, report, report["sha256"], reused=True, drift_report=drift_report)
+        replaced_drift = drift_report.drift
+    tokenizer, report = _train(folder, snapshot, input_dir, config, identity)
+    _freeze(folder, identity, tokenizer.tokenizer_id)
+    tokenizer.save(folder.tokenizer)
+    return TokenizerArtifact(
+        tokenizer,
+        report,
+        report["sha256"],
+        reused=False,
+        drift_report=measure_drift(tokenizer, report, snapshot, input_dir, data_dir),
+        replaced_drift=replaced_drift,
+    )
+
+
+def _reusable(
+    folder: PreparedData, snapshot: Snapshot, config: TokenizerConfig, identity: dict[str, Any]
+) -> Iterator[tuple[Tokenizer, TokenizerReport]]:
+    """Tokenizers of this configuration with their reports: the frozen one first, then those trained on this snapshot."""
+    current = folder.tokenizer
+    current_id = sha256_file(current)[:ID_LENGTH] if current.is_file() else None
+    if current_id and not config.retrain_tokenizer and not folder.tokenizer_report(current_id).is_file():
+        raise DataError(
+            f"{current}: damaged, or not made by textmill; replace it with the right one of {folder.frozen_tokenizers.parent}, or"
+            " train a new one with --retrain_tokenizer"
+        )
+    frozen_id = _frozen(folder).get(content_id(identity), current_id)
+    frozen_report = folder.tokenizer_report(frozen_id) if frozen_id else None
+    for path in sorted(folder.tokenizer_reports(), key=lambda path: (path != frozen_report, path)):
+        report = cast(TokenizerReport, read_json(path))
+        frozen = report["tokenizer_id"] == frozen_id and not config.retrain_tokenizer
+        # Training again on the same text would give the same bytes.
+        if report["config"] == identity and (frozen or report["snapshot_id"] == snapshot.snapshot_id):
+            copies = (folder.tokenizer_file(report["tokenizer_id"]), current)
+            if kept := _load_and_repair(copies, report["sha256"]):
+                yield kept, report
+            elif frozen:
+                raise DataError(
+                    f"{copies[0]}: missing or damaged, and there is no intact copy; restore it, or train a new tokenizer with"
+                    " --retrain_tokenizer; existing models cannot read its tokens"
+                )
+
+
+def _train(
+    folder: PreparedData, snapshot: Snapshot, input_dir: InputDir, config: TokenizerConfig, identity: dict[str, Any]
+) -> tuple[Tokenizer, TokenizerReport]:
+    """Trains a tokenizer and writes it with its report."""
+    documents = snapshot.kept_documents()
+    train = documents.filter(pa.compute.equal(documents["split"], "train"))
+    sample = _sample(train, config.tokenizer_train_bytes, config.tokenizer_seed)
+    tokenizer = train_tokenizer(lambda: iter_texts(input_dir, sample, snapshot.config), config)
+    path = folder.tokenizer_file(tokenizer.tokenizer_id)
+    tokenizer.save(path)
+    measured = _sample(documents, _MEASURED_BYTES, config.tokenizer_seed)
+    compression, sources = measure_compression(tokenizer, measured, iter_texts(input_dir, measured, snapshot.config))
+    report: TokenizerReport = {
+        "tokenizer_id": tokenizer.tokenizer_id,
+        "tokenizer_type": tokenizer.tokenizer_type,
+        "vocab_size": tokenizer.vocab_size,
+        "sha256": sha256_file(path),
+        "config": identity,
+        "snapshot_id": snapshot.snapshot_id,
+        "train_bytes": 0 if config.tokenizer_type == "tiktoken" else pa.compute.sum(sample["bytes"]).as_py(),
+        **compression,
+        "sources": sources,
+    }
+    write_json(folder.tokenizer_report(tokenizer.tokenizer_id), report)
+    return tokenizer, report
+
+
+def _frozen(folder: PreparedData) -> dict[str, str]:
+    """The id of the tokenizer that each configuration keeps, by the hash of the configuration."""
+    return read_json(folder.frozen_tokenizers) if folder.frozen_tokenizers.is_file() else {}
+
+
+def _freeze(folder: PreparedData, identity: dict[str, Any], tokenizer_id: str) -> None:
+    frozen, config_id = _frozen(folder), content_id(identity)
+    if frozen.get(config_id) != tokenizer_id:
+        write_json(folder.frozen_tokenizers, frozen | {config_id: tokenizer_id})
+
+
+def load_tokenizer(data_dir: Path, tokenizer_id: str | None = None) -> TokenizerArtifact:
+    """The current tokenizer, or another one by its id.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    if tokenizer_id is not None:
+        tokenizer = Tokenizer.stored(data_dir, tokenizer_id)
+    else:
+        tokenizer = Tokenizer.load(PreparedData(data_dir).tokenizer)
+    report = read_report(data_dir, tokenizer.tokenizer_id)
+    return TokenizerArtifact(tokenizer, report, report["sha256"], reused=True)
+
+
+def _load_and_repair(copies: tuple[Path, Path], sha256: str) -> Tokenizer | None:
+    """Loads an intact copy and restores the other from it; None if both are lost."""
+    intact = [path for path in copies if path.is_file() and sha256_file(path) == sha256]
+    if not intact:
+        return None
+    tokenizer = Tokenizer.load(intact[0])
+    for path in copies:
+        if path not in intact:
+            tokenizer.save(path)
+    return tokenizer
+
+
+def tokenizer_identity(config: TokenizerConfig) -> dict[str, Any]:
+    """The fields that determine a tokenizer of the chosen type; a ranks file counts by its content.
+
+    Raises:
+        UserError: there is no such ranks file.
+    """
+    identity = config.identity()
+    ranks_path = identity.pop("tiktoken_ranks")
+    if config.tokenizer_type == "tiktoken":
+        for name in ("vocab_size", "tokenizer_train_bytes", "tokenizer_seed"):
+            del identity[name]
+        if ranks_path is not None:
+            if not Path(ranks_path).is_file():
+                raise UserError(f"--tiktoken_ranks {ranks_path}: no such file; give the path of a .tiktoken file")
+            identity["tiktoken_ranks_sha256"] = sha256_file(Path(ranks_path))
+    else:
+        del identity["tiktoken_encoding"]
+    return identity
+
+
+def _sample(documents: pa.Table, max_bytes: int, seed: int) -> pa.Table:
+    """A random sample of documents of at most `max_bytes` in total (at least one), in their own order."""
+    sizes = documents["bytes"].to_numpy()
+    drawn = np.random.default_rng(seed).permutation(len(sizes))
+    count = max(1, int(np.searchsorted(np.cumsum(sizes[drawn]), max_bytes, side="right")))
+    return documents.take(np.sort(drawn[:count]))

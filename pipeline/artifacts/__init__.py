@@ -1,0 +1,1 @@
+"""Decisions about artifacts, between the assets and the library."""

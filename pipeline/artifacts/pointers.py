@@ -1,0 +1,25 @@
+"""Small files that name the current artifact of a stage, from which a run of part of the lineage starts."""
+
+from pathlib import Path
+
+from llm_core.errors import UserError
+from llm_core.system import read_pointer, write_json
+
+
+def set_current(pointer: Path, path: Path) -> None:
+    """Makes the file or folder `path` the current one; it must be in the folder of the pointer."""
+    if find_current(pointer) != path:
+        write_json(pointer, {"path": str(path.relative_to(pointer.parent))})
+
+
+def get_current(pointer: Path, asset: str) -> Path:
+    """The current file or folder. Raises UserError naming the asset to materialize if there is none."""
+    path = find_current(pointer)
+    if path is None:
+        raise UserError(f"{pointer}: no such file; materialize the asset {asset!r} first")
+    return path
+
+
+def find_current(pointer: Path) -> Path | None:
+    """The current file or folder; None if there is none."""
+    return read_pointer(pointer) if pointer.exists() else None

@@ -1,0 +1,68 @@
+"""Inputs of a step: what earlier steps of its own Dagster run made, else what is current on disk.
+
+Concurrent runs thus never take each other's artifacts, and a run of part of the lineage starts from the newest ones.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from llm_core.checkpoint import CheckpointRecord
+from llm_core.corpus import Snapshot, load_snapshot
+from llm_core.dataset import DatasetManifest, load_manifest
+from llm_core.tokenizer import TokenizerArtifact, load_tokenizer
+from pipeline.artifacts.pointers import get_current
+from pipeline.artifacts.step import Step
+
+
+class Upstream:
+    """The artifacts that one step starts from.
+
+    Raises (every method):
+        UserError: the artifact does not exist yet; the message names the asset to materialize.
+        DataError: it is damaged.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self._step, self._home, self._data_dir = step, step.home, step.data_dir
+
+    def snapshot(self) -> Snapshot:
+        made = self._made("raw_text")
+        snapshot_id = made["snapshot_id"] if made else get_current(self._home.prepared.current_snapshot, "raw_text").stem
+        return load_snapshot(self._data_dir, snapshot_id)
+
+    def tokenizer(self) -> TokenizerArtifact:
+        made = self._made("trained_tokenizer")
+        return load_tokenizer(self._data_dir, made["tokenizer_id"] if made else None)
+
+    def dataset(self) -> DatasetManifest:
+        """With the window length and stride of `tokenized_shards`."""
+        made = self._made("tokenized_shards") or self._made("checkpoint")
+        if made is None:
+            return load_manifest(self._data_dir)
+        manifest = load_manifest(self._data_dir, made["dataset_id"], made["snapshot_id"])
+        return manifest.model_copy(update={name: made[name] for name in ("max_length", "stride") if name in made})
+
+    def checkpoint(self) -> CheckpointRecord:
+        made = self._made("checkpoint")
+        return CheckpointRecord.of(Path(made["file"]) if made else get_current(self._home.current_checkpoint, "checkpoint"))
+
+    def evaluation(self) -> Path:
+        """The file of the evaluation."""
+        made = self._made("evaluation")
+        return Path(made["file"]) if made else get_current(self._home.current_evaluation, "evaluation")
+
+    def _made(self, asset: str) -> Mapping[str, Any] | None:
+        """Metadata of the asset as made by this run or by the run that it retries; None if neither made it."""
+        instance, run = self._step.context.instance, self._step.context.run
+        while True:
+            for entry in reversed(instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)):
+                event = entry.dagster_event
+                if event is not None and event.asset_key == dg.AssetKey(asset):
+                    return {name: value.value for name, value in event.step_materialization_data.materialization.metadata.items()}
+            parent = instance.get_run_by_id(run.parent_run_id) if run.parent_run_id is not None else None
+            if parent is None:
+                return None
+            run = parent

@@ -1,0 +1,151 @@
+"""Asset checks: what must hold for each stage's result before the next stage spends hours on it.
+
+Checks run in the step of their asset. A blocking check that fails ends the run.
+"""
+
+import math
+from typing import Any
+
+import dagster as dg
+import pyarrow.compute as pc
+
+from llm_core.checkpoint import RunRecord
+from llm_core.corpus import Snapshot
+from llm_core.dataset import DatasetManifest
+from llm_core.evaluation import Evaluation, metric
+from llm_core.tokenizer import TokenizerArtifact
+from pipeline.presentation import rounded
+
+MAX_DRIFT = 0.2
+MAX_SKIPPED_SHARE = 0.05
+FIRST_LOSS_TOLERANCE = 0.3
+
+Checks = list[dg.AssetCheckResult]
+
+
+def _spec(asset: str, name: str, description: str, blocking: bool = False) -> dg.AssetCheckSpec:
+    return dg.AssetCheckSpec(name, asset=asset, description=description, blocking=blocking)
+
+
+RAW_TEXT_CHECKS = [
+    _spec("raw_text", "bytes_add_up", "Every byte read is kept, or dropped for a reason.", blocking=True),
+    _spec("raw_text", "splits_are_disjoint", "No text is in both the training and the validation split.", blocking=True),
+]
+TRAINED_TOKENIZER_CHECKS = [
+    _spec("trained_tokenizer", "round_trip", "Documents are unchanged after encoding and decoding.", blocking=True),
+    _spec(
+        "trained_tokenizer",
+        "fertility_drift",
+        f"New text has at most retrain_on_drift (default {MAX_DRIFT:.0%}) fewer bytes per token than the training text.",
+    ),
+]
+TOKENIZED_SHARDS_CHECKS = [
+    _spec("tokenized_shards", "totals_add_up", "The dataset has all documents of the snapshot.", blocking=True),
+]
+CHECKPOINT_CHECKS = [
+    _spec(
+        "checkpoint",
+        "losses_are_finite",
+        f"The losses are finite, and at most {MAX_SKIPPED_SHARE:.0%} of the steps were skipped.",
+        blocking=True,
+    ),
+    _spec("checkpoint", "first_loss", "A model trained from scratch starts near ln(vocabulary)."),
+]
+EVALUATION_CHECKS = [
+    _spec("evaluation", "figures_are_finite", "Loss and bits per byte of the held-out text are finite.", blocking=True),
+    _spec("evaluation", "beats_unigram", "The model predicts held-out text better than token frequencies do."),
+    _spec("evaluation", "no_regression", "The model is at most max_regression bits per byte worse than the released one."),
+]
+
+
+def check_raw_text(snapshot: Snapshot) -> Checks:
+    summary = snapshot.summary
+    dropped = sum(summary["bytes_dropped"].values())
+    kept = snapshot.kept_documents()
+    train, val = (set(kept.filter(pc.equal(kept["split"], split))["document_id"].to_pylist()) for split in ("train", "val"))
+    counts = {"bytes_read": summary["bytes_read"], "bytes_kept": summary["bytes_kept"], "bytes_dropped": dropped}
+    return [
+        _result(summary["bytes_read"] == summary["bytes_kept"] + dropped, "bytes_add_up", counts),
+        _result(not train & val, "splits_are_disjoint", {"train": len(train), "validation": len(val), "both": len(train & val)}),
+    ]
+
+
+def check_trained_tokenizer(artifact: TokenizerArtifact, max_drift: float | None) -> Checks:
+    """max_drift: the configured `retrain_on_drift`."""
+    drift_report = artifact.drift_report
+    shown: dict[str, Any] = {"documents": drift_report.round_trips, "changed": len(drift_report.changed)}
+    if drift_report.changed:
+        shown["first"] = next(iter(drift_report.changed.values()))
+    limit = MAX_DRIFT if max_drift is None else max_drift
+    return [
+        _result(not drift_report.changed, "round_trip", shown),
+        _result(
+            (drift_report.drift or 0.0) <= limit, "fertility_drift", {"drift": drift_of(artifact), "limit": limit}, warn_only=True
+        ),
+    ]
+
+
+def drift_of(artifact: TokenizerArtifact) -> float | str:
+    """How much fewer bytes per token new text has than the training text, as a share; or why there is no such number."""
+    if artifact.replaced_drift is not None:
+        return f"{artifact.replaced_drift:.1%} with the previous tokenizer: trained again"
+    if artifact.drift_report.drift is None:
+        return "no new text, or the training snapshot is gone"
+    return round(artifact.drift_report.drift, 4)
+
+
+def check_tokenized_shards(manifest: DatasetManifest, snapshot: Snapshot) -> Checks:
+    kept = snapshot.kept_documents()
+    shown: dict[str, Any] = {}
+    complete = True
+    for split, totals in manifest.splits.items():
+        wanted = kept.filter(pc.equal(kept["split"], split))
+        stored = sum(shard.documents - len(shard.removed_rows) for shard in manifest.shards if shard.split == split)
+        tokens_in_shards = sum(shard.tokens for shard in manifest.shards if shard.split == split)
+        complete &= totals.documents == wanted.num_rows == stored and totals.documents < totals.tokens <= tokens_in_shards
+        complete &= totals.bytes == (pc.sum(wanted["bytes"]).as_py() or 0)
+        shown |= {f"{split}_documents": totals.documents, f"{split}_documents_in_snapshot": wanted.num_rows}
+        shown |= {f"{split}_tokens": totals.tokens, f"{split}_tokens_in_shards": tokens_in_shards}
+    return [_result(complete, "totals_add_up", shown)]
+
+
+def check_checkpoint(run: RunRecord, metrics: list[dict[str, Any]], vocab_size: int) -> Checks:
+    losses = [line["loss"] for line in metrics if line["kind"] == "train"]
+    held_out = [line["val_loss"] for line in metrics if line["kind"] == "eval"]
+    skipped = run.skipped_steps / max(1, run.steps_done)
+    finite = losses[-1] is not None and None not in held_out and skipped <= MAX_SKIPPED_SHARE
+    shown = {"last_loss": losses[-1], "validation_loss": held_out[-1], "skipped_steps": run.skipped_steps}
+    expected, first = math.log(vocab_size), losses[0]
+    if run.parent_run_id is not None:
+        began = _result(True, "first_loss", {"not_applicable": "the run started from the weights of another run"}, warn_only=True)
+    else:
+        near = first is not None and abs(first - expected) <= FIRST_LOSS_TOLERANCE
+        began = _result(
+            near,
+            "first_loss",
+            {"first_loss": rounded(first), "ln_vocabulary": rounded(expected)},
+            warn_only=True,
+        )
+    return [_result(finite, "losses_are_finite", shown), began]
+
+
+def check_evaluation(result: Evaluation, released: float | None, max_regression: float) -> Checks:
+    """released: bits per byte of the released model on the same text; None if there is none."""
+    loss, value, unigram = (metric(result, name) for name in ("loss", "bits_per_byte", "unigram_bits_per_byte"))
+    shown = {"bits_per_byte": round(value, 4)}
+    worse = value - released if released is not None else 0.0
+    return [
+        _result(math.isfinite(loss) and math.isfinite(value), "figures_are_finite", {"loss": loss} | shown),
+        _result(value < unigram, "beats_unigram", shown | {"unigram_bits_per_byte": round(unigram, 4)}, warn_only=True),
+        _result(worse <= max_regression, "no_regression", shown | {"worse_by": round(worse, 4)}, warn_only=True),
+    ]
+
+
+def may_continue(results: Checks) -> bool:
+    """Whether no blocking check failed."""
+    return all(result.passed or result.severity == dg.AssetCheckSeverity.WARN for result in results)
+
+
+def _result(passed: bool, name: str, metadata: dict[str, Any], warn_only: bool = False) -> dg.AssetCheckResult:
+    severity = dg.AssetCheckSeverity.WARN if warn_only else dg.AssetCheckSeverity.ERROR
+    return dg.AssetCheckResult(passed=bool(passed), check_name=name, severity=severity, metadata=metadata)

@@ -1,0 +1,62 @@
+"""The jobs. They are launched manually, in CI, or by the sensor and the schedule."""
+
+import dagster as dg
+
+from pipeline.assets.checkpoint import checkpoint
+from pipeline.assets.evaluation import evaluation
+from pipeline.assets.raw_text import raw_text
+from pipeline.assets.released_model import released_model
+from pipeline.assets.run_comparison import run_comparison
+from pipeline.assets.sample_corpus import sample_corpus
+from pipeline.assets.tokenized_shards import tokenized_shards
+from pipeline.assets.trained_tokenizer import trained_tokenizer
+
+PREPARATION = [raw_text, trained_tokenizer, tokenized_shards]
+LINEAGE = [*PREPARATION, checkpoint, evaluation, released_model, run_comparison]
+
+# Steps run one after another, and training has its own processes: a process per step would only add seconds of startup.
+EXECUTOR = dg.in_process_executor
+
+# From text to model in a few minutes on two CPU cores.
+QUICKSTART_CONFIG = {
+    "ops": {
+        "trained_tokenizer": {"config": {"vocab_size": 4096}},
+        "tokenized_shards": {"config": {"max_length": 256}},
+        "checkpoint": {
+            "config": {
+                "hidden_size": 192,
+                "num_layers": 4,
+                "num_heads": 6,
+                "num_kv_heads": 2,
+                "batch_size": 4,
+                "max_steps": 1600,
+                "learning_rate": 1.5e-3,
+                "eval_interval": 200,
+                "eval_tokens": 32768,
+                "save_interval": 800,
+            }
+        },
+        "evaluation": {"config": {"eval_batch_size": 16}},
+    }
+}
+
+quickstart = dg.define_asset_job(
+    "quickstart",
+    selection=[sample_corpus, *LINEAGE],
+    config=QUICKSTART_CONFIG,
+    executor_def=EXECUTOR,
+    description="Trains a first model on the bundled sample corpus in a few minutes. Downloads nothing.",
+)
+pretrain = dg.define_asset_job(
+    "pretrain",
+    selection=LINEAGE,
+    executor_def=EXECUTOR,
+    description="Trains, evaluates and releases a model on your raw text (raw_text_data/ in TEXTMILL_HOME). Unchanged artifacts "
+    "are reused. The defaults are for a GPU; on a CPU, use the sizes of quickstart.",
+)
+prepare_data = dg.define_asset_job(
+    "prepare_data",
+    selection=PREPARATION,
+    executor_def=EXECUTOR,
+    description="Turns your raw text (raw_text_data/ in TEXTMILL_HOME) into token shards, without training.",
+)

@@ -1,0 +1,1 @@
+"""Child processes: torchrun, its ranks, and llm_core's tools."""

@@ -1,0 +1,107 @@
+"""Runs llm_core's tools as child processes, with an environment without secrets."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from dagster import AssetExecutionContext, Failure
+
+# What child processes need to find Python, CUDA and the network. The orchestrator's secrets are not passed on.
+_ALLOWED = {
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "TMPDIR",
+    "TZ",
+    "VIRTUAL_ENV",
+    "PYTHONPATH",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "CC",
+    "CXX",
+}
+_ALLOWED_PREFIXES = (
+    "LC_",
+    "CUDA_",
+    "NCCL_",
+    "GLOO_",
+    "FI_",  # libfabric: the network of AWS
+    "UCX_",
+    "TORCH_",
+    "PYTORCH_",
+    "TORCHINDUCTOR_",
+    "TRITON_",
+    "OMP_",
+    "MKL_",
+    "NVIDIA_",
+)
+# Names with an allowed prefix that are secrets, such as NVIDIA_API_KEY.
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(^|_)KEY(S|_|$)", re.IGNORECASE)
+
+_DOWNLOADS = {"SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
+_PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
+
+
+def training_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of child processes: allowed variables of this process, and `extra`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _ALLOWED or (name.startswith(_ALLOWED_PREFIXES) and not _SECRET.search(name))
+    }
+    # Each worker creates its own store, so that a restarted rank finds the rendezvous free.
+    return kept | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | dict(extra)
+
+
+def download_environment() -> dict[str, str]:
+    """Variables for downloads from the Hugging Face hub: proxies, certificates and HF_*.
+
+    HF_TOKEN is the only secret that is passed on: gated data sets need it.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("HF_") or name in _DOWNLOADS or name.lower() in _PROXIES
+    }
+
+
+def option_list(options: Mapping[str, Any]) -> list[str]:
+    """Options as command-line arguments; None means the default."""
+    arguments = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            arguments += [f"--{name}", json.dumps(value) if isinstance(value, list | dict) else str(value)]
+    return arguments
+
+
+def run_tool(
+    context: AssetExecutionContext, module: str, options: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> None:
+    """Runs one of llm_core's tools in a child process that dies with this one, so that the orchestrator does not load PyTorch.
+
+    environment: additional variables.
+
+    Raises:
+        dagster.Failure: the tool failed; the description has its error output. Only a killed tool may be retried.
+    """
+    command = [sys.executable, "-m", "pipeline.processes.child", module, *option_list(options)]
+    context.log.info(shlex.join(command))
+    done = subprocess.run(command, env=training_environment(environment or {}), capture_output=True, text=True)
+    if done.returncode < 0:
+        number = -done.returncode
+        raise Failure(
+            f"{module} was killed by signal {number} ({signal.strsignal(number)}): {done.stderr[-2000:]}\n"
+            "Run again; if it is killed again, give the machine more memory."
+        )
+    if done.returncode:
+        raise Failure(f"{module} ended with code {done.returncode}: {done.stderr[-2000:]}", allow_retries=False)
+    context.log.info(done.stdout)

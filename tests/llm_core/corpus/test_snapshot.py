@@ -1,0 +1,321 @@
+"""A folder becomes documents: every byte is accounted for, nothing outside is read, nothing is read twice."""
+
+import hashlib
+import os
+import shutil
+import socket
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_core.config import CorpusConfig
+from llm_core.corpus import documents, load_snapshot, local_folder, readers, take_snapshot
+from llm_core.errors import DataError, UserError
+from tests.support.corpora import HALF, fill, statuses, texts_of, write_jsonl
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    fill(tmp_path / "raw")
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+# Scanning
+
+
+def test_hidden_files_links_out_of_the_folder_and_special_files_are_skipped(raw: Path, out: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("outside")
+    (tmp_path / "elsewhere").mkdir()
+    (raw / "leaves.txt").symlink_to(secret)
+    (raw / "leaves_too").symlink_to(tmp_path / "elsewhere")
+    (raw / "stays.txt").symlink_to("plain00.txt")
+    (raw / "dangling.txt").symlink_to("nowhere.txt")
+    (raw / ".hidden.txt").write_text("hidden")
+    os.mkfifo(raw / "fifo.txt")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(raw / "socket.txt"))
+    server.close()
+    summary = take_snapshot(raw, out, HALF).summary
+    assert summary["files_skipped"] == {
+        "link_out_of_folder": 1,
+        "link_to_folder": 1,
+        "vanished": 1,
+        "hidden": 1,
+        "not_a_regular_file": 2,
+    }
+    assert summary["bytes_dropped"] == {"duplicate": (raw / "plain00.txt").stat().st_size}  # the link that stays inside
+
+
+def test_a_folder_that_vanishes_during_the_scan_is_counted(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (raw / "going").mkdir()
+    (raw / "going" / "a.txt").write_text("soon gone")
+    original = os.scandir
+
+    def removing(path: Any) -> Any:
+        if str(path).endswith("going"):
+            (raw / "going" / "a.txt").unlink()
+            (raw / "going").rmdir()
+        return original(path)
+
+    monkeypatch.setattr(local_folder.os, "scandir", removing)
+    assert take_snapshot(raw, out, HALF).summary["files_skipped"] == {"vanished": 1}
+
+
+def test_short_reads_are_continued_to_the_end_of_the_file(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = take_snapshot(raw, out, HALF).snapshot_id
+    original = os.read
+    monkeypatch.setattr(local_folder.os, "read", lambda descriptor, size: original(descriptor, min(size, 7)))
+    assert take_snapshot(raw, out.with_name("pieces"), HALF).snapshot_id == expected
+
+
+# Identity, duplicates, split
+
+
+def test_a_document_id_is_the_hash_of_its_text_and_the_first_duplicate_is_kept(raw: Path, out: Path) -> None:
+    write_jsonl(raw / "a.jsonl", {"text": "This is text number 5.\n" * 3})
+    snapshot = take_snapshot(raw, out, HALF)
+    rows = [row for row in snapshot.documents.to_pylist() if row["path"] in ("a.jsonl", "plain05.txt")]
+    assert [row["status"] for row in rows] == ["kept", "duplicate"]
+    assert rows[0]["document_id"] == rows[1]["document_id"] == hashlib.sha256((raw / "plain05.txt").read_bytes()).hexdigest()
+    (raw / "a.jsonl").unlink()
+    again = take_snapshot(raw, out, HALF)
+    assert "duplicate" not in again.documents["status"].to_pylist(), "the copy replaces the removed original"
+
+
+def test_rule_29_the_split_is_a_pure_function_of_the_content(raw: Path, out: Path) -> None:
+    before = take_snapshot(raw, out, HALF)
+    fill(raw, 40)
+    (raw / "plain01.txt").rename(raw / "zz.txt")
+    after = take_snapshot(raw, out, HALF)
+    side = dict(zip(after.documents["document_id"].to_pylist(), after.documents["split"].to_pylist(), strict=True))
+    for row in before.documents.to_pylist():
+        assert side[row["document_id"]] == row["split"] == documents.split_of(row["document_id"], 0.49)
+
+
+def test_rule_29_a_larger_val_fraction_only_moves_documents_to_val() -> None:
+    ids = [hashlib.sha256(bytes([n % 256, n // 256])).hexdigest() for n in range(4000)]
+    small = {i for i in ids if documents.split_of(i, 0.05) == "val"}
+    large = {i for i in ids if documents.split_of(i, 0.2) == "val"}
+    assert small < large
+    assert 140 < len(small) < 260
+    assert 700 < len(large) < 900
+
+
+# Incremental
+
+
+def test_a_second_scan_of_the_same_content_opens_and_writes_nothing(raw: Path, out: Path, opened: list[str]) -> None:
+    first = take_snapshot(raw, out, HALF)
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    opened.clear()
+    second = take_snapshot(raw, out, HALF)
+    assert opened == []
+    assert second.snapshot_id == first.snapshot_id
+    assert second.documents.equals(first.documents)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files
+
+
+def test_only_new_and_changed_files_are_opened(raw: Path, out: Path, opened: list[str]) -> None:
+    first = take_snapshot(raw, out, HALF)
+    opened.clear()
+    (raw / "new.txt").write_text("something new")
+    (raw / "plain02.txt").write_text("This is text number X.\n" * 3)  # one byte less
+    (raw / "plain03.txt").unlink()
+    second = take_snapshot(raw, out, HALF)
+    assert sorted(opened) == ["new.txt", "plain02.txt"]
+    changes = {name: second.summary[f"files_{name}"] for name in ("added", "changed", "removed", "unchanged")}
+    assert changes == {"added": 1, "changed": 1, "removed": 1, "unchanged": 14}
+    assert second.summary["parent_snapshot_id"] == first.snapshot_id
+    scratch = take_snapshot(raw, out.with_name("scratch"), HALF)
+    assert scratch.snapshot_id == second.snapshot_id
+    assert scratch.documents.equals(second.documents)
+
+
+def test_the_counts_of_a_scan_are_reported_even_if_the_snapshot_is_an_older_one(raw: Path, out: Path) -> None:
+    first = take_snapshot(raw, out, HALF)
+    (raw / "picture.png").write_bytes(b"not text")
+    (raw / "new.txt").write_text("something new")
+    take_snapshot(raw, out, HALF)
+    (raw / "new.txt").unlink()
+    again = take_snapshot(raw, out, HALF)
+    assert again.snapshot_id == first.snapshot_id
+    assert again.summary["files_ignored"] == first.summary["files_ignored"] + 1
+    assert (again.summary["files_added"], again.summary["files_removed"]) == (0, 1)
+    assert take_snapshot(raw, out, HALF).summary["files_removed"] == 0
+
+
+def test_a_change_that_keeps_the_size_is_detected(raw: Path, out: Path) -> None:
+    first = take_snapshot(raw, out, HALF)
+    (raw / "plain02.txt").write_text("That is text number 2.\n" * 3)
+    assert take_snapshot(raw, out, HALF).snapshot_id != first.snapshot_id
+
+
+def test_a_change_that_keeps_size_mtime_and_inode_is_detected(raw: Path, out: Path) -> None:
+    """As by unpacking a new version of an archive with fixed times."""
+    os.utime(raw / "plain02.txt", (1_000_000_000, 1_000_000_000))
+    first = take_snapshot(raw, out, HALF)
+    before = (raw / "plain02.txt").stat()
+    (raw / "plain02.txt").write_text("That is text number 2.\n" * 3)
+    os.utime(raw / "plain02.txt", (1_000_000_000, 1_000_000_000))
+    after = (raw / "plain02.txt").stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    assert take_snapshot(raw, out, HALF).snapshot_id != first.snapshot_id
+
+
+def test_a_replaced_folder_is_opened_again(raw: Path) -> None:
+    for name in ("old", "new"):
+        (raw / name).mkdir()
+    (raw / "old" / "a.txt").write_text("a")
+    (raw / "new" / "b.txt").write_text("b")
+    place = local_folder.LocalFolder(raw)
+    with place.open("old/a.txt") as file:
+        assert file.raw.read() == b"a"
+    shutil.rmtree(raw / "old")
+    (raw / "new").rename(raw / "old")
+    with place.open("old/b.txt") as file:
+        assert file.raw.read() == b"b"
+
+
+def test_a_second_write_within_a_clock_tick_is_detected(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("llm_core.corpus.snapshot.time.sleep", waited.append)
+    (raw / "plain02.txt").touch()
+    take_snapshot(raw, out, HALF)
+    assert 0 < waited[0] <= 0.02, "a file written a moment ago"
+    monkeypatch.setattr("llm_core.corpus.snapshot.time.time", lambda: (raw / "plain02.txt").stat().st_ctime + 1)
+    take_snapshot(raw, out, HALF)
+    assert waited[1] == 0
+
+
+def test_another_configuration_reads_every_file_again(raw: Path, out: Path, opened: list[str]) -> None:
+    take_snapshot(raw, out, HALF)
+    opened.clear()
+    take_snapshot(raw, out, CorpusConfig(val_fraction=0.4))
+    assert len(opened) == 16
+
+
+def test_a_lost_or_damaged_file_index_only_costs_reading(raw: Path, out: Path) -> None:
+    first = take_snapshot(raw, out, HALF)
+    for damage in (b"", b"PAR1 nonsense", None):
+        index = out / "snapshots" / "file_index.parquet"
+        index.unlink() if damage is None else index.write_bytes(damage)
+        assert take_snapshot(raw, out, HALF).snapshot_id == first.snapshot_id
+
+
+def test_a_damaged_snapshot_is_detected_and_written_again(raw: Path, out: Path) -> None:
+    first = take_snapshot(raw, out, HALF)
+    table = out / "snapshots" / first.summary["documents_table"]["file"]
+    data = bytearray(table.read_bytes())
+    data[len(data) // 2] ^= 1
+    table.write_bytes(data)
+    with pytest.raises(DataError, match=f"{table.name}: damaged"):
+        load_snapshot(out, first.snapshot_id)
+    take_snapshot(raw, out, HALF)
+    assert load_snapshot(out, first.snapshot_id).documents.equals(first.documents)
+
+
+def test_progress_counts_files(raw: Path, out: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    take_snapshot(raw, out, HALF, lambda done, total: seen.append((done, total)))
+    assert seen == [(n, 16) for n in range(1, 17)]
+
+
+# Files that change
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, changes = readers._read_open_file, Counter({"plain04.txt": 1})
+
+    def changing(*arguments: Any) -> Any:
+        result = original(*arguments)
+        path = arguments[2]
+        if changes[path]:
+            changes[path] -= 1
+            with open(raw / path, "a") as file:
+                file.write("and more")
+        return result
+
+    monkeypatch.setattr(readers, "_read_open_file", changing)
+    assert any(text.endswith("and more") for text in texts_of(take_snapshot(raw, out, HALF), raw))
+    changes["plain05.txt"] = 1000
+    shutil.rmtree(out)
+    with pytest.raises(DataError, match=r"plain05\.txt: changed 3 times while it was read; run again when it no longer changes"):
+        take_snapshot(raw, out, HALF)
+
+
+def test_an_unreadable_file_is_quarantined_and_read_again_at_the_next_scan(
+    raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = os.open
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith("plain06.txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "open", refusing)
+        snapshot = take_snapshot(raw, out, HALF)
+    assert {"path": "plain06.txt", "reason": "unreadable", "detail": "Permission denied"} in snapshot.summary["quarantined"]
+    assert statuses(take_snapshot(raw, out, HALF))["plain06.txt"] == "kept"
+
+
+@pytest.mark.parametrize("change", ["edit", "remove", "replace by a folder"])
+def test_text_that_changed_since_the_snapshot_is_refused(change: str, raw: Path, out: Path) -> None:
+    snapshot = take_snapshot(raw, out, HALF)
+    path = raw / "plain07.txt"
+    path.unlink()
+    if change == "edit":
+        path.write_text("Other words, of any length, that are not what the snapshot has read here.")
+    elif change == "replace by a folder":
+        path.mkdir()
+    with pytest.raises(DataError, match=r"plain07\.txt: changed since the snapshot was taken; run again"):
+        texts_of(snapshot, raw)
+
+
+def test_reading_the_documents_of_a_file_opens_it_once(raw: Path, out: Path, opened: list[str]) -> None:
+    (raw / "long.txt").write_text("".join(f"line {n}\n" for n in range(1000)))
+    snapshot = take_snapshot(raw, out, HALF)
+    opened.clear()
+    texts_of(snapshot, raw)
+    assert Counter(opened) == Counter({row["path"]: 1 for row in snapshot.kept_documents().to_pylist()})
+
+
+# Bad input
+
+
+def test_a_missing_folder_names_the_option(tmp_path: Path, out: Path) -> None:
+    with pytest.raises(UserError, match=r"--input_dir .*/nowhere: no such folder; create it and put"):
+        take_snapshot(tmp_path / "nowhere", out, HALF)
+
+
+def test_a_folder_without_text_files_names_the_option(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "x.pdf").write_bytes(b"")
+    with pytest.raises(UserError, match=r"--input_dir .*/raw: no \.txt.* or \.parquet file in it, nor .* \.zst \(1 other files"):
+        take_snapshot(tmp_path / "raw", out, HALF)
+
+
+def test_a_folder_without_usable_text_is_explained(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "x.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"no usable text in its 1 files \(not_utf8 2 bytes\).*--text_field 'text'"):
+        take_snapshot(tmp_path / "raw", out, HALF)
+    assert not out.exists()
+
+
+def test_a_split_without_documents_is_reported_with_what_to_change(tmp_path: Path, out: Path) -> None:
+    fill(tmp_path / "raw", 1)
+    expected = (
+        r"--val_fraction 0.0001: none of the 1 documents \(69 bytes\) falls to val; .*--max_document_bytes \(32768 now; 256"
+    )
+    with pytest.raises(UserError, match=expected):
+        take_snapshot(tmp_path / "raw", out, CorpusConfig(val_fraction=0.0001))
