@@ -1,7 +1,7 @@
 """`python -m benchmarks.command` measures how fast the training command starts, saves and trains on several ranks.
 
-It runs `python -m llm_core.train`, alone or under torchrun: the preset tiny with a vocabulary of 32,000 and windows of 512 tokens,
-on text of the Python installation.
+It runs `python -m llm_core.train`, alone or under torchrun: the preset tiny with a vocabulary of 32,000 and windows of 512
+tokens, on text of the Python installation.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def run(data_dir: Path, run_dir: Path, ranks: int, *flags: str) -> Run:
     subprocess.run([sys.executable, *module, *options], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     train = logged(run_dir)["train"]
     first, second = (record["time"] for record in train[:2])
-    # The first step counts as long as the second. It takes longer, so the start is rather over- than underestimated.
+    # The first step counts as long as the second. It takes longer, so the start is overestimated, if anything.
     saving = RunRecord.read(run_dir).seconds_by_phase["save"]
     return Run(first - (second - first) - began, train[-1]["tokens_per_second"], saving)
 

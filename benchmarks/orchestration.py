@@ -1,7 +1,7 @@
 """The overhead of Dagster: `python -m benchmarks.orchestration` prints tables.
 
 A rerun of an unchanged lineage, compared with jobs whose assets do nothing; a training under plain torchrun and by the asset
-`checkpoint`; and a training with Dagster running and stopped in turns. Each runs in its own process, as in CI, and they take turns.
+`checkpoint`; and a training with Dagster running and stopped in turns. Each runs in its own process, as in CI.
 """
 
 import argparse
@@ -76,7 +76,7 @@ TRAINING = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "batch_size": 4
 
 
 def reruns(home: Path, rounds: int) -> list[Figure]:
-    """Seconds of a rerun that changes nothing, of small jobs that do nothing, and of one with as many assets and checks as `pretrain`."""
+    """Seconds of a rerun without changes, and of jobs that do nothing (one has as many assets and checks as `pretrain`)."""
     module = home / "nothing.py"
     module.write_text(NOTHING_TO_DO)
     pretrain = [*DAGSTER, "job", "execute", "-m", "pipeline.definitions", "-j", "pretrain", "-c", "configs/smoke.yaml"]
