@@ -80,8 +80,8 @@ def test_a_run_overtaken_at_every_step_makes_the_same_artifacts_as_alone(
     alone, expected = trained_home
     assert ids(home, result) == ids(alone, expected)
     assert home.metadata(result, "evaluation")["evaluation_id"] == alone.metadata(expected, "evaluation")["evaluation_id"]
-    run = read_json(home.folders.checkpoints / home.metadata(result, "checkpoint")["run_id"] / "run.json")
-    assert (run["config"]["max_length"], run["config"]["hidden_size"]) == (32, 32)
+    config = read_json(home.folders.run(home.metadata(result, "checkpoint")["run_id"]).config)
+    assert (config["max_length"], config["hidden_size"]) == (32, 32)
     assert len(home.catalog.query("SELECT * FROM training_runs")) == 2
 
 
