@@ -131,11 +131,10 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.root / f"checkpoint_step_{step}.pt"
 
-    def checkpoints(self) -> list[Path]:
-        """Checkpoint files, with or without a manifest."""
-        return [
-            path for path in self.root.glob("checkpoint_step_*.pt") if step_of_manifest(checkpoint_manifest(path)) is not None
-        ]
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """The step and file of each checkpoint, with or without a manifest."""
+        files = self.root.glob("checkpoint_step_*.pt")
+        return [(step, path) for path in files if (step := step_of_manifest(checkpoint_manifest(path))) is not None]
 
     def checkpoint_manifests(self) -> list[Path]:
         """The manifest of each checkpoint, the newest first; nothing is read."""

@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `textmill` command."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback in `textmill lineage ... | head`
     options = _parser().parse_args(arguments)
-    home = Path(options.home if "home" in options else os.environ.get("TEXTMILL_HOME", "data")).expanduser()
-    run_tool(lambda: options.run(home, Home(home).catalog, options), PROG)
+    home = Home(Path(options.home if "home" in options else os.environ.get("TEXTMILL_HOME", "data")).expanduser())
+    run_tool(lambda: options.run(home, options), PROG)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,9 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _lineage(home: Path, path: Path, options: argparse.Namespace) -> None:
-    checkpoint_id = Catalog(path).checkpoint_id(options.checkpoint)
-    rows = Catalog(path).lineage(checkpoint_id)
+def _lineage(home: Home, options: argparse.Namespace) -> None:
+    catalog = Catalog(home.catalog)
+    checkpoint_id = catalog.checkpoint_id(options.checkpoint)
+    rows = catalog.lineage(checkpoint_id)
     runs = {row["generation"]: row for row in rows}
     columns = ("run_id", "step", "seed", "dataset_id", "snapshot_id", "tokenizer_id", "code_version", "git_commit")
     for generation, run in runs.items():
@@ -89,30 +90,30 @@ def _lineage(home: Path, path: Path, options: argparse.Namespace) -> None:
     print(_table(documents) if documents else f"checkpoint {checkpoint_id} has not been trained on any text")
 
 
-def _usage(home: Path, path: Path, options: argparse.Namespace) -> None:
-    rows = Catalog(path).usage(options.document)
+def _usage(home: Home, options: argparse.Namespace) -> None:
+    rows = Catalog(home.catalog).usage(options.document)
     print(_table(rows) if rows else f"no checkpoint was trained on {options.document}")
 
 
-def _runs(home: Path, path: Path, options: argparse.Namespace) -> None:
-    rows = Catalog(path).runs()
+def _runs(home: Home, options: argparse.Namespace) -> None:
+    rows = Catalog(home.catalog).runs()
     print(_table(rows) if rows else "no training runs yet")
 
 
-def _gc(home: Path, path: Path, options: argparse.Namespace) -> None:
+def _gc(home: Home, options: argparse.Namespace) -> None:
     _require_home(home)
     defaults = GarbageOptions()
-    runs = [folder for folder in [Home(home).checkpoints] if folder.is_dir()]
-    print(collect(Home(home).prepared.root, runs, options.keep, defaults.min_age_hours, options.dry_run))
+    runs = [folder for folder in [home.checkpoints] if folder.is_dir()]
+    print(collect(home.prepared.root, runs, options.keep, defaults.min_age_hours, options.dry_run))
     print("nothing was removed (--dry-run)" if options.dry_run else "files younger than an hour are kept: they may be in use")
 
 
-def _rebuild(home: Path, path: Path, options: argparse.Namespace) -> None:
+def _rebuild(home: Home, options: argparse.Namespace) -> None:
     _require_home(home)
-    problems = rebuild(home, path)
+    problems = rebuild(home.root, home.catalog)
     for problem in problems:
         print(f"skipped: {_shown(problem)}", file=sys.stderr)
-    print(f"{path}: rebuilt from {home}, {len(problems)} artifact(s) skipped")
+    print(f"{home.catalog}: rebuilt from {home.root}, {len(problems)} artifact(s) skipped")
     if problems:
         raise SystemExit(DataError.exit_code)
 
@@ -124,9 +125,9 @@ def _at_least_one(text: str) -> int:
     return value
 
 
-def _require_home(home: Path) -> None:
-    if not Home(home).prepared.root.is_dir():
-        raise UserError(f"--home {home}: it has no folder processed_data; name the root of everything textmill writes")
+def _require_home(home: Home) -> None:
+    if not home.prepared.root.is_dir():
+        raise UserError(f"--home {home.root}: it has no folder processed_data; name the root of everything textmill writes")
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

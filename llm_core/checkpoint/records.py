@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from llm_core.errors import DataError, UserError
-from llm_core.layout import RunFolder, checkpoint_manifest, step_of_manifest
+from llm_core.layout import RunFolder, checkpoint_manifest
 from llm_core.system import fsync_path, parse_record, read_json, verify_file, write_json
 
 CHECKPOINT_FORMAT = 1
@@ -58,6 +58,10 @@ class CheckpointRecord:
     def of(cls, checkpoint: Path) -> "CheckpointRecord":
         """The record of a checkpoint file; see `read`."""
         return cls.read(checkpoint_manifest(checkpoint))
+
+    def fields(self) -> dict[str, Any]:
+        """Everything that is recorded of it; where it is depends on the folder."""
+        return {name: value for name, value in vars(self).items() if name != "path"}
 
 
 class GroupUsage(BaseModel):
@@ -214,11 +218,9 @@ def prune_checkpoints(run_dir: Path, keep: int, keep_step: int | None = None) ->
             fsync_path(run_dir)
             record.path.unlink(missing_ok=True)
             deleted.append(record.path)
-    for path in RunFolder(run_dir).checkpoints():
-        manifest = checkpoint_manifest(path)
-        step = step_of_manifest(manifest)
-        older = records and step is not None and step < records[0].step
-        if older and path.is_file() and not manifest.exists():
+    for step, path in RunFolder(run_dir).checkpoints():
+        older = records and step < records[0].step
+        if older and path.is_file() and not checkpoint_manifest(path).exists():
             path.unlink(missing_ok=True)
             deleted.append(path)
     return deleted

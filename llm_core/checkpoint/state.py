@@ -69,9 +69,8 @@ def save_checkpoint(run_dir: Path, state: TrainingState, val_loss: float | None)
         bytes=file.bytes_written,
         path=path,
     )
-    fields = {name: value for name, value in vars(record).items() if name != "path"}
     created_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write_json(manifest, fields | {"format_version": CHECKPOINT_FORMAT, "file": path.name, "created_at": created_at})
+    write_json(manifest, record.fields() | {"format_version": CHECKPOINT_FORMAT, "file": path.name, "created_at": created_at})
     return record
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from llm_core.checkpoint import RunRecord, starting_parent
+from llm_core.checkpoint import GroupUsage, RunRecord, starting_parent
 from llm_core.checkpoint.resume import find_resume_state, set_later_checkpoints_aside
 from llm_core.checkpoint.state import TrainingState, load_checkpoint
 from llm_core.config import TrainConfig
@@ -57,8 +57,8 @@ def train(
             return
         moved = ranks.broadcast_from_main(lambda: set_later_checkpoints_aside(run_dir, trainer.run_id, trainer.step))
         if run_log is not None:
-            _begin(run_log, trainer, data_dir)
-            _log_overview(run_log, trainer)
+            run = _begin(run_log, trainer, data_dir)
+            _log_overview(run_log, trainer, run.mixture)
             _log_resume(run_log, trainer, resumed_from, moved)
         finished = TrainingLoop(trainer, run_dir, run_log).run()
         if run_log is not None:
@@ -119,8 +119,8 @@ def _is_finished(run_dir: Path, trainer: Trainer) -> bool:
     return run is not None and run.run_id == trainer.run_id and run.status == "finished"
 
 
-def _begin(run_log: RunLog, trainer: Trainer, data_dir: Path) -> None:
-    """Writes the records of a run that begins or resumes."""
+def _begin(run_log: RunLog, trainer: Trainer, data_dir: Path) -> RunRecord:
+    """Writes the records of a run that begins or resumes, and returns its run.json."""
     config, ranks, data = trainer.config, trainer.ranks, trainer.data
     usage = data.write_usage(run_log.run_dir, data_dir, config)
     config_sha256 = write_json(RunFolder(run_log.run_dir).config, config.model_dump(mode="json"))
@@ -160,9 +160,10 @@ def _begin(run_log: RunLog, trainer: Trainer, data_dir: Path) -> None:
         torch_version=torch.__version__,
     )
     run_log.begin(run, step=trainer.step)
+    return run
 
 
-def _log_overview(run_log: RunLog, trainer: Trainer) -> None:
+def _log_overview(run_log: RunLog, trainer: Trainer, mixture: list[GroupUsage]) -> None:
     """Logs the size of the run, its ranks, and where its weights and windows come from."""
     config, ranks, data = trainer.config, trainer.ranks, trainer.data
     windows = len(data.train)
@@ -178,7 +179,7 @@ def _log_overview(run_log: RunLog, trainer: Trainer) -> None:
     if data.parent is not None:
         run_log.log(f"weights from step {data.parent.step} of run {data.parent.run_id}")
     if data.groups is not None:
-        for usage in data.mixture(config):
+        for usage in mixture:
             run_log.log(f"{usage.share:7.1%} {usage.group}: {usage.windows:,} windows, {usage.epochs:.2f} epochs")
 
 

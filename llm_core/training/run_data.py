@@ -83,13 +83,24 @@ class TrainingData:
         Returns:
             The SHA-256 of both files, None for one that is not written.
         """
-        steps = write_document_steps(
-            RunFolder(run_dir).document_steps, data_dir, self.manifest, self.groups, self.train, self.order, config
-        )
+        steps = self._write_document_steps(RunFolder(run_dir).document_steps, data_dir, config)
         known = None
         if self.parent is not None and self.parent.known is not None:
             known = write_known_documents(run_dir, self.parent.known)
         return {"document_steps_sha256": steps, "known_documents_sha256": known}
+
+    def _write_document_steps(self, path: Path, data_dir: Path, config: TrainConfig) -> str:
+        """Writes (document_id, first_step) for each training document that the run reads, and returns the file's SHA-256."""
+        tables = []
+        for group, (ids, counts) in enumerate(kept_documents(data_dir, self.manifest, "train", self.groups)):
+            if not self.train.sizes[group]:
+                continue
+            steps = first_step_of_documents(counts, first_step_of_windows(self.order, group, config), self.train)
+            read = steps != NEVER
+            tables.append(pa.table({"document_id": ids.filter(pa.array(read)), "first_step": steps[read]}))
+        with atomic_writer(path) as file:
+            file.write(parquet_bytes(pa.concat_tables(tables)))
+            return file.sha256()
 
 
 # The first step of a window or document that the run does not read.
@@ -117,29 +128,3 @@ def first_step_of_documents(counts: Indices, first_steps: Indices, windows: Wind
     padded = np.append(first_steps, NEVER)
     bounds = np.stack((first, last + 1), axis=1).ravel()
     return np.minimum.reduceat(padded, bounds)[::2]
-
-
-def write_document_steps(
-    path: Path,
-    data_dir: Path,
-    manifest: DatasetManifest,
-    groups: DocumentGroups | None,
-    windows: Windows,
-    order: WindowSampler,
-    config: TrainConfig,
-) -> str:
-    """Writes (document_id, first_step) for each training document that the run reads.
-
-    Returns:
-        The file's SHA-256.
-    """
-    tables = []
-    for group, (ids, counts) in enumerate(kept_documents(data_dir, manifest, "train", groups)):
-        if not windows.sizes[group]:
-            continue
-        steps = first_step_of_documents(counts, first_step_of_windows(order, group, config), windows)
-        read = steps != NEVER
-        tables.append(pa.table({"document_id": ids.filter(pa.array(read)), "first_step": steps[read]}))
-    with atomic_writer(path) as file:
-        file.write(parquet_bytes(pa.concat_tables(tables)))
-        return file.sha256()

@@ -97,7 +97,7 @@ class RunLog:
                 os.fsync(self._metrics.fileno())
 
     def record_checkpoint(self, checkpoint: CheckpointRecord) -> None:
-        self.record({"kind": "checkpoint"} | {name: value for name, value in vars(checkpoint).items() if name != "path"})
+        self.record({"kind": "checkpoint"} | checkpoint.fields())
 
     def log(self, text: str) -> None:
         """Prints a line to the console, above the progress bar."""

@@ -1,7 +1,7 @@
 """Training runs: a finished one is reused, an interrupted one is resumed, a new one is trained."""
 
 from llm_core.artifact_ids import run_id
-from llm_core.checkpoint import CheckpointRecord, find_parent
+from llm_core.checkpoint import CheckpointRecord, starting_parent
 from llm_core.config import TrainConfig
 from llm_core.dataset import DatasetManifest
 from pipeline.artifacts.step import Step
@@ -18,32 +18,32 @@ def find_or_train(
         dagster.Failure: the training ended early; the description says why.
         UserError: the options do not fit the dataset.
     """
-    parent = find_parent(config.init_from) if config.init_from is not None else None
+    parent = starting_parent(config.init_from, resumed_from=None)
     resolved = config.resolved(manifest.max_length, manifest.stride)
     run = run_id(manifest, resolved, parent.checkpoint_id if parent is not None else None)
     run_dir = step.home.run(run).root
     record = finished_checkpoint(run_dir)
-    reused = record is not None
     if record is not None:
         step.log.info(f"run {run} is finished already: nothing to train")
-    else:
+        step.catalog().record_run(run_dir)
+        return record, True
+    try:
+        record = run_training(
+            step.context,
+            torchrun,
+            resolved,  # the current dataset may be another one by now
+            nproc_per_node,
+            step.data_dir,
+            manifest,
+            run_dir,
+            # A short wait: progress must be reported even while others hold the catalog.
+            record=lambda: step.catalog(at_most=5).record_run(run_dir),
+        )
+    except BaseException:
         try:
-            record = run_training(
-                step.context,
-                torchrun,
-                resolved,  # the current dataset may be another one by now
-                nproc_per_node,
-                step.data_dir,
-                manifest,
-                run_dir,
-                # A short wait: progress must be reported even while others hold the catalog.
-                record=lambda: step.catalog(at_most=5).record_run(run_dir),
-            )
-        except BaseException:
-            try:
-                step.catalog().record_run(run_dir)  # a failed run is recorded too
-            except Exception as error:  # must not hide why the run failed
-                step.log.warning(f"the failed run is not in the catalog: {error}")
-            raise
+            step.catalog().record_run(run_dir)  # a failed run is recorded too
+        except Exception as error:  # must not hide why the run failed
+            step.log.warning(f"the failed run is not in the catalog: {error}")
+        raise
     step.catalog().record_run(run_dir)
-    return record, reused
+    return record, False

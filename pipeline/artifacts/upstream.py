@@ -26,33 +26,33 @@ class Upstream:
     """
 
     def __init__(self, step: Step) -> None:
-        self._step, self._home, self._data_dir = step, step.home, step.data_dir
+        self._step = step
 
     def snapshot(self) -> Snapshot:
         made = self._made("raw_text")
-        snapshot_id = made["snapshot_id"] if made else get_current(self._home.prepared.current_snapshot, "raw_text").stem
-        return load_snapshot(self._data_dir, snapshot_id)
+        snapshot_id = made["snapshot_id"] if made else get_current(self._step.home.prepared.current_snapshot, "raw_text").stem
+        return load_snapshot(self._step.data_dir, snapshot_id)
 
     def tokenizer(self) -> TokenizerArtifact:
         made = self._made("trained_tokenizer")
-        return load_tokenizer(self._data_dir, made["tokenizer_id"] if made else None)
+        return load_tokenizer(self._step.data_dir, made["tokenizer_id"] if made else None)
 
     def dataset(self) -> DatasetManifest:
         """With the window length and stride of `tokenized_shards`."""
         made = self._made("tokenized_shards") or self._made("checkpoint")
         if made is None:
-            return load_manifest(self._data_dir)
-        manifest = load_manifest(self._data_dir, made["dataset_id"], made["snapshot_id"])
+            return load_manifest(self._step.data_dir)
+        manifest = load_manifest(self._step.data_dir, made["dataset_id"], made["snapshot_id"])
         return manifest.model_copy(update={name: made[name] for name in ("max_length", "stride") if name in made})
 
     def checkpoint(self) -> CheckpointRecord:
         made = self._made("checkpoint")
-        return CheckpointRecord.of(Path(made["file"]) if made else get_current(self._home.current_checkpoint, "checkpoint"))
+        return CheckpointRecord.of(Path(made["file"]) if made else get_current(self._step.home.current_checkpoint, "checkpoint"))
 
     def evaluation(self) -> Path:
         """The file of the evaluation."""
         made = self._made("evaluation")
-        return Path(made["file"]) if made else get_current(self._home.current_evaluation, "evaluation")
+        return Path(made["file"]) if made else get_current(self._step.home.current_evaluation, "evaluation")
 
     def _made(self, asset: str) -> Mapping[str, Any] | None:
         """Metadata of the asset as made by this run or by the run that it retries; None if neither made it."""

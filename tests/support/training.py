@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llm_core.checkpoint import find_parent
+from llm_core.checkpoint import starting_parent
 from llm_core.checkpoint.state import load_checkpoint
 from llm_core.config import TrainConfig
 from llm_core.dataset import load_manifest
@@ -41,7 +41,7 @@ def make_trainer(data_dir: Path, **options: Any) -> Trainer:
     assert manifest.max_length is not None and manifest.stride is not None
     config = TrainConfig(**(SMALL | options)).resolved(manifest.max_length, manifest.stride)
     torch.set_num_threads(1)
-    parent = find_parent(config.init_from) if config.init_from is not None else None
+    parent = starting_parent(config.init_from, resumed_from=None)
     return Trainer(config, TrainingData.open(data_dir, manifest, config, parent), Ranks.alone("cpu", 1), StopRequest())
 
 

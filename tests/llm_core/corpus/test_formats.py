@@ -21,17 +21,6 @@ from tests.support.corpora import HALF, assert_bytes_add_up, fill, statuses, tex
 NAMES = ["a.txt", "b.jsonl", "c.md.gz", "d.jsonl.zst", "e.parquet", "f.parquet.gz"]
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    fill(tmp_path / "raw")
-    return tmp_path / "raw"
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 # Reading
 
 

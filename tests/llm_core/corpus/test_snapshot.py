@@ -15,18 +15,6 @@ from llm_core.corpus import documents, load_snapshot, local_folder, readers, tak
 from llm_core.errors import DataError, UserError
 from tests.support.corpora import HALF, fill, statuses, texts_of, write_jsonl
 
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    fill(tmp_path / "raw")
-    return tmp_path / "raw"
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 # Scanning
 
 
