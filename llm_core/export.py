@@ -19,7 +19,7 @@ class ExportOptions(StageConfig):
     data_dir: str = Field("processed_data", description="Folder written by the data preparation, for the tokenizer.")
     output_dir: str = Field(description="Directory to write; an exported model in it is replaced once the new one is complete.")
     evaluation: str | None = Field(None, description="An evaluation_step_<N>_*.json to show in the model card.")
-    reason: str = Field("exported by hand", description="Why this checkpoint is released; recorded in textmill.json.")
+    reason: str = Field("exported manually", description="Why this checkpoint is released; recorded in textmill.json.")
 
 
 def main() -> None:
