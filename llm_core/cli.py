@@ -1,26 +1,23 @@
 """The command line of a configuration class, with errors that state the remedy."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 from unicodedata import category
 
 from pydantic import AliasChoices, BaseModel, ValidationError
-from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict, SettingsError
+from pydantic.fields import FieldInfo
 
 from llm_core.errors import TextmillError
 from llm_core.system import restrict_umask
 
 Options = TypeVar("Options", bound=BaseModel)
 
-
-class _Help(argparse.HelpFormatter):
-    """Omits null defaults: the description explains a missing value."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return (action.help or "").replace(" (default: null)", "")
+_HELP = ("-h", "--help")
 
 
 def describe_invalid(error: ValidationError, prefix: str = "--") -> str:
@@ -32,51 +29,109 @@ def describe_invalid(error: ValidationError, prefix: str = "--") -> str:
         if problem["type"] == "missing":
             lines.append(f"{prefix}{name}: missing, it has no default")
             continue
-        lines.append(f"{prefix}{name} {problem['input']}: {message}" if name else message)
+        lines.append(f"{prefix}{name} {_shown(problem['input'])}: {message}" if name else message)
     return "\n".join(lines)
 
 
+def _shown(value: object) -> str:
+    """A value in a message: on one line, and not longer than a few lines of a terminal."""
+    text = str(value)
+    return printable(text if len(text) <= 200 else text[:200] + "...")
+
+
 def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | None = None) -> Options:
-    """Parses `--field value` for each field of `options`; a wrong flag exits with code 2."""
+    """Parses `--name value` or `--name=value` for each field of `options`; a wrong option exits with code 2.
 
-    class Settings(options, BaseSettings):  # type: ignore[misc, valid-type]
-        __doc__ = options.__doc__
-        model_config = SettingsConfigDict(cli_implicit_flags=True, cli_prog_name=prog, cli_hide_none_type=True)
+    The argument after a flag is its value, unchanged, even if it begins with "-"; only another flag of the tool means that the
+    value is missing. A list takes one item each time its flag is given, or all as JSON. A dictionary is JSON.
+    """
 
-        @classmethod
-        def settings_customise_sources(cls, *args: Any, **sources: Any) -> tuple[()]:
-            """Only the command line: an environment variable with the name of a field must not change a run."""
-            return ()
+    def refuse(message: str) -> NoReturn:
+        print(f"{prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
 
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    _refuse_unknown(options, prog, arguments)
-    try:
-        source: Any = CliSettingsSource(Settings, formatter_class=_Help, cli_exit_on_error=False)
-        parsed = CliApp.run(Settings, arguments, source)
-    except ValidationError as error:
-        print(f"{prog}: error: {describe_invalid(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except SettingsError as error:
-        field, _, reason = str(error).removeprefix("Parsing error encountered for ").partition(": ")
-        message = reason if field == "error parsing CLI" else f"--{field}: not readable as JSON ({reason})"
-        print(f"{prog}: error: {message.removeprefix('argument ')}", file=sys.stderr)
-        raise SystemExit(2) from None
-    return options.model_validate(parsed.model_dump())
-
-
-def _refuse_unknown(options: type[BaseModel], prog: str, arguments: Sequence[str]) -> None:
-    """Exits at an unknown flag and suggests a similar one."""
-    known = ["--help"]
-    for name, field in options.model_fields.items():
-        aliases = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
-        forms = ("--", "--no-") if field.annotation is bool else ("--",)
-        known += [f"{form}{alias}" for alias in (name, *aliases) for form in forms]
-    for flag in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
-        if flag not in known:
+    flags = {flag: name for name, field in options.model_fields.items() for flag in _flags(name, field)}
+    known = [*_HELP, *flags]
+    values: dict[str, Any] = {}
+    rest = iter(sys.argv[1:] if arguments is None else arguments)
+    for argument in rest:
+        if argument in _HELP:
+            print(_help(options, prog), end="")
+            raise SystemExit
+        flag, equals, value = argument.partition("=")
+        if not flag.startswith("--"):
+            refuse(f"{_shown(argument)}: no flag precedes this value; --help lists them all")
+        if flag not in flags:
             similar = get_close_matches(flag, known, n=1, cutoff=0.75)
             hint = f"did you mean {similar[0]}? " if similar else ""
-            print(f"{prog}: error: {flag}: no such option; {hint}--help lists them all", file=sys.stderr)
-            raise SystemExit(2)
+            refuse(f"{_shown(flag)}: no such option; {hint}--help lists them all")
+        name = flags[flag]
+        kind = _kind(options.model_fields[name])
+        if kind is bool:
+            if equals:
+                refuse(f"{_shown(argument)}: takes no value; write --{name} or --no-{name}")
+            values[name] = not flag.startswith("--no-")
+            continue
+        if not equals:
+            following = next(rest, None)
+            if following is None or following.partition("=")[0] in known:
+                meant = f"; if {_shown(following)} is its value, write {flag}={_shown(following)}" if following else ""
+                refuse(f"{flag}: its value is missing{meant}")
+            value = following
+        try:
+            if kind is list:
+                values.setdefault(name, []).extend(json.loads(value) if value.startswith("[") else [value])
+            else:
+                values[name] = json.loads(value) if kind is dict else value
+        except (ValueError, RecursionError) as error:
+            example = '["one", "two"]' if kind is list else '{"name": 1}'
+            refuse(f"{flag}: not readable as JSON ({error}); write it like {example}")
+    try:
+        return options.model_validate(values)
+    except ValidationError as error:
+        refuse(describe_invalid(error))
+
+
+def _flags(name: str, field: FieldInfo) -> list[str]:
+    """Every spelling of an option; a boolean one has a negative of each."""
+    aliases = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
+    forms = ("--", "--no-") if _kind(field) is bool else ("--",)
+    return [f"{form}{alias}" for alias in dict.fromkeys((name, *aliases)) for form in forms]
+
+
+def _kind(field: FieldInfo) -> Any:
+    """The type of an option without None, bounds and parameters, such as `int` or `list`; Literal for a choice."""
+    annotation = _plain(field.annotation)
+    return get_origin(annotation) or annotation
+
+
+def _plain(annotation: Any) -> Any:
+    while get_origin(annotation) in (Annotated, Union, UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not NoneType)
+    return annotation
+
+
+def _help(options: type[BaseModel], prog: str) -> str:
+    """The flags with their values, descriptions and defaults; the description explains a missing default."""
+    parser = argparse.ArgumentParser(prog=prog, description=options.__doc__)
+    for name, field in options.model_fields.items():
+        kind, default = _kind(field), field.get_default()
+        text = field.description or ""
+        if kind is list:
+            text += " Give the flag once for each item, or all items as JSON."
+        if field.is_required():
+            text += " (required)"
+        elif default not in (None, ""):
+            text += f" (default: {json.dumps(default) if kind in (list, dict) else default})"
+        if kind is bool:
+            form: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        elif kind is Literal:
+            form = {"choices": get_args(_plain(field.annotation))}
+        else:
+            form = {"metavar": {list: "text", dict: "JSON", str: "text"}.get(kind, kind.__name__)}
+        flags = [flag for flag in _flags(name, field) if not flag.startswith("--no-")]  # argparse adds the negatives
+        parser.add_argument(*flags, help=text.replace("%", "%%"), **form)
+    return parser.format_help()
 
 
 def run_tool(main: Callable[[], None], prog: str) -> None:

@@ -6,9 +6,10 @@ manifests, checkpoints and the catalog. Paths are not here: they do not change a
 
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from llm_core.errors import UserError
+from llm_core.system import is_unicode
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -36,6 +37,16 @@ class StageConfig(BaseModel):
     """Base of every stage's configuration. Unknown fields are refused; instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("contains a NUL character, which neither a path nor a command line can hold; remove it")
+        texts = [value] if isinstance(value, str) else value if isinstance(value, list | dict) else []
+        if not all(is_unicode(text) for text in texts if isinstance(text, str)):
+            raise ValueError("not UTF-8; write it in UTF-8, or rename the file or folder")
+        return value
 
     def identity(self) -> dict[str, Any]:
         """The fields that determine the result, for `content_id`. A field stays marked in subclasses that override it."""
@@ -362,13 +373,21 @@ class EvaluateConfig(StageConfig):
     sample_seed: int = Field(0, ge=0, description="Seed of the sampling.")
 
 
+def _split_at_commas(names: Any) -> Any:
+    """Names of tasks contain no comma: `a,b` is two of them, as in lm-eval's own command."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return names
+    return [stripped for name in names for part in name.split(",") if (stripped := part.strip())]
+
+
 class TasksConfig(StageConfig):
     """Which tasks of EleutherAI's lm-eval a model is evaluated on."""
 
-    lm_eval_tasks: list[str] = Field(
+    lm_eval_tasks: Annotated[list[str], BeforeValidator(_split_at_commas)] = Field(
         [],
         validation_alias=AliasChoices("lm_eval_tasks", "tasks"),
-        description="Names of tasks, groups and tags; empty: none. Most download their data from the Hugging Face hub.",
+        description="Names of tasks, groups and tags, each an item or separated by commas; empty: none. Most download their data "
+        "from the Hugging Face hub.",
     )
     lm_eval_task_dir: Annotated[str | None, EXECUTION] = Field(
         None,

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from llm_core.corpus.types import READABLE, FolderListing, OpenFile, Stamp, format_of, is_unicode
+from llm_core.corpus.types import READABLE, FolderListing, OpenFile, Stamp, format_of
 from llm_core.errors import UserError
+from llm_core.system import is_unicode
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC
 

@@ -16,8 +16,9 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from llm_core.corpus.streams import BLOCK
-from llm_core.corpus.types import READABLE, FolderListing, OpenFile, Stamp, format_of, is_unicode
+from llm_core.corpus.types import READABLE, FolderListing, OpenFile, Stamp, format_of
 from llm_core.errors import DataError, UserError
+from llm_core.system import is_unicode
 
 # The names under which fsspec's file systems report the version of a file.
 _DIGESTS = ("etag", "ETag", "md5", "md5Hash", "crc32c", "checksum", "sha256", "generation", "version_id", "VersionId")

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from llm_core.errors import DataError
-from llm_core.system import atomic_writer
+from llm_core.system import atomic_writer, is_unicode
 
 # Read in this order until there is enough text. textmill depends on these packages, so they are installed.
 _PACKAGES = ("torch", "numpy", "pyarrow", "dagster", "pydantic", "matplotlib", "tokenizers", "duckdb")
@@ -63,7 +63,7 @@ def _docstring_pages(root: Path, prefix: str) -> Iterator[tuple[str, str]]:
         except (SyntaxError, ValueError):
             continue  # the standard library's tests include broken files
         text = "\n\n".join(_docstrings(tree, ".".join(module.parts)))
-        if len(text) >= _SHORTEST and _is_unicode(text):
+        if len(text) >= _SHORTEST and is_unicode(text):
             yield f"{prefix}/{'.'.join(module.parts)}", text + "\n"
 
 
@@ -75,8 +75,3 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _docstrings(child, f"{name}.{child.name}")
-
-
-def _is_unicode(text: str) -> bool:
-    """False for text with lone surrogates, which a few test modules have."""
-    return all(not 0xD800 <= ord(character) <= 0xDFFF for character in text)

@@ -184,12 +184,3 @@ class OpenFile(NamedTuple):
     raw: IO[bytes]
     stamp_when_opened: Callable[[], Stamp]
     current_stamp: Callable[[], Stamp]
-
-
-def is_unicode(name: str) -> bool:
-    """Whether a file name can be encoded as UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # undecodable bytes of a name are lone surrogates
-        return False
-    return True

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore  # torch.distributed exports it without its type
 
 from llm_core.config import TrainConfig
 from llm_core.distributed.ranks import Ranks, choose_device, cores_per_rank
@@ -47,17 +48,19 @@ def join_ranks(config: TrainConfig, run_dir: Path) -> Iterator[Ranks]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     if world_size > 1:
-        init_method = "env://"
+        timeout = timedelta(seconds=config.collective_timeout)
+        store = None  # torchrun's
         if world_size > local_world_size:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_to(os.environ["MASTER_ADDR"]))
         elif sys.platform == "linux":
-            init_method = _rendezvous_on_this_machine(run_dir)
+            store = _store_on_this_machine(run_dir, world_size)
+            store.set_timeout(timeout)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=init_method,
+            store=store,
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=config.collective_timeout),
+            timeout=timeout,
         )
         _groups.append(dist.group.WORLD)
     try:
@@ -115,10 +118,11 @@ def interface_to(host: str) -> str:
     )
 
 
-def _rendezvous_on_this_machine(run_dir: Path) -> str:
-    """The init method for ranks of one machine: they meet in a file and use loopback, so no port is open to the network.
+def _store_on_this_machine(run_dir: Path, world_size: int) -> FileStore:
+    """The store of ranks of one machine: they meet in a file and use loopback, so no port is open to the network.
 
-    The file is named after the process id and start time of torchrun: a file left by a killed run is never reused.
+    The file is named after the process id and start time of torchrun: a file left by a killed run is never reused. It is not
+    given as a file:// URL, since PyTorch does not decode URLs.
     """
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(variable, "lo")
@@ -130,7 +134,8 @@ def _rendezvous_on_this_machine(run_dir: Path) -> str:
     parent = os.getppid()
     started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return folder.rendezvous(f"{parent}-{started}-{attempt}").as_uri()
+    path = folder.rendezvous(f"{parent}-{started}-{attempt}")
+    return FileStore(str(path), world_size)
 
 
 class StopRequest:

@@ -10,6 +10,7 @@ from llm_core.system.files import (
     free_bytes,
     fsync_path,
     inside,
+    is_unicode,
     iter_rows,
     now,
     parquet_bytes,
@@ -35,6 +36,6 @@ from llm_core.system.version import code_version, git_commit, release
 __all__ = [
     "DISK_FULL", "ID_LENGTH", "InnerPath", "atomic_writer", "available_cores", "code_version", "content_id", "die_with_parent",
     "explain_disk_full", "free_bytes", "fsync_path", "git_commit", "held", "infrequent_garbage_collection", "inside",
-    "iter_rows", "keep_freed_memory", "now", "parquet_bytes", "parse_record", "preparing", "read_json", "read_parquet",
-    "read_pointer", "read_record", "release", "restrict_umask", "sha256_file", "verify_file", "write_json",
+    "is_unicode", "iter_rows", "keep_freed_memory", "now", "parquet_bytes", "parse_record", "preparing", "read_json",
+    "read_parquet", "read_pointer", "read_record", "release", "restrict_umask", "sha256_file", "verify_file", "write_json",
 ]  # fmt: skip

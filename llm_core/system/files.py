@@ -222,6 +222,15 @@ def content_id(*parts: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:ID_LENGTH]
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded as UTF-8: undecodable bytes of a file name or an argument are lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from dagster import AssetExecutionContext, Failure
 
+from llm_core.errors import UserError
+
 # What child processes need to find Python, CUDA and the network. The orchestrator's secrets are not passed on.
 _ALLOWED = {
     "PATH",
@@ -45,6 +47,9 @@ _ALLOWED_PREFIXES = (
 # Names with an allowed prefix that are secrets, such as NVIDIA_API_KEY.
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(^|_)KEY(S|_|$)", re.IGNORECASE)
 
+# Bytes: Linux's MAX_ARG_STRLEN, without the closing NUL.
+_MAX_ARGUMENT = 32 * 4096 - 1
+
 _DOWNLOADS = {"SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
 _PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
 
@@ -73,13 +78,20 @@ def download_environment() -> dict[str, str]:
 
 
 def option_list(options: Mapping[str, Any]) -> list[str]:
-    """Options as command-line arguments; None means the default."""
+    """Options as command-line arguments, which `llm_core.cli.parse_options` reads back unchanged; None means the default.
+
+    Raises:
+        UserError: a value is too long for a command line.
+    """
     arguments = []
     for name, value in options.items():
         if isinstance(value, bool):
             arguments.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            arguments += [f"--{name}", json.dumps(value) if isinstance(value, list | dict) else str(value)]
+            # One argument, so that a value that begins with "-" is not taken for a flag.
+            arguments.append(f"--{name}={json.dumps(value) if isinstance(value, list | dict) else value}")
+            if (size := len(os.fsencode(arguments[-1]))) > _MAX_ARGUMENT:
+                raise UserError(f"{name}: {size:,} bytes are too long for a command line, at most {_MAX_ARGUMENT:,}; shorten it")
     return arguments
 
 
@@ -95,7 +107,7 @@ def run_tool(
     """
     command = [sys.executable, "-m", "pipeline.processes.child", module, *option_list(options)]
     context.log.info(shlex.join(command))
-    done = subprocess.run(command, env=training_environment(environment or {}), capture_output=True, text=True)
+    done = subprocess.run(command, env=training_environment(environment or {}), capture_output=True, text=True, errors="replace")
     if done.returncode < 0:
         number = -done.returncode
         raise Failure(
