@@ -13,6 +13,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from llm_core.checkpoint import CheckpointRecord, RunRecord
 from llm_core.corpus import read_summary
@@ -54,22 +55,21 @@ class Catalog(CatalogQueries):
                 if _exists(connection, "SELECT 1 FROM snapshots WHERE snapshot_id = ?", snapshot_id):
                     return
                 connection.execute(f"INSERT INTO snapshots VALUES ({_placeholders(row)})", row)
+                _register(connection, "all_documents", documents)
                 connection.execute(
-                    """
-                    INSERT INTO snapshot_documents
-                    SELECT ?, document_id, path, start, "end", status FROM read_parquet(?, hive_partitioning = false)
-                    """,
-                    [snapshot_id, str(documents)],
+                    'INSERT INTO snapshot_documents SELECT ?, document_id, path, start, "end", status FROM all_documents',
+                    [snapshot_id],
                 )
+                _register(connection, "new_documents", documents)
                 connection.execute(
                     """
                     INSERT INTO documents
-                    SELECT document_id, path, bytes, characters, split, ? FROM read_parquet(?, hive_partitioning = false)
+                    SELECT document_id, path, bytes, characters, split, ? FROM new_documents
                     WHERE status = 'kept'
                     ON CONFLICT DO UPDATE SET path = excluded.path, split = excluded.split, first_seen = excluded.first_seen
                     WHERE excluded.first_seen < documents.first_seen
                     """,
-                    [taken_at, str(documents)],
+                    [taken_at],
                 )
 
     def record_tokenizer(self, data_dir: Path, tokenizer_id: str) -> None:
@@ -103,12 +103,10 @@ class Catalog(CatalogQueries):
                         "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                         [shard.shard_id, tokenizer_id, shard.split, dataset.dtype, *sizes],
                     )
+                    _register(connection, "new_shard", index)
                     connection.execute(
-                        """
-                        INSERT INTO shard_documents
-                        SELECT ?, document_id, token_start, token_count FROM read_parquet(?, hive_partitioning = false)
-                        """,
-                        [shard.shard_id, str(index)],
+                        "INSERT INTO shard_documents SELECT ?, document_id, token_start, token_count FROM new_shard",
+                        [shard.shard_id],
                     )
 
     def record_run(self, run_dir: Path) -> None:
@@ -217,10 +215,14 @@ def _insert_document_steps(connection: duckdb.DuckDBPyConnection, run_id: str, p
         verify_file(path, sha256)
     except DataError as error:
         raise DataError(f"{error}; resuming the run rewrites it") from None
-    connection.execute(
-        "INSERT INTO run_documents SELECT ?, document_id, first_step FROM read_parquet(?, hive_partitioning = false)",
-        [run_id, str(path)],
-    )
+    _register(connection, "new_steps", path)
+    connection.execute("INSERT INTO run_documents SELECT ?, document_id, first_step FROM new_steps", [run_id])
+
+
+def _register(connection: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
+    """Makes a Parquet file readable as a table, once. DuckDB's own reader takes a path with `?`, `*` or `[` for a pattern."""
+    file = pq.ParquetFile(path)
+    connection.register(name, pa.RecordBatchReader.from_batches(file.schema_arrow, file.iter_batches()))
 
 
 @contextmanager

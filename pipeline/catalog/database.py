@@ -20,7 +20,7 @@ import duckdb
 
 from llm_core.errors import DataError, TextmillError, UserError
 from llm_core.system import DISK_FULL, free_bytes
-from pipeline.catalog.file_swap import beside, copy_database, lock_out_writers, replacement, settle_logs
+from pipeline.catalog.file_swap import beside, copy_database, is_misread, lock_out_writers, plain_copy, replacement, settle_logs
 
 # Readable by DuckDB 1.5 and newer.
 STORAGE_VERSION = "v1.5.0"
@@ -109,6 +109,8 @@ class Database:
         settle_logs(self.path)  # left aside by a killed process
         path, copy_after = self.path, time.monotonic() + min(_PATIENCE_WITH_READERS, self._wait_seconds / 2)
         with self._file_errors(), ExitStack() as held:
+            if is_misread(path):
+                path = held.enter_context(plain_copy(path, read_only))
             while True:
                 try:
                     connection = self._attach(path, read_only)
@@ -128,7 +130,7 @@ class Database:
                     self._pause(deadline, reason)
             held.callback(connection.close)  # rolls back an open transaction
             yield connection
-            if path != self.path:
+            if path != self.path and not read_only:
                 connection.execute("CHECKPOINT")  # the log is not moved with the file
 
     @contextmanager
@@ -167,8 +169,8 @@ class Database:
         connection = duckdb.connect(":memory:", config=_SETTINGS)
         try:
             options = "READ_ONLY" if read_only else f"STORAGE_VERSION '{STORAGE_VERSION}'"
-            # ATTACH does not bind parameters: quotes in the path are doubled.
-            quoted = str(path).replace("'", "''")
+            # ATTACH does not bind parameters: quotes in the path are doubled. A relative path could begin like a URL.
+            quoted = str(path.resolve()).replace("'", "''")
             connection.execute(f"ATTACH '{quoted}' AS catalog ({options})")
             connection.execute("USE catalog")
             if not read_only:

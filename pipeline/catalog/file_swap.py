@@ -12,7 +12,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from llm_core.errors import UserError
 from llm_core.system import explain_disk_full, fsync_path
 
 # Suffixes of DuckDB's logs: changes that are not in the database file yet.
@@ -92,6 +94,34 @@ def copy_database(source: int, path: Path, target: Path) -> None:
     for log in _LOGS:
         with suppress(FileNotFoundError):
             shutil.copyfile(beside(path, log), beside(target, log))
+
+
+def is_misread(path: Path) -> bool:
+    r"""Whether DuckDB takes the path for another one: `?` for the start of a URL's parameters, `\` for `/`."""
+    return any(character in str(path.resolve()) for character in "?\\")
+
+
+@contextmanager
+def plain_copy(path: Path, read_only: bool) -> Iterator[Path]:
+    """Yields a copy of the database under a path that DuckDB can read.
+
+    Unless `read_only`, the copy replaces the database when the block ends without an error. The caller keeps others from writing,
+    and closes the copy with an empty log.
+
+    Raises:
+        UserError: the folder for temporary files is misread as well.
+    """
+    with TemporaryDirectory(prefix="textmill-") as folder:
+        copy = Path(folder, path.name)
+        if is_misread(copy):
+            raise UserError(f"TMPDIR {copy.parent.parent}: DuckDB cannot open a path with ? or \\; name another folder")
+        if path.exists():
+            with explain_disk_full(copy, path.stat().st_size):
+                shutil.copyfile(path, copy)
+        yield copy
+        if not read_only:
+            with replacement(path) as fresh, explain_disk_full(fresh, copy.stat().st_size):
+                shutil.copyfile(copy, fresh)
 
 
 def beside(path: Path, suffix: str) -> Path:
