@@ -8,13 +8,15 @@
 Ids read from files are not trusted: a path that would leave its folder raises DataError.
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_core.system import inside
+from llm_core.errors import UserError
+from llm_core.system import inside, is_unicode
 
 # The folder of the sample corpus in the raw text.
 SAMPLE_CORPUS = "sample_corpus"
@@ -245,6 +247,13 @@ class Home:
         """The pointer of each release line; the line without a name is None."""
         pointers = sorted(self.models.glob("released*.json"))
         return {path.stem.removeprefix("released").removeprefix("_") or None: path for path in pointers}
+
+
+def named_folder(folder: str) -> Path:
+    """The absolute path of a folder that a user names; `~` is the user's own folder. Raises UserError if it is not UTF-8."""
+    if not is_unicode(folder):
+        raise UserError(f"{folder}: the name of this folder is not UTF-8; rename it")
+    return Path(os.path.expanduser(folder)).resolve()  # noqa: PTH111 (a Path raises for an unknown user)
 
 
 def _of_line(name: str, line: str | None) -> str:

@@ -7,14 +7,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from llm_core.cli import printable, run_tool
 from llm_core.collect_garbage import GarbageOptions, collect
 from llm_core.errors import DataError, UserError
-from llm_core.layout import Home
-from llm_core.system import release
+from llm_core.layout import Home, named_folder
+from llm_core.system import is_unicode, release
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.rebuild import rebuild
 
@@ -25,16 +24,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `textmill` command."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback in `textmill lineage ... | head`
     options = _parser().parse_args(arguments)
-    home = Home(Path(options.home if "home" in options else os.environ.get("TEXTMILL_HOME", "data")).expanduser())
-    run_tool(lambda: options.run(home, options), PROG)
+    home = options.home if "home" in options else os.environ.get("TEXTMILL_HOME", "data")
+    run_tool(lambda: options.run(Home(named_folder(home)), options), PROG)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses wrong arguments in one line, as the tools of llm_core do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROG}: error: {printable(message)} (`{self.prog} --help`; a value that begins with - follows = or --)\n")
+
+
+def _text(value: str) -> str:
+    if not is_unicode(value):
+        raise argparse.ArgumentTypeError(f"{value}: not UTF-8")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
     # --home may precede or follow the command. With a default, the second parser would overwrite the value of the first.
-    home = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    home = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     home.add_argument("--home", help="root of everything textmill writes (default: TEXTMILL_HOME or ./data)")
     description = "Trace a model to its training text and a text to its models; maintain the catalog and the prepared data."
-    parser = argparse.ArgumentParser(prog=PROG, description=description, parents=[home])
+    parser = _Parser(prog=PROG, description=description, parents=[home])
     parser.add_argument("--version", action="version", version=f"textmill {release()}")
     parser.set_defaults(run=lambda *_: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND")
@@ -43,12 +55,12 @@ def _parser() -> argparse.ArgumentParser:
         "lineage", help="show the data, tokenizer, options, code and text a checkpoint was made from", parents=[home]
     )
     lineage.add_argument(
-        "checkpoint", help="id of a checkpoint, a run (its last checkpoint) or a model; a unique prefix is enough"
+        "checkpoint", type=_text, help="id of a checkpoint, a run (its last checkpoint) or a model; a unique prefix is enough"
     )
     lineage.set_defaults(run=_lineage)
 
     usage = commands.add_parser("usage", help="list the checkpoints trained on a document or a raw file", parents=[home])
-    usage.add_argument("document", help="id of a document, or path of a raw file relative to the raw text folder")
+    usage.add_argument("document", type=_text, help="id of a document, or path of a raw file relative to the raw text folder")
     usage.set_defaults(run=_usage)
 
     runs = commands.add_parser("runs", help="list all training runs", parents=[home])

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from llm_core.corpus import InputDir, is_url
 from llm_core.errors import UserError
-from llm_core.layout import Home
+from llm_core.layout import Home, named_folder
 from pipeline.catalog.catalog import Catalog
 
 
@@ -34,22 +34,22 @@ class Storage(dg.ConfigurableResource):
         """The home with every path in it.
 
         Raises:
-            UserError: the release line is not a usable name. (Checked here and not by pydantic: Dagster takes an invalid resource
-                for a crash and retries it.)
+            UserError: the home or the release line is not a usable name. (Checked here and not by pydantic: Dagster takes an
+                invalid resource for a crash and retries it.)
         """
         if self.release_line is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.release_line):
             raise UserError(
                 f"storage.release_line {self.release_line}: not a name; use letters, digits, '.', '_' and '-', and begin with a "
                 "letter or digit"
             )
-        return Home(Path(self.home).expanduser().resolve())
+        return Home(named_folder(self.home))
 
     @property
     def raw_text(self) -> InputDir:
         """The raw text: a resolved path, or a URL as it was given."""
         if self.raw_text_dir and is_url(self.raw_text_dir):
             return self.raw_text_dir
-        return Path(self.raw_text_dir).expanduser().resolve() if self.raw_text_dir else self.folders.raw_text
+        return named_folder(self.raw_text_dir) if self.raw_text_dir else self.folders.raw_text
 
     @property
     def released(self) -> Path:
