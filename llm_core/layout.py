@@ -159,13 +159,6 @@ class RunFolder:
         """Hugging Face directory of a checkpoint that is not released."""
         return self.root / f".checkpoint_step_{step}.exported"
 
-    def rendezvous(self, torchrun: str) -> Path:
-        """The rendezvous file of the ranks of one torchrun on this machine."""
-        return self.root / f".ranks-{torchrun}"
-
-    def rendezvous_files(self) -> list[Path]:
-        return list(self.root.glob(".ranks-*"))
-
 
 def checkpoint_manifest(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name + ".json")

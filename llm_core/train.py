@@ -15,7 +15,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from pydantic import Field
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from llm_core.checkpoint import starting_parent
 from llm_core.cli import error_message, parse_options
@@ -81,7 +80,6 @@ def _prog() -> str:
     return f"[rank {os.environ['RANK']}] {PROG}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else PROG
 
 
-@record
 def main(callback: Callback | None = None) -> None:
     restrict_umask()
     prog = _prog()

@@ -1,5 +1,6 @@
 """Starts and ends this process as one of the ranks: device, threads, process group and signals."""
 
+import faulthandler
 import os
 import signal
 import socket
@@ -7,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -21,12 +22,14 @@ from torch._C._distributed_c10d import FileStore  # torch.distributed exports it
 from llm_core.config import TrainConfig
 from llm_core.distributed.ranks import Ranks, choose_device, cores_per_rank
 from llm_core.errors import UserError
-from llm_core.layout import RunFolder
-from llm_core.system import die_with_parent, keep_freed_memory
+from llm_core.system import abandoned, delete_marks, die_with_parent, keep_freed_memory, mark_in_use
 
 # Keeps process groups alive until `run_rank` ends the process: dropping the last reference to a group joins its threads. DDP's
 # reducer would do so while holding the GIL, and deadlock if one of the threads is waiting for it.
 _groups: list[Any] = []
+
+# The folder that torchrun makes in the temporary directory, and the file in it where the ranks of one machine meet.
+_TORCHRUN_FOLDER, _RENDEZVOUS = "torchelastic_", "rendezvous"
 
 # Seconds within which two SIGINTs count as one: a key held down, or a signal to both the process and its group.
 _SAME_INTERRUPT = 2.0
@@ -47,13 +50,16 @@ def join_ranks(config: TrainConfig, run_dir: Path) -> Iterator[Ranks]:
         keep_freed_memory()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    folder = _torchrun_folder()
+    if folder is not None:
+        _mark_torchrun_folder(folder)
     if world_size > 1:
         timeout = timedelta(seconds=config.collective_timeout)
         store = None  # torchrun's
         if world_size > local_world_size:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_to(os.environ["MASTER_ADDR"]))
-        elif sys.platform == "linux":
-            store = _store_on_this_machine(run_dir, world_size)
+        elif sys.platform == "linux" and folder is not None:
+            store = _store_on_this_machine(folder, world_size)
             store.set_timeout(timeout)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -76,6 +82,7 @@ def run_rank(main: Callable[[], object]) -> None:
     Gloo's threads still hold tensors when `main` returns. A thread that frees one while Python shuts down needs the GIL, which no
     longer exists, and the process aborts. So the output is flushed and the process exits directly.
     """
+    faulthandler.enable()
     try:
         main()
         code = 0
@@ -87,6 +94,8 @@ def run_rank(main: Callable[[], object]) -> None:
         else:
             traceback.print_exc()
             code = 1
+    finally:
+        _leave_torchrun_folder()
     if _groups:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -118,24 +127,62 @@ def interface_to(host: str) -> str:
     )
 
 
-def _store_on_this_machine(run_dir: Path, world_size: int) -> FileStore:
+def _store_on_this_machine(folder: Path, world_size: int) -> FileStore:
     """The store of ranks of one machine: they meet in a file and use loopback, so no port is open to the network.
 
-    The file is named after the process id and start time of torchrun: a file left by a killed run is never reused. It is not
-    given as a file:// URL, since PyTorch does not decode URLs.
+    The file is in a folder that torchrun makes for each attempt, in the temporary directory: the file system of the run folder
+    may lack flock, which PyTorch's file store needs. It is not given as a file:// URL, since PyTorch does not decode URLs.
     """
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(variable, "lo")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    folder = RunFolder(run_dir.resolve())
-    for file in folder.rendezvous_files():
-        if not psutil.pid_exists(int(file.name.split("-")[1])):
-            file.unlink(missing_ok=True)
-    parent = os.getppid()
-    started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    path = folder.rendezvous(f"{parent}-{started}-{attempt}")
-    return FileStore(str(path), world_size)
+    return FileStore(str(folder / _RENDEZVOUS), world_size)
+
+
+def _torchrun_folder() -> Path | None:
+    """The private folder in which torchrun collects the error files of this attempt's ranks on this machine, if it has one."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parent.parent if error_file else None
+
+
+def _mark_torchrun_folder(folder: Path) -> None:
+    """Marks a folder that torchrun made in the temporary directory, and empties those of ranks that were killed.
+
+    Raises:
+        UserError: the temporary directory has no flock.
+    """
+    for left in abandoned(_TORCHRUN_FOLDER):
+        _remove_torchrun_folder(left)
+    if (made_by_torchrun := _in_temporary_directory(folder)) is not None:
+        mark_in_use(made_by_torchrun)
+
+
+def _in_temporary_directory(folder: Path) -> Path | None:
+    """The part of `folder` that torchrun made in the temporary directory; None if the user chose the folder (`--log-dir`)."""
+    return next((path for path in folder.parents if path.name.startswith(_TORCHRUN_FOLDER)), None)
+
+
+def _leave_torchrun_folder() -> None:
+    """Deletes what torchrun, which never does, and this rank have put in the temporary directory. The last rank ends this."""
+    folder = _torchrun_folder()
+    made_by_torchrun = _in_temporary_directory(folder) if folder is not None else None
+    if folder is None or made_by_torchrun is None:
+        return
+    with suppress(OSError):
+        folder.joinpath(os.environ["LOCAL_RANK"]).rmdir()
+        if not any(path.is_dir() for path in folder.iterdir()):
+            _remove_torchrun_folder(made_by_torchrun)
+
+
+def _remove_torchrun_folder(folder: Path) -> None:
+    """Deletes the rendezvous files and marks in a folder of torchrun, and the folder unless it has logs that the user wanted."""
+    delete_marks(folder)
+    for file in folder.glob(f"*/*/{_RENDEZVOUS}"):
+        file.unlink(missing_ok=True)
+    for path in sorted(folder.rglob("*"), reverse=True):  # children before their folder
+        with suppress(OSError):
+            path.rmdir()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 class StopRequest:

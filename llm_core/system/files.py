@@ -31,6 +31,9 @@ SEAL = "sha256_of_the_rest"
 # No space left on the disk or in the quota.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
+# The file system does not have the operation, as with some network mounts.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
 
 class HashingWriter:
     """A binary file object that hashes and counts the bytes written."""
@@ -61,10 +64,13 @@ class HashingWriter:
 
 
 def fsync_path(path: Path) -> None:
-    """Makes the content of a file, or a rename in a folder, survive a power failure."""
+    """Makes the content of a file, or a rename in a folder if its file system can, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

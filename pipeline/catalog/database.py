@@ -5,7 +5,6 @@ side files. While another program has the file open, such as the duckdb command,
 If that program only reads, a writer soon stops waiting and writes to a copy that replaces the file.
 """
 
-import fcntl
 import os
 import random
 import re
@@ -19,7 +18,7 @@ from typing import IO
 import duckdb
 
 from llm_core.errors import DataError, TextmillError, UserError
-from llm_core.system import DISK_FULL, free_bytes
+from llm_core.system import DISK_FULL, free_bytes, is_without_locks, lock_file, no_locks
 from pipeline.catalog.file_swap import beside, copy_database, is_misread, lock_out_writers, plain_copy, replacement, settle_logs
 
 # Readable by DuckDB 1.5 and newer.
@@ -70,7 +69,7 @@ class Database:
         """One transaction: committed when the block ends, rolled back when it raises.
 
         Raises:
-            UserError: there is no file to read, or its schema has another version.
+            UserError: there is no file to read, its schema has another version, or its file system has no locks.
             CatalogError: the file is damaged, the disk is full, or others kept the file open for the entire waiting time.
         """
         if read_only and not self.path.exists():
@@ -145,15 +144,15 @@ class Database:
             queue, lock = (open(beside(self.path, suffix), "a+", encoding="utf-8") for suffix in (".queue", ".lock"))
         except OSError as error:
             raise UserError(f"{self.path.parent}: cannot create the catalog's lock in this folder ({error.strerror})") from None
-        with queue, lock:
-            for file, kind in ((queue, fcntl.LOCK_EX), (lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)):
-                while True:
-                    try:
-                        fcntl.flock(file, kind | fcntl.LOCK_NB)
-                        break
-                    except BlockingIOError:
-                        self._pause(deadline, f"process {_holder(lock)} holds {lock.name}")
-            fcntl.flock(queue, fcntl.LOCK_UN)
+        with lock:
+            with queue:  # closing it lets the next process in the queue wait for the lock
+                for file, is_shared in ((queue, False), (lock, shared)):
+                    while True:
+                        try:
+                            lock_file(file.fileno(), self.path, is_shared)
+                            break
+                        except BlockingIOError:
+                            self._pause(deadline, f"process {_holder(lock)} holds {lock.name}")
             if not shared:
                 lock.truncate(0)  # a killed process leaves its id
                 lock.write(str(os.getpid()))
@@ -181,6 +180,8 @@ class Database:
             connection.close()
             if "Could not set lock on file" not in str(error):
                 raise self._refused(error, "damaged or not readable", _REMEDY) from None
+            if is_without_locks(str(error)):
+                raise no_locks(path, "DuckDB needs them") from None
             holder = re.search(r"held in (.*?\(PID \d+\))", str(error))
             raise _LockedError(holder[1] if holder else "another program") from None
         except BaseException:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llm_core.errors import UserError
-from llm_core.system import explain_disk_full, fsync_path
+from llm_core.system import explain_disk_full, fsync_path, is_without_locks, no_locks
 
 # Suffixes of DuckDB's logs: changes that are not in the database file yet.
 _LOGS = (".wal", ".wal.checkpoint", ".wal.recovery")
@@ -27,6 +27,9 @@ def lock_out_writers(path: Path) -> int | None:
     """A descriptor of the database at `path` that prevents DuckDB from opening it for writing; None if a writer has it open.
 
     Until it is closed, this process must not open and close the file again: that would release the lock.
+
+    Raises:
+        UserError: the file system has no locks.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -35,7 +38,7 @@ def lock_out_writers(path: Path) -> int | None:
         os.close(descriptor)
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return None
-        raise
+        raise (no_locks(path, "DuckDB needs them") if is_without_locks(str(error)) else error) from None
     except BaseException:
         os.close(descriptor)
         raise

@@ -13,14 +13,18 @@ import psutil
 from pipeline.processes.interrupts import postponed_interrupts
 
 
-def torchrun_arguments(module: str, nproc_per_node: int, rendezvous_file: Path, options: Sequence[str]) -> list[str]:
-    """Arguments for torchrun on one machine: its processes rendezvous in a file, so that no port is open to the network."""
+def torchrun_arguments(module: str, nproc_per_node: int, folder: Path, options: Sequence[str]) -> list[str]:
+    """Arguments for torchrun on one machine: its processes rendezvous in a file, so that no port is open to the network.
+
+    folder: for torchrun's own files; deleted after it has ended.
+    """
     return [
         "--nnodes=1",
         f"--nproc_per_node={nproc_per_node}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={rendezvous_file}",
+        f"--rdzv-endpoint={folder.joinpath('torchrun')}",
         "--rdzv-conf=store_type=file",
+        f"--log-dir={folder}",
         "--max-restarts=0",  # retries resume from a checkpoint, in a new torchrun
         "-m",
         module,

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,9 +13,9 @@ from typing import Any
 import dagster as dg
 from dagster import (
     AssetExecutionContext,
+    PipesFileContextInjector,
     PipesMessageHandler,
     PipesMessageReader,
-    PipesTempFileContextInjector,
     open_pipes_session,
 )
 from dagster_pipes import PipesDefaultMessageWriter, PipesParams
@@ -26,7 +25,7 @@ from llm_core.config import TrainConfig
 from llm_core.dataset import DatasetManifest
 from llm_core.errors import TextmillError, UserError
 from llm_core.layout import RunFolder
-from llm_core.system import held
+from llm_core.system import held, temporary_folder
 from pipeline.failures import print_at_exit
 from pipeline.presentation import literal
 from pipeline.processes.tools import option_list, training_environment
@@ -70,11 +69,12 @@ def run_training(
     before = _stamp(RunFolder(run_dir).record)
     reported = 0
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="textmill-")))
+        folder = stack.enter_context(temporary_folder())
         messages = MessageFile(folder.joinpath("messages"))
-        session = stack.enter_context(open_pipes_session(context, PipesTempFileContextInjector(), messages))
+        injector = PipesFileContextInjector(str(folder.joinpath("context")))
+        session = stack.enter_context(open_pipes_session(context, injector, messages))
         process = TorchrunProcess(
-            torchrun_arguments("pipeline.processes.training_rank", nproc_per_node, folder.joinpath("torchrun"), options),
+            torchrun_arguments("pipeline.processes.training_rank", nproc_per_node, folder, options),
             training_environment(session.get_bootstrap_env_vars()),
             log_path=RunFolder(run_dir).log,
             grace_seconds=torchrun.stop_seconds,
