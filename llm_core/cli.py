@@ -13,6 +13,7 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from llm_core.errors import TextmillError
+from llm_core.interrupts import EXIT_CODE, exit_on_interrupt, raise_on_interrupt
 from llm_core.system import restrict_umask
 
 Options = TypeVar("Options", bound=BaseModel)
@@ -134,11 +135,19 @@ def _help(options: type[BaseModel], prog: str) -> str:
     return parser.format_help()
 
 
-def run_tool(main: Callable[[], None], prog: str) -> None:
-    """Runs `main`; a TextmillError becomes one message and its exit code."""
+def run_tool(main: Callable[[], None], prog: str, interrupted: str = "nothing was changed") -> None:
+    """Runs `main`; a TextmillError becomes one message and its exit code.
+
+    interrupted: what Ctrl-C leaves behind, and how to continue.
+    """
     restrict_umask()
+    raise_on_interrupt()
     try:
         main()
+    except KeyboardInterrupt:
+        exit_on_interrupt(f"{prog}: stopped")  # not in the middle of Python's shutdown
+        print(f"\n{prog}: stopped; {printable(interrupted)}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_CODE) from None
     except TextmillError as error:
         print(error_message(error, prog), file=sys.stderr)
         raise SystemExit(error.exit_code) from None

@@ -5,6 +5,11 @@ Manifests are removed before the files they name: an interrupted removal leaves 
 its rows as history.
 """
 
+from llm_core.interrupts import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()
+
 import sys
 import time
 from collections.abc import Iterator
@@ -154,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main, PROG)
+    run_tool(main, PROG, "what it removed so far was not needed; run it again to remove the rest")

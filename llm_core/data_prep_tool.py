@@ -11,6 +11,11 @@ from pathlib import Path
 if not __package__:  # run as a plain file: find the package beside it, not its modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from llm_core.interrupts import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()
+
 from pydantic import Field
 from tqdm import tqdm
 
@@ -119,7 +124,11 @@ def _log(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(DataPrepOptions, PROG, arguments)
-    run_tool(lambda: prepare(options), PROG)
+    run_tool(
+        lambda: prepare(options),
+        PROG,
+        f"what is complete is in {options.output_dir}; the same command continues from there",
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """`python -m llm_core.evaluate_text`: evaluates a checkpoint on the held-out text of a dataset."""
 
+from llm_core.interrupts import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()
+
 from pathlib import Path
 
 from pydantic import Field
@@ -50,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main, PROG)
+    run_tool(main, PROG, "no result was written; run it again to evaluate")

@@ -1,5 +1,10 @@
 """`python -m llm_core.export`: writes a checkpoint as a Hugging Face directory with a LlamaForCausalLM."""
 
+from llm_core.interrupts import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()
+
 from pathlib import Path
 
 from pydantic import Field
@@ -32,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main, PROG)
+    run_tool(main, PROG, "nothing was exported, and a model that was in --output_dir is still there; run it again to export")

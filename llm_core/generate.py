@@ -1,5 +1,10 @@
 """The generation tool: `python -m llm_core.generate ...` continues a prompt with a trained model."""
 
+from llm_core.interrupts import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()
+
 from pathlib import Path
 
 from pydantic import Field
@@ -56,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main, PROG)
+    run_tool(main, PROG, "the text was not complete; run it again")

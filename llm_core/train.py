@@ -8,7 +8,12 @@ from typing import Literal
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run as a plain file: find the package, not its modules
 
-from llm_core.system import restrict_umask  # first: records the parent pid before PyTorch takes seconds to load
+from llm_core.interrupts import EXIT_CODE, exit_on_interrupt, raise_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()
+
+from llm_core.system import restrict_umask  # early: records the parent pid before PyTorch takes seconds to load
 
 # OpenMP reads this when PyTorch loads it: waiting threads sleep instead of spinning, which would slow down a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -82,6 +87,7 @@ def _prog() -> str:
 
 def main(callback: Callback | None = None) -> None:
     restrict_umask()
+    raise_on_interrupt()
     prog = _prog()
     options = parse_options(TrainOptions, prog)
     try:
@@ -103,6 +109,11 @@ def main(callback: Callback | None = None) -> None:
         if not isinstance(error, Preempted) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(error_message(error, prog), file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:  # before the first step or after the last one: `StopRequest` handles it while training
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            saved = "nothing since the last checkpoint is lost; --resume auto continues from it, if there is one"
+            print(f"\n{prog}: stopped; {saved}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_CODE) from None
 
 
 if __name__ == "__main__":

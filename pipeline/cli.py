@@ -1,10 +1,16 @@
 """The `textmill` command: catalog queries and rebuild, garbage collection."""
 
+import sys
+
+from llm_core.interrupts import exit_on_interrupt
+
+if __name__ == "__main__" or sys.argv[0].endswith("textmill"):
+    exit_on_interrupt()
+
 import argparse
 import json
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -25,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback in `textmill lineage ... | head`
     options = _parser().parse_args(arguments)
     home = options.home if "home" in options else os.environ.get("TEXTMILL_HOME", "data")
-    run_tool(lambda: options.run(Home(named_folder(home)), options), PROG)
+    run_tool(lambda: options.run(Home(named_folder(home)), options), PROG, options.interrupted)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     description = "Trace a model to its training text and a text to its models; maintain the catalog and the prepared data."
     parser = _Parser(prog=PROG, description=description, parents=[home])
     parser.add_argument("--version", action="version", version=f"textmill {release()}")
-    parser.set_defaults(run=lambda *_: parser.print_help())
+    parser.set_defaults(run=lambda *_: parser.print_help(), interrupted="nothing was changed")
     commands = parser.add_subparsers(metavar="COMMAND")
 
     lineage = commands.add_parser(
@@ -74,11 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         help="number of the newest datasets to keep, including the current one (default: 1); datasets of runs are always kept",
     )
     gc.add_argument("--dry-run", "--dry_run", action="store_true", help="only list what would be removed")
-    gc.set_defaults(run=_gc)
+    gc.set_defaults(run=_gc, interrupted="what it removed so far was not needed; run it again to remove the rest")
 
     catalog = commands.add_parser("catalog", help="maintain the catalog file").add_subparsers(required=True, metavar="COMMAND")
     rebuilding = catalog.add_parser("rebuild", help="rebuild the catalog from the files on disk", parents=[home])
-    rebuilding.set_defaults(run=_rebuild)
+    rebuilding.set_defaults(run=_rebuild, interrupted="the catalog is as it was; run it again to rebuild")
     return parser
 
 

@@ -61,8 +61,15 @@ def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evalua
     )
     sample = results["samples"][0] if results and results["samples"] else None
     card = model_card(exported, model.config.num_parameters, run.train_config(run_dir), sample)
-    with explain_disk_full(ModelFolder(output_dir).weights, 4 * model.config.num_parameters):
-        _write_directory(model, tokenizer, output_dir, card, exported)
+    try:
+        with explain_disk_full(ModelFolder(output_dir).weights, 4 * model.config.num_parameters):
+            _write_directory(model, tokenizer, output_dir, card, exported)
+    finally:
+        shutil.rmtree(_beside(output_dir.absolute(), "tmp"), ignore_errors=True)  # if it was interrupted
+
+
+def _beside(directory: Path, suffix: str) -> Path:
+    return directory.with_name(f".{directory.name}.{suffix}")
 
 
 def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, card: str, record: ModelRecord) -> None:
@@ -75,7 +82,7 @@ def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, 
         raise UserError(f"--output_dir {directory}: is a file; name a folder")
     if directory.exists() and not ModelFolder(directory).record.is_file() and any(directory.iterdir()):
         raise UserError(f"--output_dir {directory}: has files that are not an exported model; name a new or empty folder")
-    temporary, replaced = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))
+    temporary, replaced = _beside(directory, "tmp"), _beside(directory, "old")
     if replaced.exists() and not directory.exists():  # an earlier export was killed between its two renames
         replaced.rename(directory)
     shutil.rmtree(temporary, ignore_errors=True)

@@ -10,12 +10,13 @@ from pipeline.assets.run_comparison import run_comparison
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.assets.trained_tokenizer import trained_tokenizer
+from pipeline.automation.executor import cancelable_executor
 
 PREPARATION = [raw_text, trained_tokenizer, tokenized_shards]
 LINEAGE = [*PREPARATION, checkpoint, evaluation, released_model, run_comparison]
 
 # Steps run one after another, and training has its own processes: a process per step would only add seconds of startup.
-EXECUTOR = dg.in_process_executor
+EXECUTOR = cancelable_executor
 
 # From text to model in a few minutes on two CPU cores.
 QUICKSTART_CONFIG = {

@@ -131,7 +131,7 @@ def _report_interruption(context: AssetExecutionContext, run_dir: Path, max_step
         message = f"the training was stopped {state}; run the same job again to continue it (in {run_dir})"
         print_at_exit(message)
         context.log.warning(message)
-        raise
+        raise dg.DagsterExecutionInterruptedError(message) from None
 
 
 class LiveRecords:

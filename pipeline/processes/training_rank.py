@@ -1,7 +1,9 @@
 """A training rank under Dagster: `llm_core.train`, with rank 0 reporting progress through Dagster Pipes."""
 
 import os
+import sys
 import time
+from typing import Any
 
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, open_dagster_pipes
 
@@ -28,7 +30,12 @@ def main() -> None:
             last_sent = time.monotonic()
             pipes.report_custom_message(record)
 
-        train.main(callback=send)
+        try:
+            train.main(callback=send)
+            code: Any = 0
+        except SystemExit as end:  # reported already; Dagster would log it with a stack trace
+            code = end.code
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""Runs the steps of a job, and records a job that Ctrl-C stopped as canceled."""
+
+import atexit
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+from dagster import _check as check
+from dagster._core.execution.retries import RetryMode
+from dagster._core.executor.in_process import InProcessExecutor
+
+from llm_core.interrupts import EXIT_CODE
+from pipeline.failures import print_at_exit
+
+
+class CancelableExecutor(InProcessExecutor):
+    """Dagster's in-process executor, for which Ctrl-C in `dagster job execute` is a request to cancel the run.
+
+    To Dagster only its web UI cancels a run; any other interrupt is a failure, reported with a stack trace. That is right for the
+    runs that Dagster launched, which it retries after a shutdown of the machine: they are left as they are.
+    """
+
+    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+        events = super().execute(plan_context, execution_plan)
+        if plan_context.dagster_run.remote_job_origin is not None:  # launched by Dagster
+            yield from events
+            return
+        canceled: list[bool] = []
+        atexit.register(lambda: canceled and _exit())  # now, so that it comes after every `print_at_exit`
+        failed = False
+        try:
+            for event in _shielding_log_capture(events):
+                failed = failed or event.is_step_failure
+                yield event
+        except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError) as interrupt:
+            canceled.append(True)
+            if not str(interrupt):  # the step has not reported it
+                print_at_exit("the run was stopped; run the same job again to continue: what is complete is reused")
+            plan_context.instance.report_run_canceling(plan_context.dagster_run, "Stopped by Ctrl-C or SIGTERM.")
+            if not failed:  # between two steps: without an exception, Dagster would take the job for complete
+                raise
+
+
+def _shielding_log_capture(events: Iterator[dg.DagsterEvent]) -> Iterator[dg.DagsterEvent]:
+    """Lets the processes with which Dagster copies the output to the terminal inherit a block of SIGINT.
+
+    Ctrl-C reaches them too: they would print a traceback, and end before the output does. In this process the signal is delayed
+    until they have started.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        for event in events:
+            if event.event_type in (dg.DagsterEventType.LOGS_CAPTURED, dg.DagsterEventType.STEP_START):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            yield event
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def _exit() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(EXIT_CODE)
+
+
+def _make(context: dg.InitExecutorContext) -> CancelableExecutor:
+    config: Any = context.executor_config
+    return CancelableExecutor(check.not_none(RetryMode.from_config(config["retries"])))
+
+
+cancelable_executor = dg.ExecutorDefinition("in_process", dg.in_process_executor.config_schema, executor_creation_fn=_make)
