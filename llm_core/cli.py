@@ -13,7 +13,7 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from llm_core.errors import TextmillError
-from llm_core.interrupts import EXIT_CODE, exit_on_interrupt, raise_on_interrupt
+from llm_core.interrupts import exit_interrupted, raise_on_interrupt
 from llm_core.system import restrict_umask
 
 Options = TypeVar("Options", bound=BaseModel)
@@ -145,9 +145,8 @@ def run_tool(main: Callable[[], None], prog: str, interrupted: str = "nothing wa
     try:
         main()
     except KeyboardInterrupt:
-        exit_on_interrupt(f"{prog}: stopped")  # not in the middle of Python's shutdown
-        print(f"\n{prog}: stopped; {printable(interrupted)}", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_CODE) from None
+        print(f"\n{prog}: stopped; {printable(interrupted)}", file=sys.stderr)
+        exit_interrupted()
     except TextmillError as error:
         print(error_message(error, prog), file=sys.stderr)
         raise SystemExit(error.exit_code) from None

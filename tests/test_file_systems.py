@@ -63,6 +63,7 @@ def take_lock(folder: Path, kind: str, environment: Mapping[str, str]) -> subpro
     return subprocess.run(command, env=environment, capture_output=True, text=True, input="")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flock", "fsync"), [(errno.ENOSYS, errno.EINVAL), (errno.EOPNOTSUPP, errno.ENOTSUP)])
 def test_everything_works_without_flock_and_without_fsync_of_folders(
     flock: int, fsync: int, corpus_dir: Path, tmp_path: Path
@@ -79,10 +80,9 @@ def test_everything_works_without_flock_and_without_fsync_of_folders(
 
 
 def test_a_failing_disk_is_not_taken_for_a_file_system_without_fsync(tmp_path: Path) -> None:
-    code = (
-        f"from pathlib import Path; from llm_core.system import write_json; write_json(Path({str(tmp_path / 'a.json')!r}), {{}})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=without(tmp_path, fsync=errno.EIO), capture_output=True, text=True)
+    code = "import sys; from pathlib import Path; from llm_core.system import fsync_path; fsync_path(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=without(tmp_path, fsync=errno.EIO), capture_output=True, text=True)
     assert done.returncode == 1 and "Input/output error" in done.stderr
 
 
@@ -106,8 +106,10 @@ def test_without_flock_only_one_process_has_the_lock_until_it_is_killed(kind: st
     assert take_lock(tmp_path, kind, environment).stdout == "locked\n"
 
 
-@pytest.mark.parametrize("kind", ["folder", "writer", "reader"])
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [("folder", errno.ENOSYS), ("writer", errno.EOPNOTSUPP), ("writer", errno.ENOLCK), ("reader", errno.ENOSYS)],
+)
 def test_without_any_locks_one_line_names_the_folder_and_the_remedy(kind: str, number: int, tmp_path: Path) -> None:
     assert kind == "folder" or take_lock(tmp_path, "writer", without(tmp_path)).returncode == 0
     done = take_lock(tmp_path, kind, without(tmp_path, flock=number, fcntl=number))
@@ -119,7 +121,5 @@ def test_without_any_locks_one_line_names_the_folder_and_the_remedy(kind: str, n
 def test_a_catalog_that_duckdb_cannot_lock_is_reported_at_once(tmp_path: Path) -> None:
     done = take_lock(tmp_path, "writer", without(tmp_path, fcntl=errno.ENOSYS))
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == f"lock: error: {tmp_path}: the file system of this folder has no file locks (DuckDB needs them); {_REMEDY}\n"
-    )
+    message = f"{tmp_path}: the file system of this folder has no file locks (DuckDB needs them); {_REMEDY}"
+    assert done.stderr == f"lock: error: {message}\n"

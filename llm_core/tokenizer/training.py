@@ -8,6 +8,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llm_core.config import TokenizerConfig
 from llm_core.errors import UserError
+from llm_core.interrupts import interruptible
 from llm_core.tokenizer.tiktoken_ranks import PATTERNS, ready_tokenizer
 from llm_core.tokenizer.tokenizer import CL100K_PATTERN, Tokenizer, byte_characters, byte_level_tokenizer
 
@@ -72,7 +73,7 @@ def _train_bpe(texts: Texts, config: TokenizerConfig) -> tokenizers.Tokenizer:
         initial_alphabet=byte_characters(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(), trainer)
+    interruptible(lambda: tokenizer.train_from_iterator(texts(), trainer))
     return tokenizer
 
 
@@ -107,7 +108,7 @@ def _train_wordpiece(texts: Texts, config: TokenizerConfig) -> tokenizers.Tokeni
         continuing_subword_prefix="##",
         show_progress=False,
     )
-    learner.train_from_iterator(texts(), trainer)
+    interruptible(lambda: learner.train_from_iterator(texts(), trainer))
 
     vocab = learner.get_vocab(with_added_tokens=True)
     tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab=vocab, unk_token=UNKNOWN))

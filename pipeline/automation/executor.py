@@ -1,9 +1,7 @@
 """Runs the steps of a job, and records a job that Ctrl-C stopped as canceled."""
 
 import atexit
-import os
 import signal
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +10,7 @@ from dagster import _check as check
 from dagster._core.execution.retries import RetryMode
 from dagster._core.executor.in_process import InProcessExecutor
 
-from llm_core.interrupts import EXIT_CODE
+from llm_core.interrupts import exit_interrupted
 from pipeline.failures import print_at_exit
 
 
@@ -29,7 +27,7 @@ class CancelableExecutor(InProcessExecutor):
             yield from events
             return
         canceled: list[bool] = []
-        atexit.register(lambda: canceled and _exit())  # now, so that it comes after every `print_at_exit`
+        atexit.register(_exit_if, canceled)  # now, so that it comes after every `print_at_exit`
         failed = False
         try:
             for event in _shielding_log_capture(events):
@@ -60,10 +58,9 @@ def _shielding_log_capture(events: Iterator[dg.DagsterEvent]) -> Iterator[dg.Dag
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
-def _exit() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(EXIT_CODE)
+def _exit_if(canceled: list[bool]) -> None:
+    if canceled:
+        exit_interrupted()
 
 
 def _make(context: dg.InitExecutorContext) -> CancelableExecutor:
@@ -71,4 +68,5 @@ def _make(context: dg.InitExecutorContext) -> CancelableExecutor:
     return CancelableExecutor(check.not_none(RetryMode.from_config(config["retries"])))
 
 
-cancelable_executor = dg.ExecutorDefinition("in_process", dg.in_process_executor.config_schema, executor_creation_fn=_make)
+_schema: Any = dg.in_process_executor.config_schema
+cancelable_executor = dg.ExecutorDefinition("in_process", _schema, executor_creation_fn=_make)
