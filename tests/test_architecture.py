@@ -1,4 +1,4 @@
-"""The architecture: which package may import which, who may import PyTorch, and where paths are spelled.
+"""The architecture: which package may import which, who may import PyTorch, and where paths are spelled."""
 
 import ast
 import re
