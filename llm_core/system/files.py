@@ -261,7 +261,7 @@ def read_parquet(path: Path, **options: Any) -> "pa.Table":
     """
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path, **options) as file:
+    with pq.ParquetFile(path.absolute(), **options) as file:  # a relative path could begin like a URL
         return file.read()
 
 

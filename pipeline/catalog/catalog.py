@@ -221,7 +221,7 @@ def _insert_document_steps(connection: duckdb.DuckDBPyConnection, run_id: str, p
 
 def _register(connection: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
     """Makes a Parquet file readable as a table, once. DuckDB's own reader takes a path with `?`, `*` or `[` for a pattern."""
-    file = pq.ParquetFile(path)
+    file = pq.ParquetFile(path.absolute())  # a relative path could begin like a URL
     connection.register(name, pa.RecordBatchReader.from_batches(file.schema_arrow, file.iter_batches()))
 
 
