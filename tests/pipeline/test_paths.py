@@ -48,7 +48,7 @@ def test_two_ranks_tools_catalog_and_tasks_work_in_a_folder_with_the_worst_name(
 
     (run,) = home.folders.runs()
     assert json.loads(run.record.read_text())["world_size"] == 2
-    results = [path for path in home.folders.evaluations()]
+    results = home.folders.evaluations()
     (evaluation,) = [path for path in results if "samples" in json.loads(path.read_text())]
     assert [sample["prompt"] for sample in read_evaluation(evaluation)["samples"]] == PROMPTS
     (figures,) = [read_task_results(path)["figures"] for path in results if path != evaluation]
@@ -68,7 +68,7 @@ def test_two_ranks_tools_catalog_and_tasks_work_in_a_folder_with_the_worst_name(
     checkpoint = str(run.checkpoint(6).relative_to(tmp_path))
     generate = ["--checkpoint", checkpoint, "--data_dir", data, "--max_new_tokens", "1"]
     assert tool("llm_core.generate", *generate, "--prompt", "--- a/file").startswith("--- a/file")
-    again = tool("llm_core.data_prep_tool", "--input_dir", f"{WORST_NAME}/raw_text_data", "--output_dir", f"{WORST_NAME}/again")
-    assert "Dataset" in again
+    folders = ["--input_dir", f"{WORST_NAME}/raw_text_data", "--output_dir", f"{WORST_NAME}/again"]
+    assert "Dataset" in tool("llm_core.data_prep_tool", *folders, "--vocab_size", "400")
     assert run.root.name in tool("pipeline.cli", "runs", TEXTMILL_HOME=WORST_NAME)
     assert "topic01.txt" in tool("pipeline.cli", f"--home={WORST_NAME}", "lineage", run.root.name)

@@ -4,11 +4,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from llm_core.distributed.launch import _SAME_INTERRUPT, interface_to
+from llm_core.distributed.launch import _SAME_INTERRUPT, _store_on_this_machine, interface_to
 from llm_core.errors import UserError
+from tests.support.names import WORST_NAME
 
 
 def test_the_interface_is_the_one_that_the_host_is_reached_through() -> None:
@@ -18,6 +20,16 @@ def test_the_interface_is_the_one_that_the_host_is_reached_through() -> None:
 def test_an_unreachable_first_machine_is_reported_by_name() -> None:
     with pytest.raises(UserError, match=r"MASTER_ADDR nowhere\.invalid: cannot be reached .* --master_addr"):
         interface_to("nowhere.invalid")
+
+
+def test_the_ranks_of_one_machine_meet_in_the_run_folder_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(variable, "lo")
+    store = _store_on_this_machine(tmp_path / WORST_NAME, world_size=1)
+    store.set("rank", "0")
+    assert [path.parent for path in tmp_path.rglob(".ranks-*")] == [tmp_path / WORST_NAME]
 
 
 ENDLESS_STEP = """
