@@ -129,7 +129,9 @@ class TokenizerConfig(StageConfig):
         None, description="A local ranks file (.tiktoken) to use instead of the named encoding's download."
     )
     retrain_tokenizer: Annotated[bool, EXECUTION] = Field(
-        False, description="Train a new tokenizer on the current text instead of keeping the one with the same configuration."
+        False,
+        description="Train a new tokenizer on the current text instead of keeping the one with the same configuration. One is "
+        "also trained when none of the text that it was trained on remains.",
     )
     retrain_on_drift: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, EXECUTION] = Field(
         None,

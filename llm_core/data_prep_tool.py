@@ -26,7 +26,7 @@ from llm_core.dataset import DatasetManifest, build_dataset
 from llm_core.errors import DataError
 from llm_core.layout import PreparedData
 from llm_core.system import preparing
-from llm_core.tokenizer import TokenizerArtifact, check_engine, check_tokenizer, prepare_tokenizer
+from llm_core.tokenizer import MAX_DRIFT, TokenizerArtifact, check_engine, check_tokenizer, prepare_tokenizer
 
 PROG = "python -m llm_core.data_prep_tool"
 
@@ -86,11 +86,14 @@ def _report_rows(
         yield "", printable(f"{entry['path']}: {entry['reason'].replace('_', ' ')}, {entry['detail']}")
     origin = "kept" if artifact.reused else "new"
     yield "Tokenizer", f"{artifact.tokenizer_id}, {report['tokenizer_type']}, {report['vocab_size']:,} tokens, {origin}"
+    if artifact.text_gone:
+        yield "", "trained again: none of the text that the previous one was trained on remains"
     yield "", f"{report['bytes_per_token']:.2f} bytes per token, {report['tokens_per_word']:.2f} tokens per word"
     drift_report = artifact.drift_report
     if drift_report.drift is not None:
         less_or_more = "fewer" if drift_report.drift > 0 else "more"
-        yield "", f"{abs(drift_report.drift):.1%} {less_or_more} bytes per token on text that is newer than it"
+        remedy = "; --retrain_tokenizer trains a new one" if drift_report.drift > MAX_DRIFT else ""
+        yield "", f"{abs(drift_report.drift):.1%} {less_or_more} bytes per token on text that is newer than it{remedy}"
     for text in [*drift_report.changed.values()][:5]:
         yield "", printable(f"a document changes when it is encoded and decoded: {text!r}")
     for split, totals in manifest.splits.items():

@@ -18,7 +18,10 @@ from typing import Any
 from llm_core.errors import UserError
 from llm_core.system import inside, is_unicode
 
-# The folder of the sample corpus in the raw text.
+# The job, the release line, and the folder in the home in which the quickstart keeps its text and prepared data.
+QUICKSTART = "quickstart"
+
+# The folder of the sample corpus in the raw text of the quickstart.
 SAMPLE_CORPUS = "sample_corpus"
 
 _CHECKPOINT_MANIFEST = re.compile(r"checkpoint_step_(\d+)\.pt\.json")
@@ -188,15 +191,31 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class Home:
-    """Everything that the pipeline writes."""
+    """Everything that the pipeline writes.
+
+    The quickstart has its own text, prepared data and pointers, so that it changes nothing of what is made from the user's text.
+    Runs, models and the catalog are shared: an id is a hash of content.
+    """
 
     root: Path
+    quickstart: bool = False  # the paths are those of the quickstart
 
-    raw_text = _Fixed("raw_text_data")
+    @property
+    def of_quickstart(self) -> "Home":
+        return Home(self.root, quickstart=True)
+
+    @property
+    def raw_text(self) -> Path:
+        return self._text / "raw_text_data"
 
     @property
     def prepared(self) -> PreparedData:
-        return PreparedData(self.root / "processed_data")
+        return PreparedData(self._text / "processed_data")
+
+    def all_prepared(self) -> list[PreparedData]:
+        """The prepared data of the user's text and that of the quickstart, where there is any."""
+        folders = [Home(self.root).prepared, self.of_quickstart.prepared]
+        return [folder for folder in folders if folder.root.is_dir()]
 
     checkpoints = _Fixed("checkpoints")
     models = _Fixed("models")
@@ -206,12 +225,12 @@ class Home:
     @property
     def current_checkpoint(self) -> Path:
         """Pointer to the checkpoint that the newest training ended with."""
-        return self.checkpoints / "current_checkpoint.json"
+        return self.checkpoints / _of_line("current_checkpoint", self._line)
 
     @property
     def current_evaluation(self) -> Path:
         """Pointer to the newest evaluation."""
-        return self.checkpoints / "current_evaluation.json"
+        return self.checkpoints / _of_line("current_evaluation", self._line)
 
     def run(self, run_id: str) -> RunFolder:
         return RunFolder(inside(self.checkpoints, run_id))
@@ -240,6 +259,14 @@ class Home:
         """The pointer of each release line; the line without a name is None."""
         pointers = sorted(self.models.glob("released*.json"))
         return {path.stem.removeprefix("released").removeprefix("_") or None: path for path in pointers}
+
+    @property
+    def _text(self) -> Path:
+        return self.root / QUICKSTART if self.quickstart else self.root
+
+    @property
+    def _line(self) -> str | None:
+        return QUICKSTART if self.quickstart else None
 
 
 def named_folder(folder: str) -> Path:

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from llm_core.corpus import InputDir, is_url
 from llm_core.errors import UserError
-from llm_core.layout import Home, named_folder
+from llm_core.layout import QUICKSTART, Home, named_folder
 from pipeline.catalog.catalog import Catalog
 
 
@@ -26,23 +26,41 @@ class Storage(dg.ConfigurableResource):
     release_line: str | None = Field(
         default=None,
         description="Name of a line of models that are compared, released and continued only among themselves, such as one per "
-        "model size; default: one line for all.",
+        "model size; default: one line for all. The quickstart has the line quickstart, with its own text and prepared data.",
     )
+    _in_quickstart: bool = PrivateAttr(False)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        # By the job and not by its default configuration, which `-c` replaces.
+        self._in_quickstart = context.run is not None and context.run.job_name == QUICKSTART
+
+    @property
+    def line(self) -> str | None:
+        """The release line of the run; None for the one without a name."""
+        return QUICKSTART if self._in_quickstart else self.release_line
 
     @property
     def folders(self) -> Home:
         """The home with every path in it.
 
         Raises:
-            UserError: the home or the release line is not a usable name. (Checked here and not by pydantic: Dagster takes an
-                invalid resource for a crash and retries it.)
+            UserError: the home or the release line is not a usable name, or an option does not fit the quickstart. (Checked here
+                and not by pydantic: Dagster takes an invalid resource for a crash and retries it.)
         """
         if self.release_line is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.release_line):
             raise UserError(
                 f"storage.release_line {self.release_line}: not a name; use letters, digits, '.', '_' and '-', and begin with a "
                 "letter or digit"
             )
-        return Home(named_folder(self.home))
+        if self.line == QUICKSTART:
+            other_line = None if self.release_line == QUICKSTART else self.release_line
+            for name, value in (("raw_text_dir", self.raw_text_dir), ("release_line", other_line)):
+                if value is not None:
+                    raise UserError(
+                        f"storage.{name} {value}: the quickstart has its own text and release line; leave {name} out, or launch "
+                        "pretrain for your own text"
+                    )
+        return Home(named_folder(self.home), quickstart=self.line == QUICKSTART)
 
     @property
     def raw_text(self) -> InputDir:
@@ -54,12 +72,12 @@ class Storage(dg.ConfigurableResource):
     @property
     def released(self) -> Path:
         """Pointer to the released model of the release line."""
-        return self.folders.released(self.release_line)
+        return self.folders.released(self.line)
 
     @property
     def decision(self) -> Path:
         """The snapshot that the newest release decision of the line was based on."""
-        return self.folders.decision(self.release_line)
+        return self.folders.decision(self.line)
 
 
 class CatalogResource(dg.ConfigurableResource):

@@ -22,6 +22,9 @@ from llm_core.system import read_json, write_json
 from llm_core.tokenizer.report import TokenizerReport
 from llm_core.tokenizer.tokenizer import Tokenizer
 
+# A drift above this is reported, with the option that trains a new tokenizer.
+MAX_DRIFT = 0.2
+
 _SAMPLED_BYTES = 2 << 20
 _SAMPLED_DOCUMENTS = 10_000
 _ROUND_TRIPS = 100

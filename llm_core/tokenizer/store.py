@@ -14,9 +14,10 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llm_core.config import TokenizerConfig
-from llm_core.corpus import InputDir, Snapshot, iter_texts
+from llm_core.corpus import InputDir, Snapshot, iter_texts, load_snapshot
 from llm_core.errors import DataError, UserError
 from llm_core.layout import PreparedData
 from llm_core.system import ID_LENGTH, content_id, read_json, sha256_file, write_json
@@ -39,6 +40,7 @@ class TokenizerArtifact:
     reused: bool
     drift_report: DriftReport = field(default_factory=DriftReport)  # on the current text, by `prepare_tokenizer`
     replaced_drift: float | None = None  # of the tokenizer that this one replaces
+    text_gone: bool = False  # it replaces one because none of the text that that one was trained on remains
 
     @property
     def tokenizer_id(self) -> str:
@@ -53,8 +55,9 @@ class TokenizerArtifact:
 def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, data_dir: Path, config: TokenizerConfig) -> TokenizerArtifact:
     """The tokenizer for a snapshot, trained only if there is none yet.
 
-    A configuration keeps its tokenizer, whatever text arrives: a new one makes tokens and trained models incomparable. A changed
-    configuration, `retrain_tokenizer`, or a drift above `retrain_on_drift` trains a new one.
+    A configuration keeps its tokenizer, whatever text arrives: a new one makes tokens and trained models incomparable. A new one
+    is trained when the configuration changed, with `retrain_tokenizer`, when the drift is above `retrain_on_drift`, or when none
+    of the text that it was trained on remains.
 
     Raises:
         UserError: the configuration does not fit the text.
@@ -62,8 +65,11 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, data_dir: Path, c
             snapshot.
     """
     folder, identity = PreparedData(data_dir), tokenizer_identity(config)
-    replaced_drift = None
+    replaced_drift, text_gone = None, False
     for kept, report in _reusable(folder, snapshot, config, identity):
+        if _is_text_gone(report, snapshot, data_dir, config):
+            text_gone = True
+            continue
         drift_report = measure_drift(kept, report, snapshot, input_dir, data_dir)
         if config.retrain_on_drift is None or (drift_report.drift or 0.0) <= config.retrain_on_drift:
             _freeze(folder, identity, kept.tokenizer_id)
@@ -79,6 +85,7 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, data_dir: Path, c
         reused=False,
         drift_report=measure_drift(tokenizer, report, snapshot, input_dir, data_dir),
         replaced_drift=replaced_drift,
+        text_gone=text_gone,
     )
 
 
@@ -114,9 +121,7 @@ def _train(
     folder: PreparedData, snapshot: Snapshot, input_dir: InputDir, config: TokenizerConfig, identity: dict[str, Any]
 ) -> tuple[Tokenizer, TokenizerReport]:
     """Trains a tokenizer and writes it with its report."""
-    documents = snapshot.kept_documents()
-    train = documents.filter(pa.compute.equal(documents["split"], "train"))
-    sample = _sample(train, config.tokenizer_train_bytes, config.tokenizer_seed)
+    documents, sample = snapshot.kept_documents(), _training_text(snapshot, config)
     tokenizer = train_tokenizer(lambda: iter_texts(input_dir, sample, snapshot.config), config)
     path = folder.tokenizer_file(tokenizer.tokenizer_id)
     tokenizer.save(path)
@@ -129,12 +134,39 @@ def _train(
         "sha256": sha256_file(path),
         "config": identity,
         "snapshot_id": snapshot.snapshot_id,
-        "train_bytes": 0 if config.tokenizer_type == "tiktoken" else pa.compute.sum(sample["bytes"]).as_py(),
+        "train_bytes": 0 if config.tokenizer_type == "tiktoken" else pc.sum(sample["bytes"]).as_py(),
         **compression,
         "sources": sources,
     }
     write_json(folder.tokenizer_report(tokenizer.tokenizer_id), report)
     return tokenizer, report
+
+
+def _training_text(snapshot: Snapshot, config: TokenizerConfig) -> pa.Table:
+    """The documents of a snapshot that a tokenizer is trained on."""
+    documents = snapshot.kept_documents()
+    train = documents.filter(pc.equal(documents["split"], "train"))
+    return _sample(train, config.tokenizer_train_bytes, config.tokenizer_seed)
+
+
+def _is_text_gone(report: TokenizerReport, snapshot: Snapshot, data_dir: Path, config: TokenizerConfig) -> bool:
+    """Whether a snapshot has nothing of the text that a tokenizer was trained on; False if that text is not known."""
+    if config.tokenizer_type == "tiktoken" or report["snapshot_id"] == snapshot.snapshot_id:
+        return False
+    try:
+        earlier = load_snapshot(data_dir, report["snapshot_id"])
+    except DataError:  # removed, or of an older version
+        return False
+    trained = _training_text(earlier, config)
+    if _overlap(trained["document_id"], snapshot.kept_documents()["document_id"]):
+        return False
+    # The same files can be cut into other documents now.
+    files = earlier.files.filter(pc.is_in(earlier.files["path"], value_set=trained["path"].cast(pa.string())))
+    return not _overlap(files["sha256"], snapshot.files.filter(pc.greater(snapshot.files["documents"], 0))["sha256"])
+
+
+def _overlap(values: pa.ChunkedArray, others: pa.ChunkedArray) -> bool:
+    return bool(pc.any(pc.is_in(values, value_set=others)).as_py())
 
 
 def _frozen(folder: PreparedData) -> dict[str, str]:

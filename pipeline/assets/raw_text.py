@@ -6,6 +6,7 @@ import dagster as dg
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus import take_snapshot
+from llm_core.layout import SAMPLE_CORPUS
 from llm_core.system import preparing
 from pipeline.artifacts.pointers import set_current
 from pipeline.artifacts.step import Step
@@ -34,6 +35,11 @@ def raw_text(
     step, place = Step(context, storage, catalog), storage.raw_text
     if isinstance(place, Path) and storage.raw_text_dir is None:  # of a new home; a configured folder must exist
         place.mkdir(parents=True, exist_ok=True)
+    if isinstance(place, Path) and not step.home.quickstart and (sample := place / SAMPLE_CORPUS).is_dir():
+        context.log.warning(
+            f"{sample}: this text is trained on as yours; if it is from the quickstart of an earlier version, which now has a "
+            "folder of its own, delete it"
+        )
     with preparing(step.data_dir, context.log.info):
         snapshot = take_snapshot(place, step.data_dir, config.stage(CorpusConfig))
         step.catalog().record_snapshot(step.data_dir, snapshot.snapshot_id)

@@ -45,6 +45,7 @@ def released_model(
         data_version=dg.DataVersion(released.model_id),
         metadata={
             "model_id": released.model_id,
+            "release_line": storage.line or "default",
             "promoted": verdict.promoted,
             "reason": verdict.reason,
             "checkpoint_id": released.checkpoint_id,
@@ -67,6 +68,7 @@ def _overview(step: Step, record: CheckpointRecord, result: Evaluation, verdict:
         "bits per byte": metric(result, "bits_per_byte"),
         "unigram bits per byte": metric(result, "unigram_bits_per_byte"),
         "released": f"{'yes' if verdict.promoted else 'no'}: {verdict.reason}",
+        "release line": step.storage.line or "default",
         "sample": printable((sample["prompt"] + sample["continuation"]).replace("\n", " "))[:100],
         **locations(step.home),
         "released model": step.home.model(released.model_id).root,

@@ -1,12 +1,9 @@
 """sample_corpus: text for a first run, without a download."""
 
-from pathlib import Path
-
 import dagster as dg
 from pydantic import Field
 
 from llm_core.corpus import write_sample_corpus
-from llm_core.errors import UserError
 from llm_core.layout import SAMPLE_CORPUS
 from pipeline.assets.common import DATA, HOOKS, OWNERS
 from pipeline.resources import Storage
@@ -22,11 +19,8 @@ class SampleCorpusConfig(dg.Config):
 def sample_corpus(config: SampleCorpusConfig, storage: Storage) -> dg.MaterializeResult:
     """English technical prose from the Python installation: the language reference and docstrings.
 
-    Written to `sample_corpus/` in the raw text folder; delete that folder to train on your own text only.
+    Written to the quickstart's own folder in the home. Only the job `quickstart` trains on it.
     """
-    place = storage.raw_text
-    if not isinstance(place, Path):
-        raise UserError(f"raw_text_dir {place}: the sample corpus needs a local folder; leave raw_text_dir out of the quickstart")
-    directory = place / SAMPLE_CORPUS
+    directory = storage.folders.of_quickstart.raw_text / SAMPLE_CORPUS
     files, size = write_sample_corpus(directory, config.at_least_bytes)
     return dg.MaterializeResult(metadata={"files": files, "bytes": size, "folder": dg.MetadataValue.path(directory)})

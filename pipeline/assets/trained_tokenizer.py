@@ -28,7 +28,8 @@ def trained_tokenizer(
 ) -> dg.MaterializeResult:
     """A byte-level BPE or WordPiece vocabulary trained on the text, or a tiktoken encoding, as one tokenizer.json.
 
-    It is kept when new text arrives, and trained again when its configuration changes or when asked to (`retrain_tokenizer`).
+    It is kept when new text arrives, and trained again when its configuration changes, when none of the text that it was trained
+    on remains, or when asked to (`retrain_tokenizer`).
     """
     step = Step(context, storage, catalog)
     with preparing(step.data_dir, context.log.info):
@@ -36,6 +37,8 @@ def trained_tokenizer(
         artifact = prepare_tokenizer(snapshot, storage.raw_text, step.data_dir, config.stage(TokenizerConfig))
         step.catalog().record_tokenizer(step.data_dir, artifact.tokenizer_id)
     report = artifact.report
+    if artifact.text_gone:
+        context.log.warning(f"tokenizer: {drift_of(artifact)}")
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.tokenizer_id),
         check_results=check_trained_tokenizer(artifact, config.retrain_on_drift),

@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from llm_core.layout import QUICKSTART
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.assets.evaluation import evaluation
 from pipeline.assets.raw_text import raw_text
@@ -42,11 +43,12 @@ QUICKSTART_CONFIG = {
 }
 
 quickstart = dg.define_asset_job(
-    "quickstart",
+    QUICKSTART,
     selection=[sample_corpus, *LINEAGE],
     config=QUICKSTART_CONFIG,
     executor_def=EXECUTOR,
-    description="Trains a first model on the bundled sample corpus in a few minutes. Downloads nothing.",
+    description="Trains a first model on the bundled sample corpus in a few minutes. Downloads nothing. Its text is in "
+    "quickstart/ in TEXTMILL_HOME and its models in the release line quickstart, apart from yours.",
 )
 pretrain = dg.define_asset_job(
     "pretrain",

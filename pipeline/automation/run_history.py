@@ -36,9 +36,12 @@ def training_in_progress(instance: dg.DagsterInstance) -> str | None:
 
 
 def last_failure(instance: dg.DagsterInstance, storage: Storage) -> str | None:
-    """Why the last training for this home and release line failed; None if it did not fail, or if there was none."""
+    """Why the last training for this home and release line failed; None if it did not fail, or if there was none.
+
+    The quickstart trains on its own text and does not count.
+    """
     for run in instance.get_runs(limit=_RECENT_RUNS):
-        if trains(run) and _is_for(storage, run):
+        if trains(run) and run.job_name != quickstart.name and _is_for(storage, run):
             if run.status == dg.DagsterRunStatus.CANCELED:
                 return f"run {run.run_id} was cancelled"
             return f"run {run.run_id} failed{_reason(instance, run)}" if run.status == dg.DagsterRunStatus.FAILURE else None

@@ -38,13 +38,13 @@ def rebuild(home: Path, path: Path) -> list[str]:
 
 def _records(home: Home, catalog: Catalog) -> Iterator[Callable[[], object]]:
     """A call that records each artifact, in the order of the lineage."""
-    data_dir = home.prepared.root
-    for path in _oldest_first(home.prepared.snapshots()):
-        yield partial(catalog.record_snapshot, data_dir, path.stem)
-    for path in _oldest_first(home.prepared.tokenizer_reports()):
-        yield partial(catalog.record_tokenizer, data_dir, path.name.removesuffix(".report.json"))
-    for path in _oldest_first(home.prepared.manifests()):
-        yield partial(catalog.record_dataset, data_dir, path.stem)
+    for prepared in home.all_prepared():
+        for path in _oldest_first(prepared.snapshots()):
+            yield partial(catalog.record_snapshot, prepared.root, path.stem)
+        for path in _oldest_first(prepared.tokenizer_reports()):
+            yield partial(catalog.record_tokenizer, prepared.root, path.name.removesuffix(".report.json"))
+        for path in _oldest_first(prepared.manifests()):
+            yield partial(catalog.record_dataset, prepared.root, path.stem)
     for path in _oldest_first([run.record for run in home.runs()]):
         yield partial(catalog.record_run, path.parent)
         for manifest in RunFolder(path.parent).checkpoint_manifests():
