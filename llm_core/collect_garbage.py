@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,16 +55,22 @@ class Garbage:
     unknown: list[Path]
 
 
-def find_garbage(data_dir: Path, run_folders: list[Path], keep: int, min_age_hours: float) -> Garbage:
+def find_garbage(
+    data_dir: Path, run_folders: list[Path], keep: int, min_age_hours: float, removed_runs: Container[str] = ()
+) -> Garbage:
     """Finds what no kept dataset needs; removes nothing.
+
+    removed_runs: ids of runs that are about to be removed. The snapshot of a removed run is kept: its lineage stays known.
 
     Raises:
         UserError: there is no prepared data.
         DataError: a manifest or a run's record is damaged, so that what it needs is unknown.
     """
     folder = PreparedData(data_dir)
-    needed = {path for manifest in _kept(folder, run_folders, keep) for path in _files_of(folder, manifest)}
-    for snapshot_id in _current_snapshots(folder):
+    runs = list(_runs(run_folders))
+    kept_runs = [run for run in runs if run.removed_at is None and run.run_id not in removed_runs]
+    needed = {path for manifest in _kept(folder, kept_runs, keep) for path in _files_of(folder, manifest)}
+    for snapshot_id in (*_current_snapshots(folder), *_snapshots_of(runs, folder)):
         needed |= set(_snapshot_files(folder, snapshot_id))
     if folder.tokenizer.is_file():  # it may be newer than the dataset
         needed |= set(_files_of_tokenizer(folder, sha256_file(folder.tokenizer)[:ID_LENGTH]))
@@ -93,28 +99,49 @@ def report(garbage: Garbage, data_dir: Path) -> str:
     return "\n".join([*lines, *(f"not written by textmill, kept: {path.relative_to(data_dir)}" for path in garbage.unknown)])
 
 
-def collect(data_dir: Path, run_folders: list[Path], keep: int, min_age_hours: float, dry_run: bool) -> str:
-    """Removes what no kept dataset needs, unless `dry_run`; returns a table of it."""
+def collect(
+    data_dir: Path,
+    run_folders: list[Path],
+    keep: int,
+    min_age_hours: float,
+    dry_run: bool,
+    removed_runs: Container[str] = (),
+) -> str:
+    """Removes what no kept dataset needs, unless `dry_run`; returns a table of it. removed_runs: as for `find_garbage`."""
     load_manifest(data_dir)  # before the lock file is created: this must be a folder of prepared data
     with preparing(data_dir, lambda text: print(text, file=sys.stderr, flush=True)):
-        garbage = find_garbage(data_dir, run_folders, keep, min_age_hours)
+        garbage = find_garbage(data_dir, run_folders, keep, min_age_hours, removed_runs)
         text = report(garbage, data_dir)
         if not dry_run:
             remove(garbage)
     return text
 
 
-def _kept(folder: PreparedData, run_folders: list[Path], keep: int) -> Iterator[DatasetManifest]:
-    yield load_manifest(folder.root)
-    manifests = sorted(folder.manifests(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    wanted: set[tuple[str, str | None]] = {(path.stem, None) for path in manifests[:keep]}
+def _runs(run_folders: list[Path]) -> Iterator[RunRecord]:
     for runs in run_folders:
         if not runs.is_dir():
             raise UserError(f"--runs {runs}: no such folder; name the ones that hold training runs, or [] if there are none")
         for run_dir in [runs, *(path for path in runs.iterdir() if path.is_dir())]:
             if (run := RunRecord.find(run_dir)) is not None:
-                # The same documents can be in other files than when the dataset was made. Older versions did not record it.
-                wanted |= {(run.dataset_id, None), (run.dataset_id, run.snapshot_id)}
+                yield run
+
+
+def _snapshots_of(runs: list[RunRecord], folder: PreparedData) -> Iterator[str]:
+    """The snapshots that the raw text of runs is found in."""
+    for run in runs:
+        if run.snapshot_id is not None:
+            yield run.snapshot_id
+        elif folder.manifest(run.dataset_id).is_file():
+            yield load_manifest(folder.root, run.dataset_id).snapshot_id
+
+
+def _kept(folder: PreparedData, runs: list[RunRecord], keep: int) -> Iterator[DatasetManifest]:
+    yield load_manifest(folder.root)
+    manifests = sorted(folder.manifests(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    wanted: set[tuple[str, str | None]] = {(path.stem, None) for path in manifests[:keep]}
+    for run in runs:
+        # The same documents can be in other files than when the dataset was made. Older versions did not record it.
+        wanted |= {(run.dataset_id, None), (run.dataset_id, run.snapshot_id)}
     present = {path.stem for path in manifests}
     for dataset_id, snapshot_id in wanted:
         if dataset_id in present:

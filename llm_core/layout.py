@@ -162,6 +162,14 @@ class RunFolder:
         """Hugging Face directory of a checkpoint that is not released."""
         return self.root / f".checkpoint_step_{step}.exported"
 
+    def removable(self) -> list[Path]:
+        """What garbage collection removes of a run, in order: all but its records, which the catalog is rebuilt from."""
+        weights = ("checkpoint_step_*.pt", "set_aside", ".checkpoint_step_*.exported")
+        large = ("known_documents.parquet", "trace_rank*.json", "evaluation_step_*", ".*.tmp", ".ranks-*")
+        found = (path for glob in (*weights, *large) for path in sorted(self.root.glob(glob)))
+        results = set(self.root.glob("evaluation_step_*.json"))
+        return [*self.checkpoint_manifests(), *(path for path in found if path not in results)]
+
 
 def checkpoint_manifest(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name + ".json")

@@ -16,10 +16,10 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from llm_core.cli import printable, run_tool
-from llm_core.collect_garbage import GarbageOptions, collect
 from llm_core.errors import DataError, UserError
 from llm_core.layout import Home, named_folder
 from llm_core.system import is_unicode, release
+from pipeline.artifacts.retention import collect_home, released_models
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.rebuild import rebuild
 
@@ -72,14 +72,30 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="list all training runs", parents=[home])
     runs.set_defaults(run=_runs)
 
-    gc = commands.add_parser("gc", help="remove prepared data that no kept dataset needs", parents=[home])
+    gc = commands.add_parser(
+        "gc",
+        help="list the files of old runs and models, and prepared data that nothing needs; --delete removes them",
+        parents=[home],
+    )
+    gc.add_argument(
+        "--keep_runs",
+        "--keep-runs",
+        type=_at_least_one,
+        default=5,
+        metavar="N",
+        help="number of the newest runs, and of the newest models, to keep (default: 5); what is released, current or in use is "
+        "always kept, with the runs it started from",
+    )
     gc.add_argument(
         "--keep",
         type=_at_least_one,
         default=1,
-        help="number of the newest datasets to keep, including the current one (default: 1); datasets of runs are always kept",
+        metavar="N",
+        help="number of the newest datasets to keep, including the current one (default: 1); those of kept runs are always kept",
     )
-    gc.add_argument("--dry-run", "--dry_run", action="store_true", help="only list what would be removed")
+    action = gc.add_mutually_exclusive_group()
+    action.add_argument("--delete", action="store_true", help="remove what is listed")
+    action.add_argument("--dry-run", "--dry_run", action="store_true", help="only list it (the default)")
     gc.set_defaults(run=_gc, interrupted="what it removed so far was not needed; run it again to remove the rest")
 
     catalog = commands.add_parser("catalog", help="maintain the catalog file").add_subparsers(required=True, metavar="COMMAND")
@@ -96,6 +112,8 @@ def _lineage(home: Home, options: argparse.Namespace) -> None:
     columns = ("run_id", "step", "seed", "dataset_id", "snapshot_id", "tokenizer_id", "code_version", "git_commit")
     for generation, run in runs.items():
         title = {"checkpoint_id": checkpoint_id} if generation == 0 else {"started from": f"the weights of run {run['run_id']}"}
+        if run["removed_at"] is not None:
+            title["removed"] = f"{_shown(run['removed_at'])}: the checkpoints of this run are gone, this record stays"
         config = {
             f"config {name}": f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
             for name, value in json.loads(run["config"] or "{}").items()
@@ -114,16 +132,35 @@ def _usage(home: Home, options: argparse.Namespace) -> None:
 
 
 def _runs(home: Home, options: argparse.Namespace) -> None:
-    rows = Catalog(home.catalog).runs()
+    rows, lines = Catalog(home.catalog).runs(), released_models(home)
+    for row in rows:
+        released = [line for model_id in row.pop("model_ids") or [] for line in lines.get(model_id, [])]
+        row |= {"released": ", ".join(released) or None, "removed_at": row.pop("removed_at")}
     print(_table(rows) if rows else "no training runs yet")
 
 
 def _gc(home: Home, options: argparse.Namespace) -> None:
     _require_home(home)
-    defaults = GarbageOptions()
-    runs = [folder for folder in [home.checkpoints] if folder.is_dir()]
-    print(collect(home.prepared.root, runs, options.keep, defaults.min_age_hours, options.dry_run))
-    print("nothing was removed (--dry-run)" if options.dry_run else "files younger than an hour are kept: they may be in use")
+    collection = collect_home(home, options.keep_runs, options.delete, lambda line: print(line, file=sys.stderr), options.keep)
+    rows = [
+        {
+            "what": candidate.kind,
+            "id": candidate.identifier,
+            "since": datetime.fromisoformat(candidate.since),
+            "bytes": f"{candidate.bytes:,}".rjust(16),
+            "kept": candidate.kept or "no",
+        }
+        for candidate in collection.candidates
+    ]
+    print(_table(rows) if rows else "no runs or models")
+    print(
+        f"{'removed' if options.delete else 'to remove'}: {len(collection.removed)} runs and models, {collection.bytes:,} bytes"
+    )
+    for folder, table in collection.prepared.items():
+        print(f"\n{folder}:\n{table}")
+    print("\nprepared data younger than an hour is kept: it may be in use")
+    if not options.delete:
+        print("nothing was removed; to remove it, add --delete")
 
 
 def _rebuild(home: Home, options: argparse.Namespace) -> None:
@@ -144,7 +181,7 @@ def _at_least_one(text: str) -> int:
 
 
 def _require_home(home: Home) -> None:
-    if not home.prepared.root.is_dir():
+    if not home.all_prepared():
         raise UserError(f"--home {home.root}: it has no folder processed_data; name the root of everything textmill writes")
 
 

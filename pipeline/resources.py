@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 import dagster as dg
@@ -11,6 +12,7 @@ from pydantic import Field, PrivateAttr
 from llm_core.corpus import InputDir, is_url
 from llm_core.errors import UserError
 from llm_core.layout import QUICKSTART, Home, named_folder
+from llm_core.system import in_use
 from pipeline.catalog.catalog import Catalog
 
 
@@ -29,10 +31,26 @@ class Storage(dg.ConfigurableResource):
         "model size; default: one line for all. The quickstart has the line quickstart, with its own text and prepared data.",
     )
     _in_quickstart: bool = PrivateAttr(False)
+    _in_use: ExitStack = PrivateAttr(default_factory=ExitStack)
+    _used: set[Path] = PrivateAttr(default_factory=set)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         # By the job and not by its default configuration, which `-c` replaces.
         self._in_quickstart = context.run is not None and context.run.job_name == QUICKSTART
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        self.stop_using()
+
+    def use(self, folder: Path) -> None:
+        """Keeps garbage collection away from a folder until the Dagster run ends: its later steps need it."""
+        if folder not in self._used:
+            self._in_use.enter_context(in_use(folder))
+            self._used.add(folder)
+
+    def stop_using(self) -> None:
+        """Ends every `use`."""
+        self._in_use.close()
+        self._used.clear()
 
     @property
     def line(self) -> str | None:

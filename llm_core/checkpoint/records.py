@@ -119,6 +119,7 @@ class RunRecord(BaseModel):
     accumulation_steps: int = 0
     torch_version: str
     seconds_by_phase: dict[str, float] = {}
+    removed_at: str | None = None  # when garbage collection removed the checkpoints
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord":
@@ -179,12 +180,25 @@ def named_checkpoint(checkpoint: str, option: str = "--checkpoint") -> Path:
     if path.is_dir():
         record, _ = newest_valid(path)
         if record is None:
-            raise UserError(f"{option} {checkpoint}: no intact checkpoint in this folder; {remedy}")
+            raise UserError(f"{option} {checkpoint}: {_why_removed(path) or f'no intact checkpoint in this folder; {remedy}'}")
         return record.path
     if not checkpoint_manifest(path).is_file():
+        if removed := _why_removed(path.parent):
+            raise UserError(f"{option} {checkpoint}: {removed}")
         found = "it has no manifest (.json), so it may be incomplete" if path.is_file() else "no such file"
         raise UserError(f"{option} {checkpoint}: {found}; {remedy}")
     return path
+
+
+def _why_removed(run_dir: Path) -> str | None:
+    """That garbage collection has removed the checkpoints of a run; None if it has not."""
+    run = RunRecord.find(run_dir)
+    if run is None or run.removed_at is None:
+        return None
+    return (
+        f"the checkpoints of run {run.run_id} were removed on {run.removed_at[:10]} by garbage collection; name a run that "
+        "`textmill runs` does not list as removed, or train it again with its options"
+    )
 
 
 def intact_checkpoints(run_dir: Path) -> list[CheckpointRecord]:

@@ -34,6 +34,7 @@ class ModelRecord(BaseModel):
     reason: str
     metrics: dict[str, Any]
     files: dict[str, str] = {}  # name -> SHA-256
+    removed_at: str | None = None  # when garbage collection removed these files, but for README.md
 
     @classmethod
     def read(cls, model_dir: Path) -> "ModelRecord":

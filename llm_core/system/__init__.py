@@ -23,7 +23,7 @@ from llm_core.system.files import (
     verify_file,
     write_json,
 )
-from llm_core.system.locks import held, is_without_locks, lock_file, no_locks, preparing
+from llm_core.system.locks import held, in_use, is_without_locks, lock_file, no_locks, preparing, unused
 from llm_core.system.processes import (
     available_cores,
     die_with_parent,
@@ -36,9 +36,9 @@ from llm_core.system.version import code_version, git_commit, release
 
 __all__ = [
     "DISK_FULL", "ID_LENGTH", "InnerPath", "abandoned", "atomic_writer", "available_cores", "code_version", "content_id",
-    "delete_marks", "die_with_parent", "explain_disk_full", "free_bytes", "fsync_path", "git_commit", "held",
+    "delete_marks", "die_with_parent", "explain_disk_full", "free_bytes", "fsync_path", "git_commit", "held", "in_use",
     "infrequent_garbage_collection", "inside", "is_unicode", "is_without_locks", "iter_rows", "keep_freed_memory", "lock_file",
     "mark_in_use", "no_locks", "now", "parquet_bytes", "parse_record", "preparing", "read_json", "read_parquet",
-    "read_pointer", "read_record", "release", "restrict_umask", "sha256_file", "temporary_folder", "verify_file",
+    "read_pointer", "read_record", "release", "restrict_umask", "sha256_file", "temporary_folder", "unused", "verify_file",
     "write_json",
 ]  # fmt: skip

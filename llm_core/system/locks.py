@@ -13,6 +13,7 @@ from llm_core.errors import UserError
 from llm_core.system.files import UNSUPPORTED, explain_disk_full
 
 _LOCK = ".lock"
+_IN_USE = ".in_use"
 
 _NO_LOCKS = (*UNSUPPORTED, errno.ENOLCK)
 
@@ -60,15 +61,16 @@ def no_locks(path: Path, reason: str) -> UserError:
 
 
 @contextmanager
-def held(folder: Path, on_busy: Callable[[str], object]) -> Iterator[None]:
+def held(folder: Path, on_busy: Callable[[str], object], name: str = _LOCK, shared: bool = False) -> Iterator[None]:
     """Locks a folder for this process. Not reentrant; the kernel releases the lock when the process ends.
 
     on_busy: called with the id of the process that holds the lock, before waiting for it; it may raise instead.
+    name: of the lock file. shared: other processes may hold the lock too, if it is shared with them.
 
     Raises:
         UserError: the folder is not writable, or its file system has no locks.
     """
-    path = folder / _LOCK
+    path = folder / name
     try:
         with explain_disk_full(path, 1):
             folder.mkdir(parents=True, exist_ok=True)
@@ -78,13 +80,14 @@ def held(folder: Path, on_busy: Callable[[str], object]) -> Iterator[None]:
         raise UserError(f"{folder}: not a writable folder ({error.strerror}); name another one") from None
     try:
         try:
-            lock_file(lock, path)
+            lock_file(lock, path, shared)
         except BlockingIOError:
             on_busy(os.pread(lock, 32, 0).decode() or "unknown")
-            lock_file(lock, path, wait=True)
-        with suppress(OSError):  # on a full disk the process id is lost, not the lock
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
+            lock_file(lock, path, shared, wait=True)
+        if not shared:
+            with suppress(OSError):  # on a full disk the process id is lost, not the lock
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(lock)
@@ -94,4 +97,18 @@ def held(folder: Path, on_busy: Callable[[str], object]) -> Iterator[None]:
 def preparing(data_dir: Path, log: Callable[[str], object]) -> Iterator[None]:
     """Locks the prepared data; waits, and logs it, while another process is changing it."""
     with held(data_dir, lambda pid: log(f"{data_dir}: process {pid} is changing the prepared data; waiting for it")):
+        yield
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Keeps garbage collection from removing what is in a folder; any number of processes can use it at a time."""
+    with held(folder, lambda _: None, _IN_USE, shared=True):  # a removal in progress takes moments
+        yield
+
+
+@contextmanager
+def unused(folder: Path, on_busy: Callable[[str], object]) -> Iterator[None]:
+    """The opposite of `in_use`: for removing what is in a folder. on_busy: as for `held`; the process id is not known."""
+    with held(folder, on_busy, _IN_USE):
         yield

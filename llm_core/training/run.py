@@ -141,7 +141,7 @@ def _begin(run_log: RunLog, trainer: Trainer, data_dir: Path) -> RunRecord:
         code_version=code_version(),
         git_commit=git_commit(),
         status="running",
-        started_at=earlier.started_at if earlier is not None and earlier.run_id == trainer.run_id else now(),
+        started_at=earlier.started_at if earlier is not None and _continues(earlier, trainer) else now(),
         finished_at=None,
         error=None,
         resumed_from_step=trainer.step,
@@ -161,6 +161,11 @@ def _begin(run_log: RunLog, trainer: Trainer, data_dir: Path) -> RunRecord:
     )
     run_log.begin(run, step=trainer.step)
     return run
+
+
+def _continues(earlier: RunRecord, trainer: Trainer) -> bool:
+    """Whether the record in the folder is of this run, and not of one that was removed and is trained again."""
+    return earlier.run_id == trainer.run_id and earlier.removed_at is None
 
 
 def _log_overview(run_log: RunLog, trainer: Trainer, mixture: list[GroupUsage]) -> None:

@@ -1,5 +1,7 @@
 """Training runs: a finished one is reused, an interrupted one is resumed, a new one is trained."""
 
+from pathlib import Path
+
 from llm_core.artifact_ids import run_id
 from llm_core.checkpoint import CheckpointRecord, starting_parent
 from llm_core.config import TrainConfig
@@ -18,10 +20,13 @@ def find_or_train(
         dagster.Failure: the training ended early; the description says why.
         UserError: the options do not fit the dataset.
     """
+    if config.init_from is not None and (init_from := Path(config.init_from)).exists():
+        step.storage.use(init_from if init_from.is_dir() else init_from.parent)
     parent = starting_parent(config.init_from, resumed_from=None)
     resolved = config.resolved(manifest.max_length, manifest.stride)
     run = run_id(manifest, resolved, parent.checkpoint_id if parent is not None else None)
     run_dir = step.home.run(run).root
+    step.storage.use(run_dir)
     record = finished_checkpoint(run_dir)
     if record is not None:
         step.log.info(f"run {run} is finished already: nothing to train")

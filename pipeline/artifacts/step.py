@@ -22,6 +22,9 @@ class Step:
     storage: Storage
     catalog_resource: CatalogResource
 
+    def __post_init__(self) -> None:
+        self.storage.use(self.data_dir)
+
     @property
     def log(self) -> Any:
         return self.context.log

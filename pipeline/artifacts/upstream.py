@@ -47,12 +47,16 @@ class Upstream:
 
     def checkpoint(self) -> CheckpointRecord:
         made = self._made("checkpoint")
-        return CheckpointRecord.of(Path(made["file"]) if made else get_current(self._step.home.current_checkpoint, "checkpoint"))
+        path = Path(made["file"]) if made else get_current(self._step.home.current_checkpoint, "checkpoint")
+        self._step.storage.use(path.parent)
+        return CheckpointRecord.of(path)
 
     def evaluation(self) -> Path:
         """The file of the evaluation."""
         made = self._made("evaluation")
-        return Path(made["file"]) if made else get_current(self._step.home.current_evaluation, "evaluation")
+        path = Path(made["file"]) if made else get_current(self._step.home.current_evaluation, "evaluation")
+        self._step.storage.use(path.parent)
+        return path
 
     def _made(self, asset: str) -> Mapping[str, Any] | None:
         """Metadata of the asset as made by this run or by the run that it retries; None if neither made it."""

@@ -3,12 +3,14 @@
 from collections.abc import Container
 
 import dagster as dg
+from pydantic import Field
 
-from llm_core.errors import UserError
+from llm_core.errors import TextmillError, UserError
 from llm_core.evaluation import read_evaluation
 from llm_core.layout import RunFolder
 from llm_core.system import content_id
 from pipeline.artifacts.release import released_lines
+from pipeline.artifacts.retention import collect_home
 from pipeline.artifacts.step import Step
 from pipeline.artifacts.upstream import Upstream
 from pipeline.assets.common import HOOKS, MODEL, OWNERS
@@ -24,8 +26,21 @@ DRAWN = 10
 POINTS = 200
 
 
+class RunComparisonConfig(dg.Config):
+    """What happens at the end of a run."""
+
+    keep_runs: int | None = Field(
+        None,
+        ge=1,
+        description="Then remove old runs and models, as `textmill gc --delete` does. Kept are this many of the newest, all "
+        "that is released, and what these started from; default: remove nothing.",
+    )
+
+
 @dg.asset(deps=[evaluation, released_model], kinds={"duckdb"}, group_name=MODEL, owners=OWNERS, hooks=HOOKS)
-def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog: CatalogResource) -> dg.MaterializeResult:
+def run_comparison(
+    context: dg.AssetExecutionContext, config: RunComparisonConfig, storage: Storage, catalog: CatalogResource
+) -> dg.MaterializeResult:
     """Runs that were evaluated on the same held-out text as this one, the best first, with their losses and sizes.
 
     Results on other text are not comparable and are left out; `textmill runs` lists every run.
@@ -49,6 +64,7 @@ def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog:
         for run in runs
     ]
     version = content_id(rows)
+    removed = {} if config.keep_runs is None else _remove_old(step, config.keep_runs)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(version),
         metadata={
@@ -60,8 +76,22 @@ def run_comparison(context: dg.AssetExecutionContext, storage: Storage, catalog:
             ),
             "runs_compared": len(runs),
             "dataset_id": result["dataset_id"],
+            **removed,
         },
     )
+
+
+def _remove_old(step: Step, keep_runs: int) -> dict[str, int]:
+    """What was removed. An error is logged: the run itself has succeeded."""
+    step.storage.stop_using()  # this step is the last one
+    try:
+        collection = collect_home(step.home, keep_runs, delete=True, log=step.log.info)
+    except (TextmillError, OSError) as error:
+        step.log.warning(f"old runs are not removed: {error}")
+        return {}
+    ids = ", ".join(f"{candidate.kind} {candidate.identifier}" for candidate in collection.removed)
+    step.log.info(f"removed {ids or 'no runs or models'}, {collection.bytes:,} bytes")
+    return {"removed_runs_and_models": len(collection.removed), "removed_bytes": collection.bytes}
 
 
 def _curves(catalog: Catalog, runs: list[Row], released: Container[str]) -> list[ComparedRun]:

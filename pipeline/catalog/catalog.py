@@ -123,7 +123,7 @@ class Catalog(CatalogQueries):
             state = [run.status, run.error, _utc(run.started_at), _utc(run.finished_at)]
             counts = [run.steps_done, run.tokens_seen, run.skipped_steps, run.parameters, run.world_size, run.threads]
             machine = [run.device, run.precision, run.attention, run.torch_version]
-            row = [run.run_id, *ids, config, *code, *state, *counts, *machine, run.snapshot_id]
+            row = [run.run_id, *ids, config, *code, *state, *counts, *machine, run.snapshot_id, _utc(run.removed_at)]
             with self._database.connect() as connection:
                 connection.execute(f"INSERT OR REPLACE INTO training_runs VALUES ({_placeholders(row)})", row)
                 _insert_metrics(connection, run.run_id, steps)
@@ -150,7 +150,7 @@ class Catalog(CatalogQueries):
         with _reading(ModelFolder(model_dir).record):
             model = ModelRecord.read(model_dir)
             ids = [model.model_id, model.checkpoint_id, model.run_id]
-            row = [*ids, _utc(model.released_at), model.reason, model.metrics["bits_per_byte"]]
+            row = [*ids, _utc(model.released_at), model.reason, model.metrics["bits_per_byte"], _utc(model.removed_at)]
             with self._database.connect() as connection:
                 connection.execute(f"INSERT OR REPLACE INTO models VALUES ({_placeholders(row)})", row)
 

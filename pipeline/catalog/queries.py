@@ -36,17 +36,27 @@ class CatalogQueries:
                 WHERE metric = 'bits_per_byte' AND source = 'all' GROUP BY ALL
             ),
             last AS (SELECT run_id, max_by(checkpoint_id, step) AS checkpoint_id FROM checkpoints GROUP BY ALL),
+            exported AS (SELECT run_id, list(model_id ORDER BY model_id) AS model_ids FROM models GROUP BY ALL),
             -- run.json is written with each checkpoint: during training the metrics are ahead of it.
             reported AS (SELECT run_id, max(step) AS step, max(tokens) AS tokens FROM train_metrics GROUP BY ALL)
             SELECT r.run_id, r.status,
                    CASE WHEN r.status = 'running' THEN greatest(r.steps_done, step) ELSE r.steps_done END AS steps_done,
                    CASE WHEN r.status = 'running' THEN greatest(r.tokens_seen, tokens) ELSE r.tokens_seen END AS tokens_seen,
-                   r.parameters, r.dataset_id, r.started_at, checkpoint_id, bits_per_byte
+                   r.parameters, r.dataset_id, r.started_at, checkpoint_id, bits_per_byte, model_ids, r.removed_at
             FROM training_runs r
             LEFT JOIN reported USING (run_id) LEFT JOIN last USING (run_id) LEFT JOIN evaluated USING (checkpoint_id)
+            LEFT JOIN exported USING (run_id)
             ORDER BY r.started_at DESC
             """
         )
+
+    def not_removed(self) -> set[str]:
+        """Ids of the runs and models that the catalog does not list as removed."""
+        rows = self.query(
+            "SELECT run_id AS id FROM training_runs WHERE removed_at IS NULL "
+            "UNION ALL SELECT model_id FROM models WHERE removed_at IS NULL"
+        )
+        return {row["id"] for row in rows}
 
     def comparable_runs(self, evaluation_id: str) -> list[Row]:
         """The runs evaluated on the same text as an evaluation (the same bytes of the same dataset), the best first.
@@ -136,7 +146,8 @@ class CatalogQueries:
         return self.query(
             f"""
             SELECT checkpoint_id, run_id, step, on_disk, count(DISTINCT document_id) AS documents,
-                   min_by(seen_by_run_id, first_step) AS seen_by_run_id, min(first_step) AS first_step
+                   min_by(seen_by_run_id, first_step) AS seen_by_run_id, min(first_step) AS first_step,
+                   any_value(removed_at) AS removed_at
             FROM document_usage WHERE document_id IN ({known})
             GROUP BY ALL ORDER BY run_id, step
             """,

@@ -218,3 +218,27 @@ LEFT JOIN datasets d USING (dataset_id)
 LEFT JOIN run_documents seen ON seen.run_id = a.run_id AND seen.first_step < a.step
 LEFT JOIN snapshot_documents raw
     ON raw.snapshot_id = coalesce(r.snapshot_id, d.snapshot_id) AND raw.document_id = seen.document_id;
+
+-- version 4
+
+-- When garbage collection removed the checkpoints of a run or the files of a model; NULL while it has them.
+ALTER TABLE training_runs ADD COLUMN removed_at TIMESTAMP; -- UTC
+ALTER TABLE models ADD COLUMN removed_at TIMESTAMP; -- UTC
+
+CREATE OR REPLACE VIEW checkpoint_lineage AS
+SELECT a.checkpoint_id, a.generation, a.run_id, a.step, r.dataset_id, coalesce(r.snapshot_id, d.snapshot_id) AS snapshot_id,
+       r.tokenizer_id, r.config, r.code_version, r.git_commit, r.seed, seen.document_id, seen.first_step, raw.path, raw.start_byte,
+       raw.end_byte, r.removed_at
+FROM checkpoint_ancestry a
+LEFT JOIN training_runs r USING (run_id)
+LEFT JOIN datasets d USING (dataset_id)
+LEFT JOIN run_documents seen ON seen.run_id = a.run_id AND seen.first_step < a.step
+LEFT JOIN snapshot_documents raw
+    ON raw.snapshot_id = coalesce(r.snapshot_id, d.snapshot_id) AND raw.document_id = seen.document_id;
+
+CREATE OR REPLACE VIEW document_usage AS
+SELECT seen.document_id, c.checkpoint_id, c.run_id, c.step, seen.run_id AS seen_by_run_id, seen.first_step, c.on_disk, r.removed_at
+FROM run_documents seen
+JOIN checkpoint_ancestry a ON a.run_id = seen.run_id AND seen.first_step < a.step
+JOIN checkpoints c USING (checkpoint_id)
+LEFT JOIN training_runs r ON r.run_id = c.run_id;
