@@ -13,7 +13,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from llm_core.errors import DataError, UserError
 from llm_core.layout import RunFolder, checkpoint_manifest
-from llm_core.system import fsync_path, parse_record, read_json, verify_file, write_json
+from llm_core.system import fsync_path, now, parse_record, read_json, verify_file, write_json
 
 CHECKPOINT_FORMAT = 1
 
@@ -141,6 +141,16 @@ class RunRecord(BaseModel):
 
     def write(self, run_dir: Path) -> None:
         write_json(RunFolder(run_dir).record, self.model_dump(mode="json"))
+
+    @staticmethod
+    def mark_removed(run_dir: Path, snapshot_id: str | None) -> None:
+        """Records that the checkpoints are removed. All other fields stay, those of other versions included.
+
+        snapshot_id: for a run that has not recorded it.
+        """
+        path = RunFolder(run_dir).record
+        fields = read_json(path)
+        write_json(path, fields | {"removed_at": now(), "snapshot_id": fields.get("snapshot_id") or snapshot_id})
 
     def train_config(self, run_dir: Path) -> dict[str, Any]:
         """The resolved options of the run.

@@ -183,9 +183,8 @@ def _remove(candidate: Candidate, home: Home) -> Candidate:
     try:
         with unused(candidate.folder, _raise_busy), held(candidate.folder, _raise_busy):
             if candidate.removed_at is None:
-                run = RunRecord.read(candidate.folder)
-                update = {"removed_at": now(), "snapshot_id": run.snapshot_id or _snapshot_of(run.dataset_id, home)}
-                run.model_copy(update=update).write(candidate.folder)
+                dataset_id = RunRecord.read(candidate.folder).dataset_id
+                RunRecord.mark_removed(candidate.folder, _snapshot_of(dataset_id, home))
             _remove_files(candidate)
     except _BusyError:
         return replace(candidate, kept="in use")

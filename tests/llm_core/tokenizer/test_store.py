@@ -1,6 +1,7 @@
 """The store keeps each tokenizer with its report, and freezes one per configuration."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,31 @@ def test_the_current_tokenizer_is_kept_when_old_text_returns(make: Callable[...,
     half = Snapshot(snapshot.summary | {"snapshot_id": "1" * 16}, snapshot.files, snapshot.documents.slice(0, 60))
     current = make(half, retrain_tokenizer=True)
     assert make(snapshot).tokenizer_id == current.tokenizer_id
+
+
+def test_a_tokenizer_none_of_whose_training_text_remains_is_trained_again(corpus_dir: Path, tmp_path: Path) -> None:
+    raw, processed, kept = tmp_path / "raw", tmp_path / "processed", sorted(corpus_dir.glob("*.txt"))
+
+    def prepare(texts: list[Path], max_document_bytes: int = 2048, **options: Any) -> TokenizerArtifact:
+        shutil.rmtree(raw, ignore_errors=True)
+        raw.mkdir()
+        for path in texts:
+            shutil.copy(path, raw)
+        snapshot = take_snapshot(raw, processed, CorpusConfig(max_document_bytes=max_document_bytes, val_fraction=0.2))
+        return prepare_tokenizer(snapshot, raw, processed, TokenizerConfig(vocab_size=300, **options))
+
+    first = prepare(kept[:20])
+    assert prepare(kept[5:]).tokenizer_id == first.tokenizer_id, "some of it remains"
+    assert prepare(kept[5:], max_document_bytes=1024).reused, "the same text in other documents"
+    other = prepare(kept[20:])
+    assert (other.reused, other.text_gone) == (False, True)
+    assert other.tokenizer_id != first.tokenizer_id
+    again = prepare(kept[20:])
+    assert (again.tokenizer_id, again.reused, again.text_gone) == (other.tokenizer_id, True, False)
+    assert prepare(kept[:20]).tokenizer_id == first.tokenizer_id, "it was trained on this text"
+    for path in (processed / "snapshots").glob(f"{first.report['snapshot_id']}*"):
+        path.unlink()
+    assert prepare(kept[20:30]).tokenizer_id == first.tokenizer_id, "what it was trained on is not known any more"
 
 
 @pytest.mark.parametrize("lost", ["tokenizer.json", "stored"])

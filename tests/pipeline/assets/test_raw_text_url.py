@@ -6,9 +6,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from llm_core.errors import UserError
 from pipeline.assets.raw_text import raw_text
-from pipeline.assets.sample_corpus import SampleCorpusConfig, sample_corpus
 from pipeline.assets.tokenized_shards import tokenized_shards
 from pipeline.assets.trained_tokenizer import trained_tokenizer
 from pipeline.resources import Storage
@@ -34,12 +32,6 @@ def test_data_preparation_reads_from_a_url(home: Home, monkeypatch: pytest.Monke
     assert home.metadata(result, "raw_text")["folder"] == "memory://raw_of_a_url"
     assert home.metadata(result, "tokenized_shards")["train_tokens"] > 0
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_sample_corpus_is_not_written_to_a_url() -> None:
-    storage = Storage(home="h", raw_text_dir="memory://raw_of_a_url")
-    with pytest.raises(UserError, match="raw_text_dir memory://raw_of_a_url: the sample corpus needs a local folder"):
-        sample_corpus(SampleCorpusConfig(at_least_bytes=100_000), storage)
 
 
 def test_a_path_is_resolved_and_a_url_is_kept_unchanged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
