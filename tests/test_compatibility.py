@@ -14,6 +14,7 @@ from llm_core.checkpoint import CheckpointRecord, RunRecord
 from llm_core.checkpoint.state import load_checkpoint
 from llm_core.layout import Home, RunFolder, checkpoint_manifest
 from llm_core.system import sha256_file
+from pipeline.artifacts.retention import collect_home
 from pipeline.automation.jobs import LINEAGE
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.rebuild import rebuild
@@ -122,3 +123,25 @@ def test_a_lost_catalog_of_version_0_1_is_made_again_from_the_files(home: Home) 
     shutil.move(home.catalog, home.root / "lost")
     assert rebuild(home.root, home.catalog) == []
     assert len(Catalog(home.catalog).runs()) == 2
+
+
+def test_garbage_collection_in_a_home_of_version_0_1_loses_no_row(home: Home) -> None:
+    catalog = Catalog(home.catalog)
+    catalog.create()
+    before = rows(catalog)
+    newest, oldest = (row["run_id"] for row in catalog.runs())
+    found = collect_home(home, keep_runs=1, delete=True, log=pytest.fail)
+    assert [(candidate.kind, candidate.kept) for candidate in found.candidates] == [
+        ("run", "released (default)"),
+        ("run", f"parent of {newest}"),
+        ("model", "released (default)"),
+        ("model", None),
+    ]
+    RunRecord.mark_removed(home.run(oldest).root, "a snapshot")  # of format 1, which has the configuration in run.json
+    catalog.record_run(home.run(oldest).root)
+    after = rows(catalog)
+    assert {table: len(lines) for table, lines in after.items()} == {table: len(lines) for table, lines in before.items()}
+    assert after["checkpoints"] == before["checkpoints"]
+    assert {row["run_id"]: row["removed_at"] is not None for row in catalog.runs()} == {newest: False, oldest: True}
+    assert rebuild(home.root, home.catalog) == []
+    assert rows(catalog) == after

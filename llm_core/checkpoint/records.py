@@ -188,9 +188,11 @@ def named_checkpoint(checkpoint: str, option: str = "--checkpoint") -> Path:
     """
     path, remedy = Path(checkpoint), "name a checkpoint_step_<N>.pt in its run folder, or the run folder"
     if path.is_dir():
+        if removed := _why_removed(path):
+            raise UserError(f"{option} {checkpoint}: {removed}")
         record, _ = newest_valid(path)
         if record is None:
-            raise UserError(f"{option} {checkpoint}: {_why_removed(path) or f'no intact checkpoint in this folder; {remedy}'}")
+            raise UserError(f"{option} {checkpoint}: no intact checkpoint in this folder; {remedy}")
         return record.path
     if not checkpoint_manifest(path).is_file():
         if removed := _why_removed(path.parent):

@@ -54,10 +54,11 @@ class ModelRecord(BaseModel):
 
 
 def is_intact(model_dir: Path) -> bool:
-    """Whether every file of an exported model matches its record."""
+    """Whether every file of an exported model matches its record, and garbage collection has not begun to remove them."""
     try:
-        for name, sha256 in ModelRecord.read(model_dir).files.items():
+        record = ModelRecord.read(model_dir)
+        for name, sha256 in record.files.items():
             verify_file(inside(model_dir, name), sha256)
     except DataError:
         return False
-    return True
+    return record.removed_at is None

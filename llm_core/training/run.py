@@ -116,7 +116,7 @@ def _is_finished(run_dir: Path, trainer: Trainer) -> bool:
     if trainer.step < trainer.config.max_steps:
         return False
     run = RunRecord.find(run_dir)
-    return run is not None and run.run_id == trainer.run_id and run.status == "finished"
+    return run is not None and _continues(run, trainer) and run.status == "finished"
 
 
 def _begin(run_log: RunLog, trainer: Trainer, data_dir: Path) -> RunRecord:

@@ -9,6 +9,7 @@ every file that is left can be read.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
@@ -124,8 +125,11 @@ def _model(folder: Path) -> Candidate:
 
 def _size(files: Iterable[Path]) -> int:
     """Bytes of files and of all files in folders."""
-    each = (file for path in files for file in (path.rglob("*") if path.is_dir() else [path]))
-    return sum(file.stat().st_size for file in each if file.is_file())
+    size = 0
+    for file in (file for path in files for file in (path.rglob("*") if path.is_dir() else [path])):
+        with suppress(FileNotFoundError):  # a training replaces its checkpoints
+            size += file.stat().st_size if file.is_file() else 0
+    return size
 
 
 def _reasons(home: Home, runs: list[Candidate], models: list[Candidate], keep: int) -> dict[Path, str]:
@@ -182,9 +186,11 @@ def _remove(candidate: Candidate, home: Home) -> Candidate:
         return candidate
     try:
         with unused(candidate.folder, _raise_busy), held(candidate.folder, _raise_busy):
-            if candidate.removed_at is None:
-                dataset_id = RunRecord.read(candidate.folder).dataset_id
-                RunRecord.mark_removed(candidate.folder, _snapshot_of(dataset_id, home))
+            run = RunRecord.read(candidate.folder)
+            if (run.started_at, run.removed_at) != (candidate.since, candidate.removed_at):
+                raise _BusyError
+            if run.removed_at is None:
+                RunRecord.mark_removed(candidate.folder, _snapshot_of(run.dataset_id, home))
             _remove_files(candidate)
     except _BusyError:
         return replace(candidate, kept="in use")

@@ -39,7 +39,7 @@ _ERROR = re.compile(r"(?:\[rank \d+\] )?python -m llm_core\.train: error: (.*)")
 def finished_checkpoint(run_dir: Path) -> CheckpointRecord | None:
     """The last checkpoint of a finished run, if it is intact."""
     run = RunRecord.find(run_dir)
-    if run is None or run.status != "finished":
+    if run is None or run.status != "finished" or run.removed_at is not None:
         return None
     newest, _ = newest_valid(run_dir)
     return newest if newest is not None and newest.step == run.train_config(run_dir)["max_steps"] else None

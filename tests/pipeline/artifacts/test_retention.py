@@ -19,6 +19,7 @@ from pipeline.artifacts.retention import Collection, collect_home
 from pipeline.assets import checks
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.rebuild import rebuild
+from pipeline.processes.training import finished_checkpoint
 from tests.pipeline.conftest import Home
 from tests.support.artifacts import NASTY, Artifacts, contents, document_id
 
@@ -180,6 +181,9 @@ def test_a_removal_interrupted_at_any_file_leaves_everything_readable_and_is_com
         assert rebuild(home.root, home.catalog) == []
         assert newest_valid(home.run("new").root)[0] is not None
         assert is_intact(home.model("new").root)
+        assert finished_checkpoint(home.run("old").root) is None, "it is not reused half removed"
+        model = home.model("old").root
+        assert is_intact(model) == (ModelRecord.read(model).removed_at is None)
     assert interrupted > 5
     assert found.removed == []
     assert not home.run("old").removable()
