@@ -18,6 +18,8 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 EXECUTION = "execution"
 
 END_OF_TEXT = "<|endoftext|>"
+MIN_DOCUMENT_BYTES = 256
+MIN_VOCAB_SIZE = 258  # 256 bytes, one special token and one merge
 MODEL_NAMES = Literal["tiny", "small", "medium", "large", "xl"]
 
 # hidden_size, num_layers, num_heads, num_kv_heads.
@@ -67,7 +69,7 @@ class CorpusConfig(StageConfig):
     )
     max_document_bytes: int = Field(
         32 * 1024,
-        ge=256,
+        ge=MIN_DOCUMENT_BYTES,
         description="Longer texts are split at line ends into documents of at most this many UTF-8 bytes.",
     )
     val_fraction: float = Field(
@@ -115,7 +117,10 @@ class TokenizerConfig(StageConfig):
         "bpe", description="Byte-level BPE or WordPiece trained on the corpus, or a published tiktoken encoding."
     )
     vocab_size: int = Field(
-        32000, ge=258, le=1_000_000, description="Tokens in the vocabulary, special tokens included (bpe and wordpiece)."
+        32000,
+        ge=MIN_VOCAB_SIZE,
+        le=1_000_000,
+        description="Tokens in the vocabulary, special tokens included (bpe and wordpiece).",
     )
     special_tokens: list[str] = Field(
         [END_OF_TEXT], min_length=1, description="Special tokens; the first one separates documents."

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from llm_core.cli import parse_options, printable, run_tool
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
-from llm_core.corpus import READABLE, Snapshot, take_snapshot
-from llm_core.dataset import DatasetManifest, build_dataset
+from llm_core.corpus import READABLE, Snapshot, drop_warning, dropped_text, take_snapshot
+from llm_core.dataset import DatasetBuild, build_dataset
 from llm_core.errors import DataError
 from llm_core.layout import PreparedData
 from llm_core.system import preparing
@@ -56,28 +56,36 @@ def prepare(options: DataPrepOptions) -> None:
                 snapshot = take_snapshot(input_dir, data_dir, options.stage(CorpusConfig), show)
             _log("Tokenizer ...")
             artifact = prepare_tokenizer(snapshot, input_dir, data_dir, options.stage(TokenizerConfig))
-            present = set(PreparedData(data_dir).shards())
             with _progress("Encoding", "B") as show:
-                manifest = build_dataset(snapshot, artifact, input_dir, data_dir, options.stage(ShardConfig), show)
+                build = build_dataset(snapshot, artifact, input_dir, data_dir, options.stage(ShardConfig), show)
     except OSError as error:
         raise DataError(f"--output_dir {data_dir}: {error.filename or ''} {error.strerror or error}") from error
-    reused = sum(data_dir / shard.file in present for shard in manifest.shards)
-    for name, value in _report_rows(snapshot, artifact, manifest, reused, data_dir):
+    for name, value in _report_rows(snapshot, artifact, build, data_dir):
         print(f"{name:<14} {value}")
+    coverage = artifact.drift_report.coverage
+    unknown = f"the tokenizer cannot spell {coverage}; --tokenizer_type bpe spells all of it" if coverage.is_low else None
+    for warning in filter(None, (drop_warning(snapshot.summary), unknown)):
+        _log(f"{PROG}: warning: {printable(warning)}")
 
 
 def _report_rows(
-    snapshot: Snapshot, artifact: TokenizerArtifact, manifest: DatasetManifest, reused: int, data_dir: Path
+    snapshot: Snapshot, artifact: TokenizerArtifact, build: DatasetBuild, data_dir: Path
 ) -> Iterator[tuple[str, str]]:
-    summary, report = snapshot.summary, artifact.report
-    skipped = summary["files_ignored"] + sum(summary["files_skipped"].values())
-    yield "Files", f"{summary['files']:,} of text, {skipped:,} skipped"
+    summary, report, manifest = snapshot.summary, artifact.report, build.manifest
+    changes = ", ".join(f"{summary[f'files_{how}']:,} {how}" for how in ("added", "changed", "removed", "unchanged"))  # type: ignore[literal-required]
+    yield "Files", f"{summary['files']:,} of text: {changes}"
+    if ignored := summary["ignored_by_extension"]:
+        by_extension = ", ".join(f"{count:,} {extension}" for extension, count in ignored.items())
+        yield "  ignored", printable(f"{summary['files_ignored']:,} files of other formats: {by_extension}")
+    for reason, count in sorted(summary["files_skipped"].items()):
+        yield "  skipped", f"{count:,} {reason.replace('_', ' ')}"
     yield (
         "Text",
         f"{summary['bytes_kept']:,} bytes in {summary['documents']:,} documents, of {summary['bytes_read']:,} bytes read",
     )
-    for reason, size in sorted(summary["bytes_dropped"].items()):
-        yield "  dropped", f"{size:,} bytes: {reason.replace('_', ' ')}"
+    for dropped in dropped_text(summary):
+        share = f"{dropped['bytes']:,} bytes ({dropped['share']:.1%}) in {dropped['documents']:,} documents"
+        yield "  dropped", f"{share}: {dropped['reason'].replace('_', ' ')}"
     if summary["sequences_replaced"]:
         yield "  repaired", f"{summary['sequences_replaced']:,} sequences that were not UTF-8"
     for reason, count in sorted(summary["quarantined_by_reason"].items()):
@@ -90,6 +98,8 @@ def _report_rows(
         yield "", "trained again: none of the text that the previous one was trained on remains"
     yield "", f"{report['bytes_per_token']:.2f} bytes per token, {report['tokens_per_word']:.2f} tokens per word"
     drift_report = artifact.drift_report
+    if drift_report.coverage.unknown:
+        yield "", printable(f"cannot spell {drift_report.coverage}")
     if drift_report.drift is not None:
         less_or_more = "fewer" if drift_report.drift > 0 else "more"
         remedy = "; --retrain_tokenizer trains a new one" if drift_report.drift > MAX_DRIFT else ""
@@ -98,7 +108,8 @@ def _report_rows(
         yield "", printable(f"a document changes when it is encoded and decoded: {text!r}")
     for split, totals in manifest.splits.items():
         yield f"Tokens, {split}", f"{totals.tokens:,} in {totals.documents:,} documents"
-    yield "Shards", f"{len(manifest.shards) - reused} written, {reused} reused"
+    yield "Encoded", f"{build.documents_encoded:,} documents, {build.bytes_encoded:,} bytes; {build.documents_reused:,} reused"
+    yield "Shards", f"{build.shards_written} written, {len(manifest.shards) - build.shards_written} reused"
     yield "Dataset", f"{manifest.dataset_id}, windows of {manifest.max_length:,} tokens, overlap {manifest.stride:,}"
     yield "In", str(PreparedData(data_dir).metadata)
 

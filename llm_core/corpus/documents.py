@@ -1,6 +1,7 @@
 """Text to documents: split where it is long, identified by hash, assigned to train or validation, given a status."""
 
 import hashlib
+import math
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus.filters import content_reason, length_reason
@@ -9,7 +10,21 @@ from llm_core.corpus.types import KEPT, Document, Quarantine
 
 def split_of(document_id: str, val_fraction: float) -> str:
     """The split of a document: its hash as a number in [0, 1), compared with the fraction. Nothing else matters."""
-    return "val" if int(document_id[:16], 16) / 2**64 < val_fraction else "train"
+    return "val" if _number(document_id) < val_fraction else "train"
+
+
+def fraction_for_both_splits(document_ids: list[str]) -> float | None:
+    """A short val_fraction with which both splits have some of these documents, None if there is none."""
+    numbers = [_number(document_id) for document_id in document_ids]
+    for digits in range(2, 7):
+        fraction = math.floor(min(numbers) * 10**digits + 1) / 10**digits
+        if min(numbers) < fraction <= max(numbers) and fraction < 0.5:
+            return fraction
+    return None
+
+
+def _number(document_id: str) -> float:
+    return int(document_id[:16], 16) / 2**64
 
 
 def piece_end(data: bytes, start: int, max_bytes: int) -> int:

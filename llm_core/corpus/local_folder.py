@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from llm_core.corpus.types import READABLE, FolderListing, OpenFile, Stamp, format_of
+from llm_core.corpus.types import READABLE, FolderListing, OpenFile, Stamp, extension_of, format_of
 from llm_core.errors import UserError
 from llm_core.system import is_unicode
 
@@ -127,7 +127,7 @@ def walk(input_dir: Path) -> FolderListing:
     listing = FolderListing()
     for path, entry in _entries(root, "", listing.skipped):
         if format_of(path) is None:
-            listing.ignored += 1
+            listing.ignored[extension_of(path)] += 1
             continue
         try:
             status = entry.stat()

@@ -50,6 +50,8 @@ def read_file(folder: InputFolder, path: str, config: CorpusConfig) -> tuple[Fil
             with folder.open(path) as file:
                 before = file.stamp_when_opened()
                 record, documents = _read_open_file(file.raw, before.size, path, config)
+                if record.status == "not_utf8" and not record.documents:
+                    record = record._replace(detail=f"{record.detail}; {_after_repair(file.raw, before.size, path, config)}")
                 if file.current_stamp() == before:
                     return record, documents
         except OSError as error:
@@ -87,6 +89,15 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     one_document = format == "text" and documents.count == 1 and documents.bytes == meter.position
     sha256 = documents.first.document_id if one_document and documents.first else meter.sha256()
     return FileRecord(path, meter.position, sha256, status, detail, *counts), documents.rows
+
+
+def _after_repair(raw: IO[bytes], size: int, path: str, config: CorpusConfig) -> str:
+    """What repairing a file that is not UTF-8 would keep and cost."""
+    raw.seek(0)
+    record, _ = _read_open_file(raw, size, path, config.model_copy(update={"invalid_utf8": "replace"}))
+    if record.status != KEPT:
+        return f"invalid_utf8: replace would not keep it ({record.status})"
+    return f"invalid_utf8: replace would keep its {record.bytes:,} bytes, with {record.replaced:,} bad sequences replaced"
 
 
 class _FileDocuments:

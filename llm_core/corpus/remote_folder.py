@@ -16,7 +16,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from llm_core.corpus.streams import BLOCK
-from llm_core.corpus.types import READABLE, FolderListing, OpenFile, Stamp, format_of
+from llm_core.corpus.types import READABLE, FolderListing, OpenFile, Stamp, extension_of, format_of
 from llm_core.errors import DataError, UserError
 from llm_core.system import is_unicode
 
@@ -62,7 +62,7 @@ class RemoteFolder:
             elif not is_unicode(path):
                 listing.skipped["name_not_utf8"] += 1
             elif format_of(path) is None:
-                listing.ignored += 1
+                listing.ignored[extension_of(path)] += 1
             elif info["type"] != "file":  # links have another type
                 listing.skipped["not_a_regular_file"] += 1
             else:

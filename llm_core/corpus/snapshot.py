@@ -15,17 +15,21 @@ from typing import cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llm_core.config import CorpusConfig
+from llm_core.config import MIN_DOCUMENT_BYTES, CorpusConfig
 from llm_core.corpus.deduplication import check_available, mark_duplicates, mark_near_duplicates
+from llm_core.corpus.documents import fraction_for_both_splits
 from llm_core.corpus.input_folder import InputDir, InputFolder, open_input_folder
 from llm_core.corpus.local_folder import LocalFolder
 from llm_core.corpus.readers import iter_texts, read_file
 from llm_core.corpus.summary import (
+    LISTED_EXTENSIONS,
+    REMEDIES,
     ScanCounts,
     SnapshotSummary,
     SnapshotTotals,
     TableFile,
     byte_totals,
+    documents_dropped,
     file_changes,
     quarantine,
 )
@@ -130,7 +134,7 @@ def take_snapshot(
     else:
         documents = _documents_table(scan, new_documents, input_dir, data_dir, config)
         totals = _totals(snapshot_id, config, scan, files, documents)
-        _check_usable(input_dir, config, totals)
+        _check_usable(input_dir, config, totals, documents)
         snapshot = _publish(data_dir, totals, files, documents)
     # The stamps from before the files were read: a file that changed in between is read again next time.
     stamps = {file.path: scan.listing.files[file.path] for file in records if file.status != UNREADABLE}
@@ -149,7 +153,7 @@ def _scan(folder: InputFolder, input_dir: InputDir, data_dir: Path, config: Corp
     if not listing.files:
         raise UserError(
             f"--input_dir {input_dir}: no {READABLE} file in it, nor one of these with .gz or .zst"
-            f" ({listing.ignored} other files, {listing.skipped.total()} skipped); put text files there or name another folder"
+            f" ({_other_files(listing)}); put text files there or name another folder"
         )
     wait_for_mtime_resolution(listing.files.values())
     parent_id, stamps = last = load_scan(data_dir)
@@ -160,6 +164,11 @@ def _scan(folder: InputFolder, input_dir: InputDir, data_dir: Path, config: Corp
         records = (FileRecord(**row) for row in parent.files.to_pylist())
         unchanged = {record.path: record for record in records if record.path in same}
     return _Scan(listing, last, parent, unchanged)
+
+
+def _other_files(listing: FolderListing) -> str:
+    most = ", ".join(f"{count} {extension}" for extension, count in listing.ignored.most_common(3))
+    return f"{listing.ignored.total()} other files{f': {most}' if most else ''}; {listing.skipped.total()} skipped"
 
 
 def _read_new_files(
@@ -193,7 +202,12 @@ def _documents_table(scan: _Scan, new_documents: Rows, input_dir: InputDir, data
 
 def _scan_counts(scan: _Scan, files: pa.Table) -> ScanCounts:
     changes = file_changes(files, scan.parent.files if scan.parent else None)
-    return {"files_ignored": scan.listing.ignored, "files_skipped": dict(scan.listing.skipped), **changes}
+    return {
+        "files_ignored": scan.listing.ignored.total(),
+        "ignored_by_extension": dict(scan.listing.ignored.most_common(LISTED_EXTENSIONS)),
+        "files_skipped": dict(scan.listing.skipped),
+        **changes,
+    }
 
 
 def _totals(snapshot_id: str, config: CorpusConfig, scan: _Scan, files: pa.Table, documents: pa.Table) -> SnapshotTotals:
@@ -210,22 +224,32 @@ def _totals(snapshot_id: str, config: CorpusConfig, scan: _Scan, files: pa.Table
     }
 
 
-def _check_usable(input_dir: InputDir, config: CorpusConfig, totals: SnapshotTotals) -> None:
-    documents, size = totals["documents"], totals["bytes_kept"]
-    if not documents:
-        reasons = ", ".join(f"{reason} {count} bytes" for reason, count in sorted(totals["bytes_dropped"].items()))
+def _check_usable(input_dir: InputDir, config: CorpusConfig, totals: SnapshotTotals, documents: pa.Table) -> None:
+    if not totals["documents"]:
+        reasons = sorted(totals["bytes_dropped"])
+        dropped = ", ".join(f"{reason} {totals['bytes_dropped'][reason]} bytes" for reason in reasons)
+        remedies = ", ".join(REMEDIES[reason] for reason in reasons if reason in REMEDIES)
         raise UserError(
-            f"--input_dir {input_dir}: no usable text in its {totals['files']} files ({reasons or 'all empty'});"
-            f" .jsonl lines and .parquet rows need a string under --text_field {config.text_field!r}, all text needs UTF-8"
-            " (or --invalid_utf8 replace)"
+            f"--input_dir {input_dir}: no usable text in its {totals['files']} files ({dropped or 'all empty'});"
+            f" {f'try {remedies}' if remedies else 'add text files'}"
         )
     for split, split_bytes in (("train", totals["train_bytes"]), ("val", totals["val_bytes"])):
         if not split_bytes:
             raise UserError(
-                f"--val_fraction {config.val_fraction}: none of the {documents} documents ({size} bytes) falls to {split};"
-                f" add text to {input_dir}, give another --val_fraction, or a smaller --max_document_bytes"
-                f" ({config.max_document_bytes} now; {max(256, size // 100)} would make about 100 documents)"
+                f"--val_fraction {config.val_fraction}: none of the {totals['documents']} documents"
+                f" ({totals['bytes_kept']} bytes) falls to {split}; {_split_advice(documents, config)}"
             )
+
+
+def _split_advice(documents: pa.Table, config: CorpusConfig) -> str:
+    """How to get text into both splits."""
+    kept = documents.filter(pc.equal(documents["status"], KEPT))
+    if (fraction := fraction_for_both_splits(kept["document_id"].to_pylist())) is not None:
+        return f"give --val_fraction {fraction:g}, or add text"
+    size = pc.sum(kept["bytes"]).as_py()
+    if size >= 100 * MIN_DOCUMENT_BYTES and size // 100 < config.max_document_bytes:
+        return f"give --max_document_bytes {size // 100}, which makes about 100 documents, or add text"
+    return "add text"
 
 
 def _publish(data_dir: Path, totals: SnapshotTotals, files: pa.Table, documents: pa.Table) -> Snapshot:
@@ -261,6 +285,8 @@ def load_snapshot(data_dir: Path, snapshot_id: str) -> Snapshot:
         verify_file(table, entry["sha256"])
         tables.append(read_parquet(table))
     files, documents = tables
+    if "documents_dropped" not in summary:  # of an older version
+        summary["documents_dropped"] = documents_dropped(files, documents)
     return Snapshot(summary, files, documents.cast(DOCUMENTS_SCHEMA))  # older versions stored plain strings
 
 

@@ -6,15 +6,35 @@ from typing import Any, TypedDict
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llm_core.corpus.types import HARMLESS, KEPT, format_of
+from llm_core.corpus.filters import FEW_LETTERS, REPETITIVE, TOO_LONG, TOO_SHORT
+from llm_core.corpus.types import HARMLESS, KEPT, NEAR_DUPLICATE, format_of
 
 LISTED_QUARANTINES = 100
+LISTED_EXTENSIONS = 50
+
+# A larger share of dropped text causes a warning.
+WARN_DROPPED = 0.05
+
+# What is dropped around the text of a file, not text itself.
+MARKUP = ("byte_order_mark", "jsonl_envelope")
+
+# The option that keeps text which is dropped for a reason.
+REMEDIES = {
+    "not_utf8": "--invalid_utf8 replace",
+    "no_text_field": "--text_field",
+    TOO_SHORT: "a smaller --min_characters",
+    TOO_LONG: "a larger --max_characters",
+    FEW_LETTERS: "a smaller --min_letter_share",
+    REPETITIVE: "a larger --max_repetition",
+    NEAR_DUPLICATE: "a larger --near_duplicates",
+}
 
 
 class ByteTotals(TypedDict):
     bytes_read: int
     bytes_kept: int
     bytes_dropped: dict[str, int]  # by reason
+    documents_dropped: dict[str, int]  # by reason; a file without documents counts as one
     sequences_replaced: int
     train_bytes: int
     val_bytes: int
@@ -29,6 +49,7 @@ class FileChanges(TypedDict):
 
 class ScanCounts(FileChanges):
     files_ignored: int
+    ignored_by_extension: dict[str, int]  # the most frequent ones
     files_skipped: dict[str, int]  # by reason
 
 
@@ -69,7 +90,7 @@ def byte_totals(files: pa.Table, documents: pa.Table) -> ByteTotals:
     by_status = _sums(documents, "status")
     kept = by_status.pop(KEPT, 0)
     dropped = Counter(by_status)
-    for reason in ("byte_order_mark", "jsonl_envelope"):
+    for reason in MARKUP:
         dropped[reason] += pc.sum(files[reason]).as_py()
     # A file without documents is dropped entirely, with its own status as the reason.
     for row in files.filter(pc.equal(files["documents"], 0)).to_pylist():
@@ -79,10 +100,61 @@ def byte_totals(files: pa.Table, documents: pa.Table) -> ByteTotals:
         "bytes_read": pc.sum(files["bytes"]).as_py(),
         "bytes_kept": kept,
         "bytes_dropped": {reason: size for reason, size in dropped.items() if size},
+        "documents_dropped": documents_dropped(files, documents),
         "sequences_replaced": pc.sum(files["replaced"]).as_py(),
         "train_bytes": by_split.get("train", 0),
         "val_bytes": by_split.get("val", 0),
     }
+
+
+def documents_dropped(files: pa.Table, documents: pa.Table) -> dict[str, int]:
+    """Documents that are not kept by reason, and files without documents, each as one."""
+    statuses = pa.chunked_array(
+        [*documents["status"].chunks, *files.filter(pc.equal(files["documents"], 0))["status"].chunks], pa.string()
+    )
+    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(statuses).to_pylist()}
+    return {reason: count for reason, count in counts.items() if reason != KEPT}
+
+
+class Dropped(TypedDict):
+    """Text that is dropped for one reason. share: of the bytes of all text read, without markup."""
+
+    reason: str
+    documents: int
+    bytes: int
+    share: float
+
+
+def dropped_text(summary: SnapshotSummary) -> list[Dropped]:
+    """What is dropped for each reason, the most bytes first. Markup around the text does not count."""
+    sizes = {reason: size for reason, size in summary["bytes_dropped"].items() if reason not in MARKUP}
+    text = summary["bytes_kept"] + sum(sizes.values())
+    documents = summary["documents_dropped"]
+    reasons = sorted(documents.keys() | sizes.keys(), key=lambda reason: (-sizes.get(reason, 0), reason))
+    return [
+        {
+            "reason": reason,
+            "documents": documents.get(reason, 0),
+            "bytes": sizes.get(reason, 0),
+            "share": sizes.get(reason, 0) / max(1, text),
+        }
+        for reason in reasons
+    ]
+
+
+def drop_warning(summary: SnapshotSummary) -> str | None:
+    """A line for the user if more than `WARN_DROPPED` of the text is dropped: for which reasons, and what would keep it."""
+    dropped = dropped_text(summary)
+    share = sum(each["share"] for each in dropped)
+    if share <= WARN_DROPPED:
+        return None
+    remedies = {reason: f" ({option} keeps it)" for reason, option in REMEDIES.items()}
+    reasons = ", ".join(
+        f"{each['share']:.1%} {each['reason']}{remedies.get(each['reason'], '')}"
+        for each in dropped[:3]
+        if each["share"] >= 0.001
+    )
+    return f"{share:.1%} of the text is dropped: {reasons}"
 
 
 def file_changes(files: pa.Table, previous: pa.Table | None) -> FileChanges:
@@ -100,10 +172,10 @@ def file_changes(files: pa.Table, previous: pa.Table | None) -> FileChanges:
 
 
 def quarantine(files: pa.Table, documents: pa.Table) -> Quarantines:
-    """Files, .jsonl lines and .parquet rows that are quarantined: the first are listed, all are counted by reason."""
+    """Files, .jsonl lines and .parquet rows that are quarantined: the largest are listed, all are counted by reason."""
+    unusable = files.filter(pc.equal(files["documents"], 0)).sort_by([("bytes", "descending"), ("path", "ascending")])
     entries: list[QuarantineEntry] = [
-        {"path": row["path"], "reason": row["status"], "detail": row["detail"] or "no text in it"}
-        for row in files.filter(pc.equal(files["documents"], 0)).to_pylist()
+        {"path": row["path"], "reason": row["status"], "detail": row["detail"] or "no text in it"} for row in unusable.to_pylist()
     ]
     by_reason = Counter(entry["reason"] for entry in entries)
     harmless = pc.is_in(documents["status"], value_set=pa.array(sorted(HARMLESS)))

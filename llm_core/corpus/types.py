@@ -147,6 +147,16 @@ def format_of(path: str) -> Format | None:
     return _FORMATS.get(suffix) if stem else None
 
 
+def extension_of(path: str) -> str:
+    """The end of a file's name in lower case, such as ".pdf" or ".csv.gz"; "no extension" without one."""
+    name = path.rpartition("/")[2].lower()
+    stem, _, suffix = name.rpartition(".")
+    if stem and suffix in _COMPRESSIONS:
+        inner = stem.rpartition(".")
+        suffix = f"{inner[2]}.{suffix}" if inner[0] else suffix
+    return f".{suffix}" if stem else "no extension"
+
+
 def source_of(path: str) -> str:
     """The source of a raw file: its top-level folder, or "." for a file in no folder."""
     folder, slash, _ = path.partition("/")
@@ -171,10 +181,13 @@ class Stamp(NamedTuple):
 
 @dataclass
 class FolderListing:
-    """Readable files with their stamps, sorted by relative posix path, and counts of everything else."""
+    """Readable files with their stamps, sorted by relative posix path, and counts of everything else.
+
+    `ignored` counts files of other formats by `extension_of`, `skipped` what is never read by reason.
+    """
 
     files: dict[str, Stamp] = field(default_factory=dict)
-    ignored: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
 
 

@@ -6,6 +6,7 @@ max_length and stride change no file of tokens.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,22 @@ from llm_core.dataset.shard import ShardEntry, ShardWriter, read_index, repair_i
 from llm_core.errors import DataError
 from llm_core.layout import PreparedData
 from llm_core.system import content_id, iter_rows
-from llm_core.tokenizer import Tokenizer, TokenizerArtifact, encode_all
+from llm_core.tokenizer import Tokenizer, TokenizerArtifact, encode_all, measure_drift
+
+
+@dataclass(frozen=True)
+class DatasetBuild:
+    """A dataset version, and what this build did for it. The other documents are reused."""
+
+    manifest: DatasetManifest
+    documents_encoded: int
+    bytes_encoded: int
+    shards_written: int
+
+    @property
+    def documents_reused(self) -> int:
+        return sum(split.documents for split in self.manifest.splits.values()) - self.documents_encoded
+
 
 # Bytes of text between two progress reports.
 _PROGRESS_BYTES = 4 << 20
@@ -41,7 +57,7 @@ def build_dataset(
     data_dir: Path,
     config: ShardConfig,
     on_progress: Callable[[int, int], None] | None = None,
-) -> DatasetManifest:
+) -> DatasetBuild:
     """Tokenizes the documents that the newest dataset of this tokenizer lacks and publishes the next version.
 
     `on_progress` gets (done, all) bytes of text. If nothing is new, nothing is written.
@@ -54,11 +70,14 @@ def build_dataset(
     parent = newest_of(artifact.tokenizer_id, data_dir, current)
     reused, to_encode = _split_work(data_dir, parent, snapshot.kept_documents())
     texts = iter_texts(input_dir, to_encode, snapshot.config)
-    shards = reused + _encode(to_encode, texts, artifact.tokenizer, data_dir, config, on_progress)
+    written = _encode(to_encode, texts, artifact.tokenizer, data_dir, config, on_progress)
+    shards = reused + written
     # Within a split the oldest shard comes first; a shard that was lost and rebuilt returns to its old place.
     places = {shard.shard_id: place for place, shard in enumerate(parent.shards)} if parent else {}
     shards.sort(key=lambda shard: (SPLITS.index(shard.split), places.get(shard.shard_id, len(places))))
-    return publish_manifest(data_dir, _manifest(data_dir, snapshot, artifact, shards, config, current), current)
+    unknown = measure_drift(artifact.tokenizer, artifact.report, snapshot, input_dir, data_dir).coverage.unknown
+    manifest = publish_manifest(data_dir, _manifest(data_dir, snapshot, artifact, shards, config, current, unknown), current)
+    return DatasetBuild(manifest, to_encode.num_rows, pc.sum(to_encode["bytes"]).as_py() or 0, len(written))
 
 
 def _split_work(data_dir: Path, parent: DatasetManifest | None, documents: pa.Table) -> tuple[list[ShardEntry], pa.Table]:
@@ -80,6 +99,7 @@ def _manifest(
     shards: list[ShardEntry],
     config: ShardConfig,
     current: DatasetManifest | None,
+    unknown: float,
 ) -> DatasetManifest:
     tokenizer = artifact.tokenizer
     identity = [(shard.shard_id, shard.split, shard.removed_rows) for shard in shards]
@@ -99,6 +119,7 @@ def _manifest(
         config=config.identity(),
         splits={split: _totals(data_dir, shards, split) for split in SPLITS},
         shards=shards,
+        unknown_text=unknown,
         max_length=config.max_length,
         stride=config.stride,
     )

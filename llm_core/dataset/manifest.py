@@ -57,6 +57,7 @@ class DatasetVersion(BaseModel):
     config: dict[str, Any]
     splits: dict[str, SplitTotals]
     shards: list[ShardEntry]
+    unknown_text: float | None = None  # share of the text that the tokenizer cannot spell; older versions did not record it
 
     @classmethod
     def read(cls, data_dir: Path, dataset_id: str) -> "DatasetVersion":

@@ -16,6 +16,9 @@ from llm_core.dataset.sampler import Indices
 from llm_core.errors import UserError
 from llm_core.tokenizer import Tokenizer
 
+# Tokens that a search holds in memory.
+_READ_TOKENS = 1 << 20
+
 
 class TokenStream:
     """The tokens of a split as one sequence over all shards: "eot document eot document ..."."""
@@ -119,5 +122,18 @@ def token_bytes(tokenizer: Tokenizer, manifest: DatasetManifest) -> Tensor:
     sizes = torch.from_numpy(tokenizer.token_bytes()).double()
     if tokenizer.tokenizer_type == "wordpiece":
         val = manifest.splits["val"]
-        sizes[sizes > 0] = val.bytes / (val.tokens - val.documents)
+        sizes[sizes > 0] = val.bytes / max(1, val.tokens - val.documents)
     return sizes
+
+
+def require_text(held_out: Windows, sizes: Tensor) -> None:
+    """Raises UserError if no held-out token is text, since the loss per byte would be undefined. sizes: see `token_bytes`."""
+    of_id = sizes.numpy()
+    for stream in held_out.streams:
+        for start in range(0, len(stream), _READ_TOKENS):
+            if of_id[stream.read(start, start + _READ_TOKENS)].any():
+                return
+    raise UserError(
+        "the validation text has only words that the tokenizer cannot spell; prepare the data again with --tokenizer_type bpe or"
+        " with a larger --val_fraction"
+    )

@@ -11,7 +11,7 @@ from llm_core.checkpoint.state import load_model
 from llm_core.config import EvaluateConfig
 from llm_core.corpus import load_snapshot
 from llm_core.dataset import DatasetManifest, groups_by_source, kept_documents, load_manifest, token_slices
-from llm_core.dataset.windows import TokenStream, Windows, token_bytes
+from llm_core.dataset.windows import TokenStream, Windows, require_text, token_bytes
 from llm_core.distributed.ranks import Ranks
 from llm_core.errors import UserError
 from llm_core.evaluation.held_out import (
@@ -56,6 +56,7 @@ def evaluate_checkpoint(
             f"{path}: trained with tokenizer {own.tokenizer_id}, but {data_dir} has {of_text.tokenizer_id}, and WordPiece does"
             " not give the text back; prepare the data with the tokenizer of the checkpoint"
         )
+    require_text(text, token_bytes(of_text, manifest))
     metrics = _metrics_by_source(model, own, text, of_text, data_dir, manifest, config, ranks)
     metrics[0][1].update(_baselines(text, of_text, data_dir, manifest, config.max_eval_tokens))
     result: Evaluation = {

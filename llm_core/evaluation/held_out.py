@@ -44,8 +44,8 @@ class HeldOut:
 
     @property
     def bits_per_byte(self) -> float:
-        """nats / (ln 2 * bytes) of the predicted text: comparable between tokenizers."""
-        return self.text_nll / (math.log(2) * self.text_bytes)
+        """nats / (ln 2 * bytes) of the predicted text: comparable between tokenizers; NaN if none of the targets is text."""
+        return self.text_nll / (math.log(2) * self.text_bytes) if self.text_bytes else math.nan
 
 
 def evaluate(
@@ -166,7 +166,9 @@ def reencoded(windows: Windows, tokenizer: Tokenizer, other: Tokenizer, max_toke
 
 
 def xz_bits_per_byte(text: bytes) -> float:
-    """A strong compressor on the same text: xz at its highest setting on the first `XZ_BYTES` bytes."""
+    """A strong compressor on the same text: xz at its highest setting on the first `XZ_BYTES` bytes; NaN without text."""
+    if not text:
+        return math.nan
     text = text[:XZ_BYTES]
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 

@@ -43,7 +43,7 @@ def generate(
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
     """Draws one token id from scores (V,)."""
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or the quotient would overflow
         return int(logits.argmax())
     scores, ids = torch.sort(logits.float() / temperature, descending=True)
     if top_k:

@@ -7,6 +7,7 @@ tokenizers/frozen.json                 the tokenizer that each configuration kee
 tokenizer.json                         a copy of the current one; written last
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +22,11 @@ from llm_core.corpus import InputDir, Snapshot, iter_texts, load_snapshot
 from llm_core.errors import DataError, UserError
 from llm_core.layout import PreparedData
 from llm_core.system import ID_LENGTH, content_id, read_json, sha256_file, write_json
+from llm_core.tokenizer.coverage import require_coverage
 from llm_core.tokenizer.drift import DriftReport, measure_drift
 from llm_core.tokenizer.report import TokenizerReport, measure_compression, read_report
 from llm_core.tokenizer.tokenizer import Tokenizer
-from llm_core.tokenizer.training import train_tokenizer
+from llm_core.tokenizer.training import Texts, train_tokenizer
 
 # Text that a tokenizer's report is measured on.
 _MEASURED_BYTES = 16 << 20
@@ -60,7 +62,7 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, data_dir: Path, c
     of the text that it was trained on remains.
 
     Raises:
-        UserError: the configuration does not fit the text.
+        UserError: the configuration does not fit the text, or loses too much of it.
         DataError: the tokenizer of this configuration, tokenizer.json or frozen.json is damaged, or the text changed since the
             snapshot.
     """
@@ -72,10 +74,16 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, data_dir: Path, c
             continue
         drift_report = measure_drift(kept, report, snapshot, input_dir, data_dir)
         if config.retrain_on_drift is None or (drift_report.drift or 0.0) <= config.retrain_on_drift:
+            texts = _training_texts(snapshot, input_dir, config)
+            require_coverage(drift_report.coverage, config, texts, snapshot, input_dir)
             _freeze(folder, identity, kept.tokenizer_id)
             return TokenizerArtifact(kept, report, report["sha256"], reused=True, drift_report=drift_report)
         replaced_drift = drift_report.drift
-    tokenizer, report = _train(folder, snapshot, input_dir, config, identity)
+    tokenizer, report = _train(snapshot, input_dir, config, identity)
+    drift_report = measure_drift(tokenizer, report, snapshot, input_dir, data_dir)
+    require_coverage(drift_report.coverage, config, _training_texts(snapshot, input_dir, config), snapshot, input_dir)
+    tokenizer.save(folder.tokenizer_file(tokenizer.tokenizer_id))
+    write_json(folder.tokenizer_report(tokenizer.tokenizer_id), report)
     _freeze(folder, identity, tokenizer.tokenizer_id)
     tokenizer.save(folder.tokenizer)
     return TokenizerArtifact(
@@ -83,7 +91,7 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, data_dir: Path, c
         report,
         report["sha256"],
         reused=False,
-        drift_report=measure_drift(tokenizer, report, snapshot, input_dir, data_dir),
+        drift_report=drift_report,
         replaced_drift=replaced_drift,
         text_gone=text_gone,
     )
@@ -118,35 +126,38 @@ def _reusable(
 
 
 def _train(
-    folder: PreparedData, snapshot: Snapshot, input_dir: InputDir, config: TokenizerConfig, identity: dict[str, Any]
+    snapshot: Snapshot, input_dir: InputDir, config: TokenizerConfig, identity: dict[str, Any]
 ) -> tuple[Tokenizer, TokenizerReport]:
-    """Trains a tokenizer and writes it with its report."""
-    documents, sample = snapshot.kept_documents(), _training_text(snapshot, config)
-    tokenizer = train_tokenizer(lambda: iter_texts(input_dir, sample, snapshot.config), config)
-    path = folder.tokenizer_file(tokenizer.tokenizer_id)
-    tokenizer.save(path)
+    """Trains a tokenizer and measures it; writes nothing."""
+    documents, sample = snapshot.kept_documents(), _training_sample(snapshot, config)
+    whole = sample.num_rows == pc.sum(pc.equal(documents["split"], "train")).as_py()
+    more_text = "add text to --input_dir" if whole else "raise --tokenizer_train_bytes"
+    tokenizer = train_tokenizer(_training_texts(snapshot, input_dir, config), config, more_text)
     measured = _sample(documents, _MEASURED_BYTES, config.tokenizer_seed)
     compression, sources = measure_compression(tokenizer, measured, iter_texts(input_dir, measured, snapshot.config))
     report: TokenizerReport = {
         "tokenizer_id": tokenizer.tokenizer_id,
         "tokenizer_type": tokenizer.tokenizer_type,
         "vocab_size": tokenizer.vocab_size,
-        "sha256": sha256_file(path),
+        "sha256": hashlib.sha256(tokenizer.serialized).hexdigest(),
         "config": identity,
         "snapshot_id": snapshot.snapshot_id,
         "train_bytes": 0 if config.tokenizer_type == "tiktoken" else pc.sum(sample["bytes"]).as_py(),
         **compression,
         "sources": sources,
     }
-    write_json(folder.tokenizer_report(tokenizer.tokenizer_id), report)
     return tokenizer, report
 
 
-def _training_text(snapshot: Snapshot, config: TokenizerConfig) -> pa.Table:
+def _training_sample(snapshot: Snapshot, config: TokenizerConfig) -> pa.Table:
     """The documents of a snapshot that a tokenizer is trained on."""
     documents = snapshot.kept_documents()
     train = documents.filter(pc.equal(documents["split"], "train"))
     return _sample(train, config.tokenizer_train_bytes, config.tokenizer_seed)
+
+
+def _training_texts(snapshot: Snapshot, input_dir: InputDir, config: TokenizerConfig) -> Texts:
+    return lambda: iter_texts(input_dir, _training_sample(snapshot, config), snapshot.config)
 
 
 def _is_text_gone(report: TokenizerReport, snapshot: Snapshot, data_dir: Path, config: TokenizerConfig) -> bool:
@@ -157,7 +168,7 @@ def _is_text_gone(report: TokenizerReport, snapshot: Snapshot, data_dir: Path, c
         earlier = load_snapshot(data_dir, report["snapshot_id"])
     except DataError:  # removed, or of an older version
         return False
-    trained = _training_text(earlier, config)
+    trained = _training_sample(earlier, config)
     if _overlap(trained["document_id"], snapshot.kept_documents()["document_id"]):
         return False
     # The same files can be cut into other documents now.

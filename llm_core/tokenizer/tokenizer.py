@@ -167,6 +167,13 @@ class Tokenizer:
         bounds = [-1, *np.flatnonzero(ids == self.eot_id).tolist(), len(ids)]
         return [ids[left + 1 : right] for left, right in itertools.pairwise(bounds)]
 
+    def spelled_bytes(self, text: str) -> int:
+        """UTF-8 bytes of the characters that tokens stand for, without the text of [UNK] tokens. For WordPiece."""
+        encoding = self.reference.encode(text, add_special_tokens=False)
+        special = set(self._special_ids.values())
+        spans = (span for number, span in zip(encoding.ids, encoding.offsets, strict=True) if number not in special)
+        return len("".join(text[start:end] for start, end in spans).encode())
+
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """Text of token ids [tokens]. Exact for byte-level types, where an incomplete character becomes U+FFFD."""
         numbers = np.asarray(ids, dtype=np.int64).tolist()

@@ -66,7 +66,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float 
         a @ b
         _synchronize(device)
         fastest = min(fastest, time.perf_counter() - start)
-    return 2 * size**3 / fastest
+    return 2 * size**3 / max(fastest, 1e-9)  # a coarse clock can measure 0
 
 
 def _synchronize(device: torch.device) -> None:

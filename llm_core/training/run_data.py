@@ -11,7 +11,7 @@ from llm_core.artifact_ids import run_id
 from llm_core.checkpoint import GroupUsage, Parent, write_known_documents
 from llm_core.config import TrainConfig
 from llm_core.dataset import DatasetManifest, DocumentGroups, Indices, TokenizerEntry, WindowSampler, kept_documents
-from llm_core.dataset.windows import Windows, token_bytes
+from llm_core.dataset.windows import Windows, require_text, token_bytes
 from llm_core.layout import RunFolder
 from llm_core.system import atomic_writer, parquet_bytes
 from llm_core.tokenizer import Tokenizer
@@ -47,14 +47,16 @@ class TrainingData:
             windows = config.max_steps * config.batch_size
             order = WindowSampler(train.sizes, config.seed, final_shares(mixture, train.sizes, windows, config.max_source_epochs))
         tokenizer = Tokenizer.stored(data_dir, manifest.tokenizer.tokenizer_id)
+        val, sizes = Windows.open(data_dir, manifest, "val", config.max_length, 0), token_bytes(tokenizer, manifest)
+        require_text(val, sizes)
         return cls(
             manifest=manifest,
             train=train,
-            val=Windows.open(data_dir, manifest, "val", config.max_length, 0),
+            val=val,
             order=order,
             groups=groups,
             parent=parent,
-            token_bytes=token_bytes(tokenizer, manifest),
+            token_bytes=sizes,
         )
 
     @property

@@ -10,10 +10,10 @@ import dagster as dg
 import pyarrow.compute as pc
 
 from llm_core.checkpoint import RunRecord
-from llm_core.corpus import Snapshot
+from llm_core.corpus import WARN_DROPPED, Snapshot, drop_warning, dropped_text
 from llm_core.dataset import DatasetManifest
 from llm_core.evaluation import Evaluation, metric
-from llm_core.tokenizer import MAX_DRIFT, TokenizerArtifact
+from llm_core.tokenizer import MAX_DRIFT, WARN_UNKNOWN, TokenizerArtifact
 from pipeline.presentation import rounded
 
 MAX_SKIPPED_SHARE = 0.05
@@ -34,6 +34,7 @@ def _spec(asset: str, name: str, description: str, blocking: bool = False) -> dg
 RAW_TEXT_CHECKS = [
     _spec("raw_text", "bytes_add_up", "Every byte read is kept, or dropped for a reason.", blocking=True),
     _spec("raw_text", "splits_are_disjoint", "No text is in both the training and the validation split.", blocking=True),
+    _spec("raw_text", "text_is_kept", f"At most {WARN_DROPPED:.0%} of the text is dropped, markup aside."),
 ]
 TRAINED_TOKENIZER_CHECKS = [
     _spec("trained_tokenizer", "round_trip", "Documents are unchanged after encoding and decoding.", blocking=True),
@@ -42,6 +43,7 @@ TRAINED_TOKENIZER_CHECKS = [
         "fertility_drift",
         f"New text has at most retrain_on_drift (default {MAX_DRIFT:.0%}) fewer bytes per token than the training text.",
     ),
+    _spec("trained_tokenizer", "coverage", f"The tokenizer can spell {1 - WARN_UNKNOWN:.0%} of the text of each source."),
 ]
 TOKENIZED_SHARDS_CHECKS = [
     _spec("tokenized_shards", "totals_add_up", "The dataset has all documents of the snapshot.", blocking=True),
@@ -68,9 +70,12 @@ def check_raw_text(snapshot: Snapshot) -> Checks:
     kept = snapshot.kept_documents()
     train, val = (set(kept.filter(pc.equal(kept["split"], split))["document_id"].to_pylist()) for split in ("train", "val"))
     counts = {"bytes_read": summary["bytes_read"], "bytes_kept": summary["bytes_kept"], "bytes_dropped": dropped}
+    shares: dict[str, Any] = {each["reason"]: round(each["share"], 4) for each in dropped_text(summary)}
+    warning = drop_warning(summary)
     return [
         _result(summary["bytes_read"] == summary["bytes_kept"] + dropped, "bytes_add_up", counts),
         _result(not train & val, "splits_are_disjoint", {"train": len(train), "validation": len(val), "both": len(train & val)}),
+        _result(warning is None, "text_is_kept", {"dropped": warning or f"at most {WARN_DROPPED:.0%}"} | shares, warn_only=True),
     ]
 
 
@@ -86,6 +91,12 @@ def check_trained_tokenizer(artifact: TokenizerArtifact, max_drift: float | None
     return [
         _result(not drift_report.changed, "round_trip", shown),
         _result(fits, "fertility_drift", {"drift": drift_of(artifact), "limit": limit} | remedy, warn_only=True),
+        _result(
+            not drift_report.coverage.is_low,
+            "coverage",
+            {"unknown": round(drift_report.coverage.unknown, 4), "text": str(drift_report.coverage)},
+            warn_only=True,
+        ),
     ]
 
 

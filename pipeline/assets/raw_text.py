@@ -5,7 +5,7 @@ from pathlib import Path
 import dagster as dg
 
 from llm_core.config import CorpusConfig
-from llm_core.corpus import take_snapshot
+from llm_core.corpus import drop_warning, dropped_text, take_snapshot
 from llm_core.layout import SAMPLE_CORPUS
 from llm_core.system import preparing
 from pipeline.artifacts.pointers import set_current
@@ -44,7 +44,10 @@ def raw_text(
         snapshot = take_snapshot(place, step.data_dir, config.stage(CorpusConfig))
         step.catalog().record_snapshot(step.data_dir, snapshot.snapshot_id)
         set_current(step.home.prepared.current_snapshot, step.home.prepared.snapshot(snapshot.snapshot_id))
-    summary, dropped = snapshot.summary, snapshot.summary["bytes_dropped"]
+    summary, dropped = snapshot.summary, dropped_text(snapshot.summary)
+    if warning := drop_warning(summary):
+        context.log.warning(warning)
+    ignored = [{"extension": name, "files": count} for name, count in summary["ignored_by_extension"].items()]
     for file in summary["quarantined"]:
         context.log.warning(f"quarantined {file['path']}: {file['reason']} ({file['detail']})")
     return dg.MaterializeResult(
@@ -59,8 +62,14 @@ def raw_text(
             "files_added": summary["files_added"],
             "files_changed": summary["files_changed"],
             "files_removed": summary["files_removed"],
-            "bytes_dropped": sum(dropped.values()),
-            "dropped_by_reason": table([{"reason": why, "bytes": dropped[why]} for why in dropped], reason="string", bytes="int"),
+            "files_unchanged": summary["files_unchanged"],
+            "files_ignored": summary["files_ignored"],
+            "bytes_dropped": sum(summary["bytes_dropped"].values()),
+            "share_dropped": round(sum(each["share"] for each in dropped), 4),
+            **tables(
+                dropped_by_reason=table(dropped, reason="string", documents="int", bytes="int", share="float"),
+                ignored_files=table(ignored, extension="string", files="int"),
+            ),
             "quarantined": sum(summary["quarantined_by_reason"].values()),
             **tables(quarantined_files=table(summary["quarantined"], path="string", reason="string", detail="string")),
             "folder": dg.MetadataValue.path(place),

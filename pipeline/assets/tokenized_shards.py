@@ -38,7 +38,8 @@ def tokenized_shards(
     with preparing(step.data_dir, context.log.info):
         upstream = Upstream(step)
         snapshot = upstream.snapshot()
-        manifest = build_dataset(snapshot, upstream.tokenizer(), storage.raw_text, step.data_dir, config.stage(ShardConfig))
+        build = build_dataset(snapshot, upstream.tokenizer(), storage.raw_text, step.data_dir, config.stage(ShardConfig))
+        manifest = build.manifest
         step.catalog().record_dataset(step.data_dir, manifest.dataset_id)
     train, val = manifest.splits["train"], manifest.splits["val"]
     return dg.MaterializeResult(
@@ -50,8 +51,13 @@ def tokenized_shards(
             "train_tokens": train.tokens,
             "validation_tokens": val.tokens,
             "documents": train.documents + val.documents,
-            "bytes_per_token": rounded(train.bytes / train.tokens, 3),
+            "documents_encoded": build.documents_encoded,
+            "documents_reused": build.documents_reused,
+            "bytes_encoded": build.bytes_encoded,
+            "bytes_per_token": rounded(train.bytes / max(1, train.tokens), 3),
+            "unknown_text": rounded(manifest.unknown_text),
             "shards": len(manifest.shards),
+            "shards_written": build.shards_written,
             "dtype": manifest.dtype,
             "max_length": config.max_length,
             "stride": config.stride,

@@ -49,9 +49,13 @@ def trained_tokenizer(
             "bytes_per_token": rounded(report["bytes_per_token"], 3),
             "tokens_per_word": rounded(report["tokens_per_word"], 3),
             "vocabulary_used": rounded(report["vocab_used"]),
+            "unknown_text": rounded(artifact.drift_report.coverage.unknown),
             "fertility_drift": drift_of(artifact),
             "sources": _by_source(report["sources"]),
-            **tables(sources_of_new_text=_by_source(artifact.drift_report.sources)),
+            **tables(
+                sources_of_new_text=_by_source(artifact.drift_report.sources),
+                unknown_by_source=table(artifact.drift_report.coverage.sources, source="string", bytes="int", unknown="float"),
+            ),
             "file": dg.MetadataValue.path(step.data_dir / artifact.file),
         },
     )

@@ -45,10 +45,11 @@ class Catalog(CatalogQueries):
         folder = PreparedData(data_dir)
         path = folder.snapshot(snapshot_id)
         with _reading(path):
-            summary = read_summary(data_dir, snapshot_id)
+            summary: dict[str, Any] = dict(read_summary(data_dir, snapshot_id))
             taken_at = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).replace(tzinfo=None)
             counts = [summary[name] for name in ("files", "documents", "bytes_read", "bytes_kept")]
             row = [snapshot_id, summary["parent_snapshot_id"], taken_at, *counts, *_json(summary, "bytes_dropped", "config")]
+            row += [json.dumps(summary[name], sort_keys=True) if name in summary else None for name in _LATER]
             documents = inside(path.parent, summary["documents_table"]["file"])
             verify_file(documents, summary["documents_table"]["sha256"])
             with self._database.connect() as connection:
@@ -86,7 +87,15 @@ class Catalog(CatalogQueries):
             tokenizer_id = dataset.tokenizer.tokenizer_id
             train, val = dataset.splits["train"], dataset.splits["val"]
             totals = [train.tokens, val.tokens, train.documents, val.documents]
-            row = [dataset_id, dataset.snapshot_id, tokenizer_id, dataset.parent_dataset_id, *totals, dataset.dtype]
+            row = [
+                dataset_id,
+                dataset.snapshot_id,
+                tokenizer_id,
+                dataset.parent_dataset_id,
+                *totals,
+                dataset.dtype,
+                dataset.unknown_text,
+            ]
             with self._database.connect() as connection:
                 connection.execute(f"INSERT OR REPLACE INTO datasets VALUES ({_placeholders(row)})", row)
                 for position, shard in enumerate(dataset.shards):
@@ -154,6 +163,9 @@ class Catalog(CatalogQueries):
             with self._database.connect() as connection:
                 connection.execute(f"INSERT OR REPLACE INTO models VALUES ({_placeholders(row)})", row)
 
+
+# Fields of a snapshot's summary that older versions did not write.
+_LATER = ("documents_dropped", "ignored_by_extension")
 
 _CHECKPOINT = ("checkpoint_id", "run_id", "step", "tokens_seen", "sha256", "bytes", "val_loss")
 _METRICS = pa.schema(

@@ -221,6 +221,10 @@ LEFT JOIN snapshot_documents raw
 
 -- version 4
 
+ALTER TABLE snapshots ADD COLUMN documents_dropped JSON; -- reason -> documents; NULL in older snapshots
+ALTER TABLE snapshots ADD COLUMN files_ignored JSON;     -- extension -> files of other formats; NULL in older snapshots
+ALTER TABLE datasets ADD COLUMN unknown_text DOUBLE;     -- share of the text that the tokenizer cannot spell; NULL in older ones
+
 -- When garbage collection removed the checkpoints of a run or the files of a model; NULL while it has them.
 ALTER TABLE training_runs ADD COLUMN removed_at TIMESTAMP; -- UTC
 ALTER TABLE models ADD COLUMN removed_at TIMESTAMP; -- UTC

@@ -28,7 +28,7 @@ class Place:
     def prepare(self, vocab_size: int = 512) -> DatasetManifest:
         snapshot = take_snapshot(self.raw, self.processed, CorpusConfig(max_document_bytes=2048))
         artifact = prepare_tokenizer(snapshot, self.raw, self.processed, TokenizerConfig(vocab_size=vocab_size))
-        return build_dataset(snapshot, artifact, self.raw, self.processed, ShardConfig(max_length=64, num_workers=1))
+        return build_dataset(snapshot, artifact, self.raw, self.processed, ShardConfig(max_length=64, num_workers=1)).manifest
 
     def collect(self, keep: int = 1, min_age_hours: float = 0, dry_run: bool = False) -> str:
         return collect(self.processed, [self.runs], keep, min_age_hours, dry_run)

@@ -43,7 +43,7 @@ def prepare(
 ) -> DatasetManifest:
     snapshot = take_snapshot(raw, out, corpus)
     artifact = prepare_tokenizer(snapshot, raw, out, tokenizer)
-    return build_dataset(snapshot, artifact, raw, out, ShardConfig(**(SHARDS | options)))
+    return build_dataset(snapshot, artifact, raw, out, ShardConfig(**(SHARDS | options))).manifest
 
 
 def contents(out: Path) -> dict[str, tuple[int, str]]:

@@ -241,7 +241,7 @@ def test_moving_a_file_to_another_source_changes_the_run_but_not_the_dataset(cor
     for _ in range(2):
         snapshot = take_snapshot(raw, processed, CorpusConfig(max_document_bytes=2048))
         artifact = prepare_tokenizer(snapshot, raw, processed, TokenizerConfig(vocab_size=512))
-        dataset = build_dataset(snapshot, artifact, raw, processed, ShardConfig(max_length=64, num_workers=1))
+        dataset = build_dataset(snapshot, artifact, raw, processed, ShardConfig(max_length=64, num_workers=1)).manifest
         weighted = make_trainer(processed, source_weights={"*": 1}, max_source_epochs=50)
         ids.append((dataset.dataset_id, make_trainer(processed).run_id, weighted.run_id))
         assert groups_by_source(snapshot.kept_documents()).names == SOURCES
