@@ -21,7 +21,7 @@ MARKUP = ("byte_order_mark", "jsonl_envelope")
 # The option that keeps text which is dropped for a reason.
 REMEDIES = {
     "not_utf8": "--invalid_utf8 replace",
-    "no_text_field": "--text_field",
+    "no_text_field": "another --text_field",
     TOO_SHORT: "a smaller --min_characters",
     TOO_LONG: "a larger --max_characters",
     FEW_LETTERS: "a smaller --min_letter_share",

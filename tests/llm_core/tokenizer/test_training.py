@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from llm_core.config import TokenizerConfig
 from llm_core.errors import UserError
+from llm_core.tokenizer.training import train_tokenizer
 from tests.support.tokenizers import train
 
 
@@ -44,16 +45,54 @@ print(train_tokenizer(lambda: iter(texts), TokenizerConfig(tokenizer_type={kind!
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
 def test_a_vocabulary_too_large_for_the_text_names_the_largest_size(kind: str) -> None:
     with pytest.raises(
-        UserError, match=r"--vocab_size 50000: the text yields \d+ tokens; give --vocab_size \d+ or less, or add text"
+        UserError, match=r"--vocab_size 50000: the text yields \d+ tokens.*, or add text to --input_dir"
     ) as caught:
         train(tokenizer_type=kind, vocab_size=50_000)
-    reached = int(re.findall(r"--vocab_size (\d+) or", str(caught.value))[0])
-    if kind == "bpe":
-        assert train(vocab_size=reached).vocab_size == reached
+    reached = int(re.findall(r"give --vocab_size (\d+) or less", str(caught.value))[0])
+    assert train(tokenizer_type=kind, vocab_size=reached).vocab_size == reached
 
 
-def test_a_vocabulary_too_small_for_bytes_and_special_tokens_names_the_smallest_size() -> None:
-    with pytest.raises(UserError, match=r"--vocab_size 258: the text yields 260 tokens; give --vocab_size 260 or more"):
-        train(vocab_size=258, special_tokens=["<|a|>", "<|b|>", "<|c|>", "<|d|>"])
+# 700 different characters without spaces; each is a word of its own, so that there are no longer pieces.
+CHINESE = ["".join(chr(0x4E00 + (7 * line + column) % 700) for column in range(50)) for line in range(150)]
+# The same, and words of letters.
+MIXED = [f"{line} {line[:1]} the quick brown foxes jump over lazy dogs" for line in CHINESE]
+
+
+@pytest.mark.parametrize("texts", [CHINESE, MIXED], ids=["no longer pieces", "mixed"])
+def test_every_wordpiece_vocabulary_up_to_the_largest_is_reached(texts: list[str]) -> None:
+    def size(vocab_size: int) -> int:
+        config = TokenizerConfig(tokenizer_type="wordpiece", vocab_size=vocab_size)
+        return train_tokenizer(lambda: iter(texts), config).vocab_size
+
+    with pytest.raises(UserError, match=r"give --vocab_size \d+ or less") as caught:
+        size(8000)
+    largest = int(re.findall(r"give --vocab_size (\d+) or less", str(caught.value))[0])
+    assert largest >= 2 * 700
+    for vocab_size in (largest, largest - 1, largest - 2, 701, 258):
+        assert size(vocab_size) == vocab_size
+
+
+@pytest.mark.parametrize(
+    ("texts", "advice"),
+    [
+        ([f"Few words, number {number}." for number in range(30)], "use --tokenizer_type bpe --vocab_size NNN, or add text"),
+        (["once"], "add text to --input_dir"),
+    ],
+)
+def test_text_that_is_not_enough_for_the_smallest_vocabulary_gets_advice_that_works(texts: list[str], advice: str) -> None:
+    with pytest.raises(UserError, match=re.escape(advice).replace("NNN", r"\d+")) as caught:
+        train_tokenizer(lambda: iter(texts), TokenizerConfig(tokenizer_type="wordpiece", vocab_size=8000))
+    for vocab_size in re.findall(r"--tokenizer_type bpe --vocab_size (\d+)", str(caught.value)):
+        config = TokenizerConfig(vocab_size=int(vocab_size))
+        assert train_tokenizer(lambda: iter(texts), config).vocab_size == int(vocab_size)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("bpe", 4), ("wordpiece", 300)])
+def test_a_vocabulary_too_small_for_its_special_tokens_names_the_smallest_size(kind: str, count: int) -> None:
+    special_tokens = [f"<|{number}|>" for number in range(count)]
+    with pytest.raises(UserError, match=rf"--vocab_size 258: too small .* with {count} special tokens; give") as caught:
+        train(tokenizer_type=kind, vocab_size=258, special_tokens=special_tokens)
+    smallest = int(re.findall(r"give --vocab_size (\d+) or more", str(caught.value))[0])
+    assert train(tokenizer_type=kind, vocab_size=smallest, special_tokens=special_tokens).vocab_size == smallest
     with pytest.raises(ValidationError, match="vocab_size"):
         TokenizerConfig(vocab_size=200)
