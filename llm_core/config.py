@@ -494,6 +494,7 @@ def micro_batch_size(config: TrainConfig, world_size: int) -> int:
         return batch // world_size
     if batch % (micro * world_size):
         raise UserError(
-            f"--batch_size {batch} is not a multiple of --micro_batch_size {micro} x {world_size} ranks = {micro * world_size}"
+            f"--batch_size {batch} is not a multiple of --micro_batch_size {micro} x {world_size} ranks = {micro * world_size};"
+            " use a multiple of it"
         )
     return micro

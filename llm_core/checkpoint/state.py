@@ -114,7 +114,7 @@ def require_same(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> 
             remedy += f" (--dataset_id {saved.get('dataset_id')} is its text, without newer documents)"
         raise UserError(
             f"{path}: does not fit this run: {'; '.join(differences)}; {remedy},"
-            " or start a new run from its weights with --init_from"
+            " or start a new run from its weights with --init_from and another --save_dir"
         )
 
 

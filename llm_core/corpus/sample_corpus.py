@@ -36,7 +36,9 @@ def write_sample_corpus(directory: Path, at_least_bytes: int) -> tuple[int, int]
             file.write(content)
         files, written = files + 1, written + len(content)
     if written < at_least_bytes:
-        raise DataError(f"this Python installation has {written:,} bytes of documentation, at_least_bytes is {at_least_bytes:,}")
+        raise DataError(
+            f"at_least_bytes {at_least_bytes}: this Python has {written} bytes of documentation; give {written} or less"
+        )
     return files, written
 
 

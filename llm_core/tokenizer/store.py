@@ -104,6 +104,11 @@ def _reusable(
     current = folder.tokenizer
     current_id = sha256_file(current)[:ID_LENGTH] if current.is_file() else None
     if current_id and not config.retrain_tokenizer and not folder.tokenizer_report(current_id).is_file():
+        if folder.tokenizer_file(current_id).is_file():
+            raise DataError(
+                f"{folder.tokenizer_report(current_id)}: missing; restore it, or train a tokenizer with --retrain_tokenizer,"
+                " which on the same text gives the same one"
+            )
         raise DataError(
             f"{current}: damaged, or not made by textmill; replace it with the right one of {folder.frozen_tokenizers.parent}, or"
             " train a new one with --retrain_tokenizer"

@@ -49,7 +49,7 @@ def ready_tokenizer(config: TokenizerConfig) -> tokenizers.Tokenizer:
     if len(free) != len(config.special_tokens):
         raise UserError(
             f"{source}: {len(ranks)} tokens with ranks up to {max(ranks.values())} and {len(config.special_tokens)} special"
-            " tokens leave ids without a token; give as many --special_tokens as there are gaps"
+            f" tokens leave ids without a token; give {max(ranks.values()) + 1 - len(ranks)} or more --special_tokens"
         )
 
     characters = byte_characters()

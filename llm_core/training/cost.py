@@ -158,15 +158,18 @@ def require_memory(config: TrainConfig, model: ModelConfig, micro_batch_size: in
     per_parameter = 4 + 4 + (8 if config.optimizer == "adamw" else 4)
     shards = ranks.world_size if config.sharding == "fsdp" else 1
     tokens = micro_batch_size * model.max_length
-    needed = per_parameter * model.num_parameters // shards + 2 * tokens * model.hidden_size * model.num_layers
+    fixed = per_parameter * model.num_parameters // shards
+    needed = fixed + 2 * tokens * model.hidden_size * model.num_layers
     if ranks.device.type == "cuda":
         available, where = torch.cuda.get_device_properties(ranks.device).total_memory, "the GPU has"
     else:
-        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        fixed, needed = fixed * processes, needed * processes
         available, where = psutil.virtual_memory().total + psutil.swap_memory().total, "this machine has"
     if needed > available:
+        smaller = "a smaller model" if fixed > available else "a smaller model, --micro_batch_size or --max_length"
         raise UserError(
             f"--hidden_size {model.hidden_size} --num_layers {model.num_layers}: {model.num_parameters:,} parameters and a "
             f"micro-batch of {micro_batch_size:,} windows of {model.max_length:,} tokens need at least {needed / 1e9:,.1f} GB, "
-            f"{where} {available / 1e9:,.1f} GB; choose a smaller model, --micro_batch_size or --max_length"
+            f"{where} {available / 1e9:,.1f} GB; choose {smaller}"
         )

@@ -1,5 +1,6 @@
 """The share of each group of documents in a run: sources by weight, replay of old text, and a cap on repetition."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,11 +57,19 @@ def final_shares(mixture: Mixture, sizes: list[int], windows: int, max_source_ep
         capped = ", ".join(name for name, share in zip(mixture.groups.names, shares, strict=True) if share)
         raise UserError(
             f"--max_steps: the run reads {windows:,} windows, more than {capped or 'the weighted sources'} can give at "
-            f"--max_source_epochs {max_source_epochs:g}; lower --max_steps, raise --max_source_epochs, or weigh other sources too"
+            f"--max_source_epochs {max_source_epochs:g}; {_what_fits(windows, 1 - excess, max_source_epochs)}"
         )
     units = [int(share * SHARE_UNITS) for share in shares]
     units[max(range(len(units)), key=units.__getitem__)] += SHARE_UNITS - sum(units)  # the largest absorbs the rounding
     return units
+
+
+def _what_fits(windows: int, share: float, max_source_epochs: float) -> str:
+    """The options with which the groups are enough. share: of the windows that they can give now."""
+    if share < 1e-9:
+        return "weigh other sources too"
+    steps, epochs = math.floor(windows * share + 1e-6), math.ceil(1000 * max_source_epochs / share) / 1000
+    return f"lower --max_steps times --batch_size to {steps}, raise --max_source_epochs to {epochs:g}, or weigh other sources too"
 
 
 def _capped(shares: list[float], limits: list[float]) -> tuple[list[float], float]:

@@ -73,18 +73,30 @@ def test_the_table_shows_what_was_read_dropped_and_made(
         (raw / path.name).symlink_to(os.path.relpath(path, raw))  # a link out of the folder
         (raw / f"copy of {path.name}").write_bytes(path.read_bytes())
     (raw / "latin1.txt").write_bytes(b"caf\xe9")
+    (raw / "paper.pdf").write_bytes(b"")
     run(raw, tmp_path / "out")
     first = capsys.readouterr().out
-    assert "36 of text, 35 skipped" in first
+    assert "36 of text: 36 added, 0 changed, 0 removed, 0 unchanged" in first
+    assert "ignored      1 files of other formats: 1 .pdf" in first
+    assert "skipped      35 link out of folder" in first
+    assert re.search(r"dropped      4 bytes \(0\.0%\) in 1 documents: not utf8", first)
     assert "quarantined  1 files, lines or rows: not utf8" in first
     assert "latin1.txt: not utf8, unexpected end of data at byte 3" in first
     assert "bpe, 300 tokens, new" in first
     assert "bytes per token" in first
     assert " written, 0 reused" in first
     run(raw, tmp_path / "out")
-    second = capsys.readouterr().out
-    assert "bpe, 300 tokens, kept" in second
-    assert "0 written, " in second
+    second = capsys.readouterr()
+    assert "bpe, 300 tokens, kept" in second.out
+    assert "0 written, " in second.out
+    assert "Encoded        0 documents, 0 bytes; " in second.out
+    assert "warning" not in second.err
+    (raw / "latin1.txt").write_bytes(b"caf\xe9" * 10_000)
+    run(raw, tmp_path / "out")
+    warned = capsys.readouterr().err
+    assert re.search(
+        r"data_prep_tool: warning: [\d.]+% of the text is dropped: [\d.]+% not_utf8 \(--invalid_utf8 replace", warned
+    )
 
 
 # Every flag
@@ -192,7 +204,7 @@ def test_filters_and_invalid_utf8(corpus_dir: Path, tmp_path: Path, capsys: pyte
     run(raw, tmp_path / "out", *flags.split())
     out = capsys.readouterr().out
     for reason in ("too short", "too long", "few letters", "repetitive"):
-        assert re.search(rf"dropped +[\d,]+ bytes: {reason}", out)
+        assert re.search(rf"dropped +[\d,]+ bytes \([\d.]+%\) in \d+ documents: {reason}", out)
     assert "repaired     1 sequences that were not UTF-8" in out
     assert "quarantined" not in out
 

@@ -64,6 +64,8 @@ class Artifacts:
             "bytes_read": 100,
             "bytes_kept": 90,
             "bytes_dropped": {"duplicate": 10},
+            "documents_dropped": {"duplicate": 1},
+            "ignored_by_extension": {".pdf": 2},
             "documents_table": {"file": f"{snapshot_id}.documents.parquet", "sha256": digest},
         }
         write_json(self.processed / "snapshots" / f"{snapshot_id}.json", summary)
@@ -117,6 +119,7 @@ class Artifacts:
             "config": {},
             "splits": splits,
             "shards": shards,
+            "unknown_text": 0.25,
         }
         write_json(self.processed / "manifests" / f"{dataset_id}.json", manifest)
 

@@ -245,10 +245,16 @@ def test_progress_counts_bytes_of_text(raw: Path, out: Path, monkeypatch: pytest
     snapshot = take_snapshot(raw, out, CORPUS)
     seen: list[tuple[int, int]] = []
     artifact = prepare_tokenizer(snapshot, raw, out, TOKENIZER)
-    build_dataset(snapshot, artifact, raw, out, ShardConfig(**SHARDS), lambda done, total: seen.append((done, total)))
+    build = build_dataset(snapshot, artifact, raw, out, ShardConfig(**SHARDS), lambda done, total: seen.append((done, total)))
+    assert (build.documents_encoded, build.bytes_encoded) == (snapshot.summary["documents"], snapshot.summary["bytes_kept"])
+    assert (build.documents_reused, build.shards_written) == (0, len(build.manifest.shards))
     assert len(seen) > 2
     assert seen == sorted(seen)
     assert seen[-1] == (snapshot.summary["bytes_kept"],) * 2
+    (raw / "new.txt").write_text("Only this is new.")
+    added = build_dataset(take_snapshot(raw, out, CORPUS), artifact, raw, out, ShardConfig(**SHARDS))
+    assert (added.documents_encoded, added.bytes_encoded, added.shards_written) == (1, 17, 1)
+    assert added.documents_reused == build.documents_encoded
 
 
 def test_an_interrupted_build_leaves_the_old_dataset_valid_and_the_next_build_finishes(

@@ -4,9 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from llm_core.config import IGNORE_INDEX
-from llm_core.dataset.windows import TokenStream, Windows
+from llm_core.dataset import windows as windows_module
+from llm_core.dataset.windows import TokenStream, Windows, require_text
+from llm_core.errors import UserError
 
 EOT = 0
 
@@ -49,3 +52,13 @@ def test_stride_is_the_overlap_of_consecutive_windows(stride: int) -> None:
     assert set(targets[real].tolist()) == set(range(2, 41))
     assert data.num_targets(np.arange(len(data))) == int(real.sum())
     assert real[-1].any(), "no window without a target"
+
+
+def test_held_out_text_without_a_token_of_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows_module, "_READ_TOKENS", 3)
+    sizes = torch.zeros(50)
+    data = windows(20, max_length=8)
+    with pytest.raises(UserError, match=r"only words that the tokenizer cannot spell; .*--tokenizer_type bpe"):
+        require_text(data, sizes)
+    sizes[20] = 4
+    require_text(data, sizes)

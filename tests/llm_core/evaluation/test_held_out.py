@@ -19,7 +19,7 @@ from llm_core.dataset.windows import TokenStream, Windows, token_bytes
 from llm_core.distributed.ranks import Ranks
 from llm_core.errors import UserError
 from llm_core.evaluation import by_source, evaluator, metric, read_evaluation
-from llm_core.evaluation.held_out import evaluate, evaluate_groups, targets_read, unigram_baseline, xz_bits_per_byte
+from llm_core.evaluation.held_out import HeldOut, evaluate, evaluate_groups, targets_read, unigram_baseline, xz_bits_per_byte
 from llm_core.tokenizer import Tokenizer
 from tests.llm_core.model.test_transformer import build
 from tests.support.training import run_train
@@ -107,6 +107,11 @@ def test_each_token_counts_for_the_source_of_its_document() -> None:
 def test_xz_is_measured_in_bits_per_byte_of_the_text() -> None:
     text = b"abcd" * 10_000
     assert xz_bits_per_byte(text) == 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / 40_000
+
+
+def test_targets_without_text_have_no_bits_per_byte() -> None:
+    assert math.isnan(HeldOut(nll=2.0, targets=1, text_nll=0.0, text_bytes=0.0).bits_per_byte)
+    assert math.isnan(xz_bits_per_byte(b""))
 
 
 def test_a_checkpoint_is_evaluated_by_source_and_compared_with_xz(

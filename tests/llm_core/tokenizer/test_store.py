@@ -125,6 +125,16 @@ def test_a_damaged_current_tokenizer_is_not_silently_replaced(
     assert make(snapshot, retrain_tokenizer=True).tokenizer_id == first.tokenizer_id
 
 
+def test_a_lost_report_names_the_way_to_the_same_tokenizer(
+    make: Callable[..., TokenizerArtifact], snapshot: Snapshot, tmp_path: Path
+) -> None:
+    first = make(snapshot)
+    (tmp_path / "tokenizers" / f"{first.tokenizer_id}.report.json").unlink()
+    with pytest.raises(DataError, match=r"\.report\.json: missing; restore it, or train a tokenizer with --retrain_tokenizer"):
+        make(snapshot)
+    assert make(snapshot, retrain_tokenizer=True).report == first.report
+
+
 def test_a_lost_frozen_tokenizer_is_not_silently_trained_again(
     make: Callable[..., TokenizerArtifact], snapshot: Snapshot, tmp_path: Path
 ) -> None:

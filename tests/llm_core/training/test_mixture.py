@@ -1,6 +1,7 @@
 """Mixtures of document groups: weighted sources, the cap on repetition, and replay of old text."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,14 @@ def test_the_excess_over_the_repetition_cap_goes_to_the_other_groups_in_proporti
 def test_a_run_longer_than_the_repetition_cap_allows_is_refused_with_the_numbers() -> None:
     with pytest.raises(
         UserError, match=r"--max_steps: the run reads 1,000 windows, more than group0, group1 can give .*epochs 4"
-    ):
+    ) as caught:
         final_shares(mixture(0.5, 0.5), [50, 60], windows=1000, max_source_epochs=4)
+    windows, epochs = re.findall(r"--batch_size to (\d+), raise --max_source_epochs to ([\d.]+)", str(caught.value))[0]
+    assert int(windows) == 440, "the advice works, and is no lower than needed"
+    assert sum(final_shares(mixture(0.5, 0.5), [50, 60], windows=440, max_source_epochs=4)) == SHARE_UNITS
+    assert sum(final_shares(mixture(0.5, 0.5), [50, 60], windows=1000, max_source_epochs=float(epochs))) == SHARE_UNITS
+    with pytest.raises(UserError, match=r"epochs 4; weigh other sources too$"):
+        final_shares(mixture(1.0, 0.0), [0, 60], windows=10, max_source_epochs=4)
 
 
 def test_sources_are_the_top_level_folders_and_are_read_by_weight(data_dir: Path) -> None:

@@ -10,6 +10,7 @@ from llm_core.corpus import load_snapshot
 from llm_core.dataset import load_manifest
 from llm_core.evaluation import read_evaluation
 from llm_core.tokenizer import load_tokenizer
+from llm_core.tokenizer.coverage import Coverage
 from llm_core.tokenizer.drift import DriftReport
 from llm_core.training import read_metrics
 from pipeline.artifacts.pointers import get_current
@@ -62,6 +63,25 @@ def test_a_tokenizer_that_loses_text_or_has_drifted_is_detected(trained_home: tu
     assert problems(drift=0.1, max_drift=0.05) == {"fertility_drift"}, "the configured limit applies"
     assert not problems(drift=0.5, max_drift=0.6)
     assert problems(changed={"an id": "Some text"}) == {"round_trip"}
+    little, much = ([{"source": "ko", "bytes": 100, "unknown": share}] for share in (0.01, 0.02))
+    assert not problems(coverage=Coverage(0.01, little))
+    assert problems(coverage=Coverage(0.001, much)) == {"coverage"}, "one source is enough"
+
+
+def test_much_dropped_text_is_detected_and_explained(trained_home: tuple[Home, Any]) -> None:
+    home, _ = trained_home
+    snapshot = load_snapshot(home.folders.prepared.root, get_current(home.folders.prepared.current_snapshot, "raw_text").stem)
+    kept = snapshot.summary["bytes_kept"]
+
+    def results(size: int) -> checks.Checks:
+        fields = {"bytes_read": kept + size, "bytes_dropped": {"not_utf8": size}, "documents_dropped": {"not_utf8": 1}}
+        return checks.check_raw_text(dataclasses.replace(snapshot, summary=snapshot.summary | fields))
+
+    assert not failed(results(kept // 20))
+    assert failed(results(kept // 10)) == {"text_is_kept"}
+    assert checks.may_continue(results(kept // 10)), "a warning"
+    (shown,) = [result.metadata for result in results(kept // 10) if result.check_name == "text_is_kept"]
+    assert "9.1% not_utf8 (--invalid_utf8 replace keeps it)" in str(shown["dropped"])
 
 
 def test_a_dataset_without_one_of_its_documents_is_detected(trained_home: tuple[Home, Any]) -> None:
