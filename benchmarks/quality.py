@@ -103,7 +103,7 @@ def train_transformers(data_dir: Path, tuned: bool, steps: int, interval: int, e
     torch.set_num_threads(CORES)
     torch.manual_seed(0)
     manifest = load_manifest(data_dir)
-    ours = TrainConfig(**SHAPE, **RECIPE, max_steps=steps).resolved(manifest.max_length, manifest.stride)
+    ours = TrainConfig(**SHAPE, **RECIPE, max_steps=steps, eval_tokens=eval_tokens).resolved(manifest.max_length, manifest.stride)
     data = TrainingData.open(data_dir, manifest, ours, None)
     model = LlamaForCausalLM(
         LlamaConfig(**llama_config(ModelConfig.of(ours, manifest.tokenizer.vocab_size), data.tokenizer.eot_id))
@@ -136,7 +136,6 @@ def train_transformers(data_dir: Path, tuned: bool, steps: int, interval: int, e
                     PerToken(),  # type: ignore[arg-type]
                     data.val,
                     data.token_bytes,
-                    max_tokens=eval_tokens,
                     batch_size=8,
                     ranks=Ranks.alone("cpu", CORES),
                 )

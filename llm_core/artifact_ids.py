@@ -12,8 +12,8 @@ from llm_core.system import content_id, sha256_file
 
 # Increased when the same inputs start to give a different result.
 TRAINING_VERSION = 1
-EVALUATION_VERSION = 3
-TASKS_VERSION = 1
+EVALUATION_VERSION = 4
+TASKS_VERSION = 2
 EXPORT_VERSION = 1
 
 
@@ -26,7 +26,11 @@ def run_id(manifest: DatasetManifest, config: TrainConfig, parent_checkpoint_id:
 
 
 def evaluation_id(checkpoint_id: str, manifest: DatasetManifest, config: EvaluateConfig) -> str:
-    """The evaluation of a checkpoint on the held-out text of a dataset, whose snapshot has the sources of the documents."""
+    """The evaluation of a checkpoint on the held-out text of a dataset, whose snapshot has the sources of the documents.
+
+    config: resolved.
+    """
+    assert config.eval_window is not None, "the windows are part of the text"
     ids = (checkpoint_id, manifest.dataset_id, manifest.snapshot_id)
     return content_id("evaluation", EVALUATION_VERSION, *ids, config.identity())
 

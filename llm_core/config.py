@@ -296,8 +296,10 @@ class TrainConfig(StageConfig):
     )
     log_interval: Annotated[PositiveInt, EXECUTION] = Field(10, description="Steps between two log lines.")
     eval_interval: Annotated[int, EXECUTION] = Field(100, ge=0, description="Steps between two validations; 0: only at the end.")
-    eval_tokens: Annotated[int, EXECUTION] = Field(
-        1 << 20, ge=1, description="Tokens of each validation during training, the same every time."
+    eval_tokens: Annotated[PositiveInt | None, EXECUTION] = Field(
+        None,
+        description="Held-out tokens of each validation, the same every time and spread evenly over the text; default: as many "
+        "as take 5 % of the training time, at most 1,048,576.",
     )
     save_interval: Annotated[int, EXECUTION] = Field(500, ge=0, description="Steps between two checkpoints; 0: only at the end.")
     background_save: Annotated[bool, EXECUTION] = Field(
@@ -361,16 +363,32 @@ class TrainConfig(StageConfig):
             "min_lr": self.learning_rate / 10 if self.min_lr is None else self.min_lr,
             "warmup_steps": min(2000, self.max_steps // 20) if self.warmup_steps is None else self.warmup_steps,
         }
+        values["eval_tokens"] = self.eval_tokens or self._affordable_eval_tokens(values["max_length"])
         if values["stride"] >= values["max_length"]:
             raise UserError(f"--stride {values['stride']} must be smaller than --max_length {values['max_length']}")
         return self.model_copy(update=values)
+
+    def _affordable_eval_tokens(self, max_length: int) -> int:
+        """Whole windows for each validation, such that all of them take at most 5 % of the training time.
+
+        A forward pass takes a third of the time of a forward and a backward pass. The number follows from the options alone, so
+        that a resumed run validates on the same text.
+        """
+        validations = -(-self.max_steps // self.eval_interval) if self.eval_interval else 1
+        windows = 3 * self.max_steps * self.batch_size // (20 * validations)
+        return max(1, min(windows, (1 << 20) // max_length)) * max_length
 
 
 class EvaluateConfig(StageConfig):
     """How a checkpoint is evaluated on held-out text."""
 
     max_eval_tokens: int = Field(
-        4 << 20, ge=0, description="Validation tokens to read, from the start of the held-out text; 0: all."
+        4 << 20, ge=0, description="Held-out tokens to read, spread evenly over the text, each source by its share; 0: all."
+    )
+    eval_window: Annotated[int, Field(ge=8)] | None = Field(
+        None,
+        description="Tokens of each window of this text; default: the model's max_length. Models with another max_length read "
+        "the same text with the same number.",
     )
     eval_batch_size: Annotated[PositiveInt, EXECUTION] = Field(8, description="Windows per forward pass.")
     sample_prompts: list[str] = Field(["The ", "Return the "], min_length=1, description="Prompts for the text samples.")
@@ -378,6 +396,10 @@ class EvaluateConfig(StageConfig):
     sample_temperature: float = Field(0.8, ge=0, description="Sampling temperature; 0 always takes the most likely token.")
     sample_top_k: int = Field(50, ge=0, description="Sample from the k most likely tokens; 0: from all.")
     sample_seed: int = Field(0, ge=0, description="Seed of the sampling.")
+
+    def resolved(self, max_length: int) -> Self:
+        """A copy with every derived default filled in. max_length: that of the model."""
+        return self.model_copy(update={"eval_window": self.eval_window or max_length})
 
 
 def _split_at_commas(names: Any) -> Any:

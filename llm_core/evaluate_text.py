@@ -1,13 +1,17 @@
 """`python -m llm_core.evaluate_text`: evaluates a checkpoint on the held-out text of a dataset."""
 
+import sys
+
 from llm_core.interrupts import exit_on_interrupt
 
 if __name__ == "__main__":
     exit_on_interrupt()
 
+import time
 from pathlib import Path
 
 from pydantic import Field
+from tqdm import tqdm
 
 from llm_core.checkpoint import named_checkpoint
 from llm_core.cli import parse_options, printable, run_tool
@@ -33,6 +37,22 @@ class EvaluateTextOptions(EvaluateConfig):
     )
 
 
+class Progress:
+    """Shows how much is evaluated and the time left: as a bar on a terminal, elsewhere as a line every few seconds."""
+
+    def __init__(self, seconds: float = 5.0) -> None:
+        self._seconds = 0.1 if sys.stderr.isatty() else seconds
+        self._end = "\r" if sys.stderr.isatty() else "\n"
+        self._began = self._shown = time.monotonic()
+
+    def __call__(self, done: int, windows: int) -> None:
+        now = time.monotonic()
+        if now - self._shown >= self._seconds:
+            self._shown = now
+            line = tqdm.format_meter(done, windows, now - self._began, prefix="evaluating", unit=" windows")
+            print(line, end=self._end, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     options = parse_options(EvaluateTextOptions, PROG)
     result = evaluate_checkpoint(
@@ -41,6 +61,7 @@ def main() -> None:
         options.stage(EvaluateConfig),
         options.dataset_id,
         options.snapshot_id,
+        Progress(),
     )
     for entry in result["metrics"]:
         if entry["source"] == "all":

@@ -149,6 +149,10 @@ class RunFolder:
     def evaluation(self, step: int, evaluation_id: str) -> Path:
         return self.root / f"evaluation_step_{step}_{evaluation_id}.json"
 
+    def evaluation_documents(self, step: int, evaluation_id: str) -> Path:
+        """The sums of an evaluation over each document."""
+        return self.root / f"evaluation_step_{step}_{evaluation_id}.documents.parquet"
+
     def loss_curve(self, step: int) -> Path:
         return self.root / f"loss_curve_step_{step}.png"
 

@@ -1,6 +1,6 @@
 """Windows over the token shards of one split: index arithmetic on memory-mapped tokens, no copy and no index file."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -29,6 +29,15 @@ class TokenStream:
 
     def __len__(self) -> int:
         return self._bounds[-1]
+
+    def __getitem__(self, place: int) -> int:
+        return int(self.read(place, place + 1)[0])
+
+    def part(self, start: int, stop: int) -> "TokenStream":
+        """Tokens start to stop - 1, without a copy."""
+        first, last = bisect_right(self._bounds, start) - 1, bisect_left(self._bounds, stop)
+        pieces = zip(self._slices[first:last], self._bounds[first:last], strict=True)
+        return TokenStream(piece[max(0, start - begin) : stop - begin] for piece, begin in pieces)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1, fewer at the end of the stream; a view if they are in one slice."""
@@ -62,6 +71,7 @@ class Windows:
         self._targets = np.array([len(stream) - 1 for stream in streams])
         self.sizes = [max(1, -(-(int(targets) - stride) // self._hop)) if targets > 0 else 0 for targets in self._targets]
         self._offsets = np.cumsum([0, *self.sizes])
+        self._stream_starts = np.cumsum([0, *map(len, streams)])
 
     @classmethod
     def open(
@@ -79,12 +89,7 @@ class Windows:
             UserError: the split has too few tokens for one target.
             DataError: a shard is missing or damaged.
         """
-        streams = [TokenStream(slices) for slices in token_slices(data_dir, manifest, split, groups)]
-        if max(len(stream) for stream in streams) < 2:
-            raise UserError(
-                f"{data_dir}: the {split} split has {sum(map(len, streams))} tokens; prepare more text or another --val_fraction"
-            )
-        return cls(streams, max_length, stride, manifest.tokenizer.eot_id)
+        return cls(open_streams(data_dir, manifest, split, groups), max_length, stride, manifest.tokenizer.eot_id)
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -108,10 +113,30 @@ class Windows:
                 targets[row, known:] = IGNORE_INDEX
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
+    def target_places(self, windows: Indices) -> Indices:
+        """The place of each target, (len(windows), max_length), in the tokens of all streams one after the other.
+
+        The places of ignored targets have no meaning.
+        """
+        group, start = self._locate(windows)
+        return (self._stream_starts[group] + start)[:, None] + np.arange(1, self.max_length + 1)
+
     def _locate(self, windows: Indices) -> tuple[Indices, Indices]:
         """The stream of each window and its first token there."""
         group = np.searchsorted(self._offsets, windows, side="right") - 1
         return group, (windows - self._offsets[group]) * self._hop
+
+
+def open_streams(
+    data_dir: Path, manifest: DatasetManifest, split: str, groups: DocumentGroups | None = None
+) -> list[TokenStream]:
+    """The tokens of one split, as one stream per group; verifies the shards. Errors are those of `Windows.open`."""
+    streams = [TokenStream(slices) for slices in token_slices(data_dir, manifest, split, groups)]
+    if max(len(stream) for stream in streams) < 2:
+        raise UserError(
+            f"{data_dir}: the {split} split has {sum(map(len, streams))} tokens; prepare more text or another --val_fraction"
+        )
+    return streams
 
 
 def token_bytes(tokenizer: Tokenizer, manifest: DatasetManifest) -> Tensor:

@@ -1,12 +1,15 @@
 """How good a checkpoint is: held-out text, lm-eval tasks, and the files that keep the results."""
 
+from llm_core.evaluation.comparison import MIN_DOCUMENTS, Difference, compare
 from llm_core.evaluation.results import (
     Evaluation,
     Sample,
     TaskResults,
     by_source,
     evaluation_path,
+    is_complete,
     metric,
+    read_documents,
     read_evaluation,
     read_results,
     read_task_results,
@@ -14,8 +17,9 @@ from llm_core.evaluation.results import (
     tasks_path,
 )
 
-# Modules that need PyTorch are entered by name: evaluator, held_out, tasks.
+# Modules that need PyTorch are entered by name: evaluator, excerpts, held_out, tasks.
 __all__ = [
-    "Evaluation", "Sample", "TaskResults", "by_source", "evaluation_path", "evaluator", "held_out", "metric", "read_evaluation",
-    "read_results", "read_task_results", "task_figures", "tasks", "tasks_path",
+    "MIN_DOCUMENTS", "Difference", "Evaluation", "Sample", "TaskResults", "by_source", "compare", "evaluation_path",
+    "evaluator", "excerpts", "held_out", "is_complete", "metric", "read_documents", "read_evaluation", "read_results",
+    "read_task_results", "task_figures", "tasks", "tasks_path",
 ]  # fmt: skip

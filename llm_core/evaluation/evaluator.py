@@ -1,41 +1,51 @@
 """Evaluates a checkpoint on held-out text and generates samples."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from llm_core.artifact_ids import evaluation_id
 from llm_core.checkpoint import CheckpointRecord
 from llm_core.checkpoint.state import load_model
 from llm_core.config import EvaluateConfig
-from llm_core.corpus import load_snapshot
-from llm_core.dataset import DatasetManifest, groups_by_source, kept_documents, load_manifest, token_slices
-from llm_core.dataset.windows import TokenStream, Windows, require_text, token_bytes
+from llm_core.dataset import DatasetManifest, DocumentGroups, Numbers, kept_documents, load_manifest, token_slices
+from llm_core.dataset.windows import TokenStream, require_text, token_bytes
 from llm_core.distributed.ranks import Ranks
 from llm_core.errors import UserError
+from llm_core.evaluation.excerpts import HeldOutText, choose_windows, sources_of
 from llm_core.evaluation.held_out import (
     XZ_BYTES,
     HeldOut,
-    evaluate_groups,
-    reencoded,
-    targets_read,
+    Sums,
+    evaluate_pieces,
     unigram_baseline,
     xz_bits_per_byte,
 )
-from llm_core.evaluation.results import Evaluation, Sample, evaluation_path
+from llm_core.evaluation.results import Evaluation, Sample, evaluation_path, write_evaluation
 from llm_core.model.generation import generate
+from llm_core.model.precision import Precision, evaluation_precision
 from llm_core.model.transformer import Transformer
-from llm_core.system import now, write_json
+from llm_core.system import now
 from llm_core.tokenizer import Tokenizer
 
 
 def evaluate_checkpoint(
-    path: Path, data_dir: Path, config: EvaluateConfig, dataset_id: str | None = None, snapshot_id: str | None = None
+    path: Path,
+    data_dir: Path,
+    config: EvaluateConfig,
+    dataset_id: str | None = None,
+    snapshot_id: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Evaluates a checkpoint on a dataset, the current one by default, and writes the result beside it, at `evaluation_path`.
 
-    A checkpoint with another tokenizer than the dataset reads the same text in its own tokens.
+    A checkpoint with another tokenizer than the dataset reads the same text in its own tokens. The model computes in the
+    precision it was trained in, where the device has it. on_progress: gets the number of windows done and of all windows.
 
     Raises:
         DataError: the checkpoint, a tokenizer or a shard is missing or damaged.
@@ -44,10 +54,11 @@ def evaluate_checkpoint(
     record = CheckpointRecord.of(path)
     manifest = load_manifest(data_dir, dataset_id, snapshot_id)
     model, state = load_model(path)
+    config = config.resolved(model.config.max_length)
+    assert config.eval_window is not None
     ranks = Ranks.alone()
     torch.set_num_threads(ranks.threads)
     model.to(ranks.device)
-    text = Windows.open(data_dir, manifest, "val", model.config.max_length, 0)
     of_text = Tokenizer.stored(data_dir, manifest.tokenizer.tokenizer_id)
     same = state["tokenizer_id"] == of_text.tokenizer_id
     own = of_text if same else Tokenizer.stored(data_dir, state["tokenizer_id"])
@@ -56,17 +67,37 @@ def evaluate_checkpoint(
             f"{path}: trained with tokenizer {own.tokenizer_id}, but {data_dir} has {of_text.tokenizer_id}, and WordPiece does"
             " not give the text back; prepare the data with the tokenizer of the checkpoint"
         )
-    require_text(text, token_bytes(of_text, manifest))
-    metrics = _metrics_by_source(model, own, text, of_text, data_dir, manifest, config, ranks)
-    metrics[0][1].update(_baselines(text, of_text, data_dir, manifest, config.max_eval_tokens))
+    chosen = choose_windows(data_dir, manifest, config.eval_window, config.max_eval_tokens)
+    text = HeldOutText.open(data_dir, manifest, of_text, config.eval_window, chosen)
+    precision = evaluation_precision(cast(Precision, state["precision"]), ranks.device)
+    ((ids, counts),) = kept_documents(data_dir, manifest, "val")
+    reading = text.read_by(own, model.config.max_length, counts)
+    require_text(reading.windows, token_bytes(own, manifest))
+    sums = evaluate_pieces(
+        model,
+        reading.windows,
+        token_bytes(own, manifest),
+        reading.sizes,
+        batch_size=config.eval_batch_size,
+        ranks=ranks,
+        precision=precision,
+        on_progress=on_progress,
+    )
+    counted = reading.documents >= 0
+    numbers, row = np.unique(reading.documents[counted], return_inverse=True)
+    documents, sums = ids.take(pa.array(numbers)), _grouped(sums[counted], row, len(numbers))
+    metrics = _metrics_by_source(sums, documents, sources_of(data_dir, manifest))
+    metrics[0][1].update(_baselines(text, data_dir, manifest))
     result: Evaluation = {
-        "format_version": 1,
+        "format_version": 2,
         "evaluation_id": evaluation_id(record.checkpoint_id, manifest, config),
         "checkpoint_id": record.checkpoint_id,
         "run_id": record.run_id,
         "step": record.step,
         "dataset_id": manifest.dataset_id,
         "snapshot_id": manifest.snapshot_id,
+        "text_id": text.text_id(manifest),
+        "precision": precision,
         "config": config.model_dump(mode="json"),
         "created_at": now(),
         "metrics": [
@@ -76,54 +107,35 @@ def evaluate_checkpoint(
         ],
         "samples": _samples(model, own, config),
     }
-    write_json(evaluation_path(record, manifest, config), result)
-    return result
+    table = pa.table({"document_id": documents, "nats": sums[:, 2], "bytes": sums[:, 3]})
+    # A document of which only the end-of-text in front was predicted has no text.
+    return write_evaluation(evaluation_path(record, manifest, config), result, table.filter(pc.greater(table["bytes"], 0)))
 
 
-def _metrics_by_source(
-    model: Transformer,
-    own: Tokenizer,
-    text: Windows,
-    of_text: Tokenizer,
-    data_dir: Path,
-    manifest: DatasetManifest,
-    config: EvaluateConfig,
-    ranks: Ranks,
-) -> list[tuple[str, dict[str, float]]]:
-    """Metrics on all of the text, and on each source if there are several.
+def _grouped(sums: Sums, group: Numbers, groups: int) -> Sums:
+    """Sums (rows, 4) added up by the group [rows] of each, (groups, 4)."""
+    grouped = np.zeros((groups, 4))
+    np.add.at(grouped, group, sums)
+    return grouped
 
-    own: the model's tokenizer. text: the windows in the tokens of `of_text`.
-    """
-    sources = groups_by_source(load_snapshot(data_dir, manifest.snapshot_id).kept_documents())
-    ((documents, counts),) = kept_documents(data_dir, manifest, "val")
-    windows, max_tokens = text, config.max_eval_tokens
-    if own is not of_text:
-        (windows, counts), max_tokens = reencoded(text, of_text, own, max_tokens), 0
-    held_out, *by_source = evaluate_groups(
-        model,
-        windows,
-        token_bytes(own, manifest),
-        np.repeat(sources.group_of(documents)[: len(counts)], counts),
-        len(sources.names),
-        max_tokens=max_tokens,
-        batch_size=config.eval_batch_size,
-        ranks=ranks,
-    )
-    metrics = [("all", _metrics(held_out))]
+
+def _metrics_by_source(sums: Sums, documents: pa.ChunkedArray, sources: DocumentGroups) -> list[tuple[str, dict[str, float]]]:
+    """Metrics on all of the text, and on each source if there are several. sums: (documents, 4)."""
+    metrics = [("all", _metrics(HeldOut.of(sums.sum(axis=0))))]
     if len(sources.names) > 1:
+        by_source = map(HeldOut.of, _grouped(sums, sources.group_of(documents), len(sources.names)))
         metrics += [(name, _metrics(each)) for name, each in zip(sources.names, by_source, strict=True) if each.text_bytes]
     return metrics
 
 
-def _baselines(text: Windows, of_text: Tokenizer, data_dir: Path, manifest: DatasetManifest, max_tokens: int) -> dict[str, float]:
+def _baselines(text: HeldOutText, data_dir: Path, manifest: DatasetManifest) -> dict[str, float]:
     """Metrics that need no model and are the same for every model on this text."""
-    sizes = token_bytes(of_text, manifest)
-    targets = targets_read(text, max_tokens)
+    sizes, targets = token_bytes(text.tokenizer, manifest), text.targets()
     (train,) = token_slices(data_dir, manifest, "train")
     beginning = targets[sizes.numpy()[targets] > 0][:XZ_BYTES]  # a token of text has at least one byte
     return {
         "unigram_bits_per_byte": unigram_baseline(TokenStream(train), targets, sizes).bits_per_byte,
-        "xz_bits_per_byte": xz_bits_per_byte(of_text.decode(beginning).encode()),
+        "xz_bits_per_byte": xz_bits_per_byte(text.tokenizer.decode(beginning).encode()),
         "share_of_text": len(targets) / (manifest.splits["val"].tokens - 1),
     }
 

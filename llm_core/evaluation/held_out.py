@@ -2,11 +2,12 @@
 
 import lzma
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,10 +17,12 @@ from llm_core.dataset.windows import TokenStream, Windows
 from llm_core.distributed.ranks import Ranks
 from llm_core.model.precision import Precision, autocast
 from llm_core.model.transformer import Transformer
-from llm_core.tokenizer import Ids, Tokenizer
+from llm_core.tokenizer import Ids
 
 # xz compresses about a megabyte per second.
 XZ_BYTES = 16 << 20
+
+Sums = npt.NDArray[np.float64]
 
 FIRST_WINDOW = np.zeros(1, dtype=np.int64)
 
@@ -32,6 +35,12 @@ class HeldOut:
     targets: int
     text_nll: float  # nats over the targets that are text
     text_bytes: float  # UTF-8 bytes of that text
+
+    @classmethod
+    def of(cls, sums: Sequence[float]) -> "HeldOut":
+        """From the four sums in the order of the fields."""
+        nll, targets, text_nll, text_bytes = sums
+        return cls(float(nll), int(targets), float(text_nll), float(text_bytes))
 
     @property
     def loss(self) -> float:
@@ -49,56 +58,55 @@ class HeldOut:
 
 
 def evaluate(
-    model: Transformer,
-    windows: Windows,
-    token_bytes: Tensor,
-    *,
-    max_tokens: int,
-    batch_size: int,
-    ranks: Ranks,
-    precision: Precision = "fp32",
+    model: Transformer, windows: Windows, token_bytes: Tensor, *, batch_size: int, ranks: Ranks, precision: Precision = "fp32"
 ) -> HeldOut:
-    """Runs the model over the first `max_tokens` tokens of `windows` (0: all), with the windows divided among the ranks.
+    """Runs the model over `windows`, which are divided among the ranks.
 
     token_bytes: (V,) fp64, UTF-8 bytes of each token, 0 for special tokens.
     The model's mode and the random state are unchanged afterwards.
     """
-    return evaluate_groups(
-        model, windows, token_bytes, max_tokens=max_tokens, batch_size=batch_size, ranks=ranks, precision=precision
-    )[0]
+    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    for _, nll, valid, size in _scores(model, windows, token_bytes, batch_size, ranks, precision):
+        sums += torch.stack((nll.sum(), valid.sum().double(), nll[size > 0].sum(), size.sum()))
+    return HeldOut.of(ranks.sum(sums).tolist())
 
 
-def evaluate_groups(
+def evaluate_pieces(
     model: Transformer,
     windows: Windows,
     token_bytes: Tensor,
-    group_of_token: Numbers | None = None,
-    groups: int = 0,
+    sizes: Numbers,
     *,
-    max_tokens: int,
     batch_size: int,
     ranks: Ranks,
     precision: Precision = "fp32",
-) -> list[HeldOut]:
-    """`evaluate`, and in the same pass the sums over each of `groups` groups: first all text, then the groups.
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Sums:
+    """`evaluate`, with the sums over each piece of the text, (pieces, 4), as `HeldOut.of` takes them.
 
-    group_of_token: [tokens] the group of each token of the stream; an end-of-text token belongs to the document it begins.
-    The windows are those of one stream, without overlap.
+    sizes: (pieces,) tokens of each piece of the streams, in order. on_progress: gets the number of windows done and of all.
     """
-    count = len(windows) if max_tokens == 0 else min(len(windows), -(-max_tokens // windows.max_length))
+    starts = np.cumsum(sizes) - sizes
+    sums = torch.zeros(len(sizes), 4, dtype=torch.float64, device=ranks.device)
+    done = 0
+    for rows, nll, valid, size in _scores(model, windows, token_bytes, batch_size, ranks, precision):
+        places = windows.target_places(rows if len(rows) else FIRST_WINDOW)
+        piece = torch.from_numpy(np.searchsorted(starts, places, side="right") - 1).to(ranks.device)
+        per_target = torch.stack((nll, valid.double(), nll * (size > 0), size), dim=-1)
+        sums.index_add_(0, piece.flatten(), per_target.flatten(0, 1))
+        done += len(rows) * ranks.world_size
+        on_progress(min(done, len(windows)), len(windows))
+    return ranks.sum(sums).cpu().numpy()
+
+
+def _scores(
+    model: Transformer, windows: Windows, token_bytes: Tensor, batch_size: int, ranks: Ranks, precision: Precision
+) -> Iterator[tuple[Numbers, Tensor, Tensor, Tensor]]:
+    """The windows of each forward pass of this rank, and what `_score` gives for them."""
     token_bytes = token_bytes.to(ranks.device)
-    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-    group_sums = torch.zeros(groups, 4, dtype=torch.float64, device=ranks.device)
     with _evaluation_mode(model):
-        for rows in _batches_of_rank(count, batch_size, ranks):
-            nll, valid, size = _score(model, windows, rows, token_bytes, precision, ranks)
-            sums += torch.stack((nll.sum(), valid.sum().double(), nll[size > 0].sum(), size.sum()))
-            if group_of_token is not None and len(rows):
-                group = torch.from_numpy(group_of_token[_positions_of_targets(rows, windows, len(group_of_token))])
-                per_target = torch.stack((nll, valid.double(), nll * (size > 0), size), dim=-1)
-                group_sums.index_add_(0, group.to(ranks.device).flatten(), per_target.flatten(0, 1))
-    all_sums = [ranks.sum(sums), *(ranks.sum(group_sums) if groups else ())]
-    return [HeldOut(nll, int(targets), text_nll, size) for nll, targets, text_nll, size in (row.tolist() for row in all_sums)]
+        for rows in _batches_of_rank(len(windows), batch_size, ranks):
+            yield rows, *_score(model, windows, rows, token_bytes, precision, ranks)
 
 
 @contextmanager
@@ -136,33 +144,6 @@ def _batches_of_rank(count: int, batch_size: int, ranks: Ranks) -> Iterator[Numb
     mine = np.arange(count, dtype=np.int64)[ranks.rank :: ranks.world_size]
     for start in range(0, -(-count // ranks.world_size), batch_size):
         yield mine[start : start + batch_size]
-
-
-def _positions_of_targets(rows: Numbers, windows: Windows, tokens: int) -> Numbers:
-    """The position of each target of these windows in a stream of `tokens` tokens, (windows, max_length)."""
-    positions: Numbers = rows[:, None] * windows.max_length + np.arange(1, windows.max_length + 1)
-    return positions.clip(max=tokens - 1)
-
-
-def targets_read(windows: Windows, max_tokens: int) -> Ids:
-    """The targets [targets] that `evaluate` reads, in the order of the text."""
-    (stream,) = windows.streams
-    stop = len(stream) if max_tokens == 0 else -(-max_tokens // windows.max_length) * windows.max_length + 1
-    return stream.read(1, stop)
-
-
-def reencoded(windows: Windows, tokenizer: Tokenizer, other: Tokenizer, max_tokens: int) -> tuple[Windows, Numbers]:
-    """The text that `evaluate` reads, in the tokens of another byte-level tokenizer: windows of the same length, and the number
-    of tokens of each document, end-of-text included.
-
-    windows: of one stream, in the tokens of `tokenizer`. A character that the limit cuts in two becomes U+FFFD.
-    """
-    (stream,) = windows.streams
-    ids = np.append(stream.read(0, 1), targets_read(windows, max_tokens))
-    documents = np.split(ids, np.flatnonzero(ids == tokenizer.eot_id))[1:]
-    begin = np.array([other.eot_id], dtype=other.dtype)
-    slices = [np.append(begin, ids) for ids in other.encode_batch([tokenizer.decode(document[1:]) for document in documents])]
-    return Windows([TokenStream(slices)], windows.max_length, 0, other.eot_id), np.array([piece.size for piece in slices])
 
 
 def xz_bits_per_byte(text: bytes) -> float:

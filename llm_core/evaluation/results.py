@@ -1,14 +1,17 @@
 """The results of an evaluation, as a file beside the checkpoint that is readable without loading a model."""
 
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
+
+import pyarrow as pa
 
 from llm_core.artifact_ids import evaluation_id, tasks_id
 from llm_core.checkpoint import CheckpointRecord
 from llm_core.config import EvaluateConfig, TasksConfig
 from llm_core.dataset import DatasetManifest
+from llm_core.errors import DataError
 from llm_core.layout import RunFolder
-from llm_core.system import read_json
+from llm_core.system import atomic_writer, parquet_bytes, read_json, read_parquet, verify_file, write_json
 
 
 class Metric(TypedDict):
@@ -28,7 +31,10 @@ class Sample(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """One checkpoint on the held-out text of one dataset."""
+    """One checkpoint on the held-out text of one dataset.
+
+    Format 1 has no `text_id`, `precision` and `documents_sha256`: it is readable, but not compared with others.
+    """
 
     format_version: int
     evaluation_id: str
@@ -37,10 +43,13 @@ class Evaluation(TypedDict):
     step: int
     dataset_id: str
     snapshot_id: str
+    text_id: NotRequired[str]  # of the text that was read
+    precision: NotRequired[str]  # of the matrix products
     config: dict[str, Any]
     created_at: str
     metrics: list[Metric]
     samples: list[Sample]
+    documents_sha256: NotRequired[str]  # of the file with the sums over each document
 
 
 class TaskFigure(TypedDict):
@@ -66,7 +75,7 @@ class TaskResults(TypedDict):
 
 
 def evaluation_path(record: CheckpointRecord, manifest: DatasetManifest, config: EvaluateConfig) -> Path:
-    """The file for a checkpoint's evaluation on a dataset; everything the result depends on is in its name."""
+    """The file for a checkpoint's evaluation on a dataset; everything the result depends on is in its name. config: resolved."""
     return RunFolder(record.path.parent).evaluation(record.step, evaluation_id(record.checkpoint_id, manifest, config))
 
 
@@ -78,6 +87,45 @@ def tasks_path(record: CheckpointRecord, config: TasksConfig) -> Path:
 def read_evaluation(path: Path) -> Evaluation:
     """Raises DataError where the file is missing or damaged."""
     return cast(Evaluation, read_json(path))
+
+
+def write_evaluation(path: Path, evaluation: Evaluation, documents: pa.Table) -> Evaluation:
+    """Writes an evaluation and, first, its sums over each document; returns it with the digest of these.
+
+    documents: document_id, nats (over the text that was predicted) and bytes of that text.
+    """
+    with atomic_writer(_documents_path(path, evaluation)) as file:
+        file.write(parquet_bytes(documents))
+        evaluation = {**evaluation, "documents_sha256": file.sha256()}
+    write_json(path, evaluation)
+    return evaluation
+
+
+def read_documents(path: Path) -> pa.Table:
+    """The sums over each document of the evaluation at `path`: document_id, nats, bytes.
+
+    Raises:
+        DataError: a file is missing or damaged, or the evaluation is of a version that did not store them.
+    """
+    evaluation = read_evaluation(path)
+    if "documents_sha256" not in evaluation:
+        raise DataError(f"{path}: made by an older version, without sums over each document; delete it to evaluate again")
+    documents = _documents_path(path, evaluation)
+    verify_file(documents, evaluation["documents_sha256"])
+    return read_parquet(documents)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether there is an intact evaluation at `path`, with its sums over each document."""
+    try:
+        read_documents(path)
+    except DataError:
+        return False
+    return True
+
+
+def _documents_path(path: Path, evaluation: Evaluation) -> Path:
+    return RunFolder(path.parent).evaluation_documents(evaluation["step"], evaluation["evaluation_id"])
 
 
 def read_results(path: Path) -> Evaluation | TaskResults:

@@ -44,7 +44,7 @@ def evaluate_tasks(model_dir: Path, checkpoint_id: str, run_id: str, step: int, 
         _load(manager, name)
     ranks = Ranks.alone()
     torch.set_num_threads(ranks.threads)
-    model = HFLM(
+    model = _model_class(HFLM)(
         str(model_dir),
         device=str(ranks.device),
         dtype="float32",
@@ -69,6 +69,20 @@ def evaluate_tasks(model_dir: Path, checkpoint_id: str, run_id: str, step: int, 
         "created_at": now(),
         "figures": list(_figures(output)),
     }
+
+
+def _model_class(base: Any) -> Any:
+    """lm-eval's model class, with one end-of-text token in front of a rolling text: lm-eval puts it there itself."""
+
+    class Model(base):  # type: ignore[misc]
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            self.add_bos_token = False
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm)
+            finally:
+                self.add_bos_token = True
+
+    return Model
 
 
 def _load(manager: Any, name: str) -> None:

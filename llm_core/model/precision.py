@@ -29,6 +29,13 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> Precision:
     return "bf16" if _cpu_has_bf16() else "fp32"
 
 
+def evaluation_precision(trained: Precision, device: torch.device) -> Precision:
+    """The precision that a model was trained in; fp32 where the device would emulate it."""
+    if device.type == "cuda":
+        return trained if trained != "bf16" or torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return "bf16" if trained == "bf16" and _cpu_has_bf16() else "fp32"
+
+
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """A context in which matrix products run in `precision` and numerically sensitive operations in fp32."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])

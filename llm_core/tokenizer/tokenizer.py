@@ -194,6 +194,10 @@ class Tokenizer:
         lengths[list(self._special_ids.values())] = 0
         return lengths
 
+    def begins_character(self) -> npt.NDArray[np.bool_]:
+        """Whether each token [vocab_size] begins with the first byte of a character; special tokens do."""
+        return np.array([not piece or piece[0] & 0xC0 != 0x80 for piece in self.pieces])
+
     def _piece_bytes(self, vocab: dict[str, int], model_type: str) -> list[bytes]:
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         pieces = [b""] * len(vocab)

@@ -71,13 +71,12 @@ class TrainingLoop:
         return True
 
     def validate(self) -> HeldOut:
-        """Evaluates the first eval_tokens of the validation split, the same tokens each time."""
+        """Evaluates on eval_tokens of held-out text, the same each time."""
         trainer = self.trainer
         held_out = evaluate(
             trainer.model,
             trainer.data.val,
             trainer.data.token_bytes,
-            max_tokens=self.config.eval_tokens,
             batch_size=trainer.micro_batch_size,
             ranks=self.ranks,
             precision=trainer.precision,

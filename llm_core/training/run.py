@@ -19,7 +19,7 @@ from llm_core.errors import Preempted
 from llm_core.layout import RunFolder
 from llm_core.system import code_version, git_commit, now, write_json
 from llm_core.training.loop import TrainingLoop
-from llm_core.training.run_data import TrainingData
+from llm_core.training.run_data import TrainingData, validation_windows
 from llm_core.training.run_log import Callback, RunLog
 from llm_core.training.trainer import Trainer
 
@@ -103,7 +103,9 @@ def _make_trainer(
 ) -> Trainer:
     """A trainer in its saved state, with the weights of its parent, or with initial weights."""
     parent = ranks.broadcast_from_main(lambda: starting_parent(config.init_from, saved[0] if saved is not None else None))
-    trainer = Trainer(config, TrainingData.open(data_dir, manifest, config, parent), ranks, stop)
+    # The sources of documents, and with them the windows to validate on, may be others on another machine.
+    validation = ranks.broadcast_from_main(lambda: validation_windows(data_dir, manifest, config))
+    trainer = Trainer(config, TrainingData.open(data_dir, manifest, config, parent, validation), ranks, stop)
     if saved is not None:
         trainer.restore(*saved)
     elif parent is not None and (path := parent.path) is not None:

@@ -12,6 +12,7 @@ from llm_core.checkpoint import GroupUsage, Parent, write_known_documents
 from llm_core.config import TrainConfig
 from llm_core.dataset import DatasetManifest, DocumentGroups, Indices, TokenizerEntry, WindowSampler, kept_documents
 from llm_core.dataset.windows import Windows, require_text, token_bytes
+from llm_core.evaluation.excerpts import choose_windows
 from llm_core.layout import RunFolder
 from llm_core.system import atomic_writer, parquet_bytes
 from llm_core.tokenizer import Tokenizer
@@ -24,21 +25,29 @@ class TrainingData:
 
     manifest: DatasetManifest
     train: Windows
-    val: Windows
+    val: Windows  # of the text that each validation reads
     order: WindowSampler
     groups: DocumentGroups | None  # of the training text; None without a mixture
     parent: Parent | None  # the run whose weights this one starts from
     token_bytes: Tensor  # (V,) fp64, UTF-8 bytes of each token, 0 for special tokens
 
     @classmethod
-    def open(cls, data_dir: Path, manifest: DatasetManifest, config: TrainConfig, parent: Parent | None) -> "TrainingData":
-        """Opens both splits. config: resolved. Validation windows never overlap.
+    def open(
+        cls,
+        data_dir: Path,
+        manifest: DatasetManifest,
+        config: TrainConfig,
+        parent: Parent | None,
+        validation: Indices | None = None,
+    ) -> "TrainingData":
+        """Opens both splits. config: resolved. validation: from `validation_windows`, so that all ranks have the same.
 
         Raises:
             UserError: the options do not fit this text or this parent.
             DataError: a shard or the tokenizer is missing or damaged.
         """
         assert config.max_length is not None and config.stride is not None
+        validation = validation_windows(data_dir, manifest, config) if validation is None else validation
         mixture = plan_mixture(config, data_dir, manifest, parent.known if parent is not None else None)
         groups = mixture.groups if mixture is not None else None
         train = Windows.open(data_dir, manifest, "train", config.max_length, config.stride, groups)
@@ -47,7 +56,8 @@ class TrainingData:
             windows = config.max_steps * config.batch_size
             order = WindowSampler(train.sizes, config.seed, final_shares(mixture, train.sizes, windows, config.max_source_epochs))
         tokenizer = Tokenizer.stored(data_dir, manifest.tokenizer.tokenizer_id)
-        val, sizes = Windows.open(data_dir, manifest, "val", config.max_length, 0), token_bytes(tokenizer, manifest)
+        val = HeldOutText.open(data_dir, manifest, tokenizer, config.max_length, validation).windows()
+        sizes = token_bytes(tokenizer, manifest)
         require_text(val, sizes)
         return cls(
             manifest=manifest,
@@ -103,6 +113,12 @@ class TrainingData:
         with atomic_writer(path) as file:
             file.write(parquet_bytes(pa.concat_tables(tables)))
             return file.sha256()
+
+
+def validation_windows(data_dir: Path, manifest: DatasetManifest, config: TrainConfig) -> Indices:
+    """The windows of held-out text that each validation of a run reads. config: resolved."""
+    assert config.max_length is not None and config.eval_tokens is not None
+    return choose_windows(data_dir, manifest, config.max_length, config.eval_tokens)
 
 
 # The first step of a window or document that the run does not read.

@@ -4,22 +4,34 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
-from llm_core.checkpoint import CheckpointRecord
+from llm_core.artifact_ids import evaluation_id
+from llm_core.checkpoint import CheckpointRecord, RunRecord
 from llm_core.config import EvaluateConfig, ReleaseConfig
 from llm_core.corpus import load_scan
 from llm_core.dataset import DatasetManifest, load_manifest
 from llm_core.errors import DataError
-from llm_core.evaluation import Evaluation, metric, read_evaluation
+from llm_core.evaluation import Difference, Evaluation, compare, is_complete, metric, read_documents, read_evaluation
 from llm_core.huggingface import ModelRecord
-from llm_core.system import held, read_json, write_json
+from llm_core.system import held, read_json, verify_file, write_json
 from llm_core.tokenizer import Tokenizer
 from pipeline.artifacts.evaluations import evaluate
 from pipeline.artifacts.exports import release
 from pipeline.artifacts.pointers import find_current
 from pipeline.artifacts.step import Step
 from pipeline.resources import Storage
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checkpoint beside the released model of its line, both on the same held-out text."""
+
+    model: ModelRecord | None = None  # the released one; None before the first release
+    released: Evaluation | None = None  # None if there is nothing to compare with
+    difference: Difference | None = None  # by how much the checkpoint is better
+    missing: str = ""  # why there is nothing to compare with
 
 
 @dataclass(frozen=True)
@@ -35,9 +47,10 @@ def release_if_better(step: Step, record: CheckpointRecord, evaluation: Path, co
 
     evaluation: the file with its evaluation.
     """
-    results = read_evaluation(evaluation)
     with _one_at_a_time(step):
-        verdict = decide(released_model(step.storage), results, evaluate_released(step, results), config)
+        comparison = compare_with_released(step, evaluation)
+        newer = comparison.model is not None and _has_newer_text(step, record, comparison.model)
+        verdict = decide(comparison, read_evaluation(evaluation), newer, config)
         if verdict.promoted:
             step.catalog().record_model(release(step, record, evaluation, verdict.reason))
     if not verdict.promoted:
@@ -45,39 +58,80 @@ def release_if_better(step: Step, record: CheckpointRecord, evaluation: Path, co
     return verdict
 
 
-def decide(model: ModelRecord | None, evaluation: Evaluation, released: Evaluation | None, config: ReleaseConfig) -> Verdict:
-    """Compares an evaluated checkpoint with the released model.
+def decide(comparison: Comparison, evaluation: Evaluation, newer_text: bool, config: ReleaseConfig) -> Verdict:
+    """Whether the checkpoint of an evaluation is released.
 
-    model: the released one. released: its evaluation on the same text; None if it cannot be evaluated on it.
+    newer_text: whether it was trained on newer text than the released model.
     """
-    value = metric(evaluation, "bits_per_byte")
+    value, model = metric(evaluation, "bits_per_byte"), comparison.model
     if not math.isfinite(value):
         return Verdict(False, f"{value} bits per byte: the evaluation is not finite, the released model stays")
     if model is None:
         return Verdict(True, f"first release: {value:.4f} bits per byte")
     if model.checkpoint_id == evaluation["checkpoint_id"]:
         return Verdict(True, "this checkpoint is the released model already")
-    if released is not None:
-        bar, basis = metric(released, "bits_per_byte"), "on the same held-out text"
-    else:
-        bar, basis = model.metrics["bits_per_byte"], "as recorded at its release, on the text of that time"
-    comparison = f"{value:.4f} bits per byte; the released model {model.model_id} has {bar:.4f} {basis}"
-    if value < bar - config.min_improvement:
-        return Verdict(True, comparison)
-    return Verdict(False, f"{comparison}: not better by more than {config.min_improvement}, the old release stays")
+    if comparison.released is None or comparison.difference is None:
+        return Verdict(True, f"{value:.4f} bits per byte; nothing to compare with: {comparison.missing}")
+    bar, difference = metric(comparison.released, "bits_per_byte"), comparison.difference
+    reason = f"{value:.4f} bits per byte; the released model {model.model_id} has {bar:.4f} on the same held-out text"
+    if not math.isfinite(bar):
+        return Verdict(True, reason)
+    reason += f"; improvement {difference}"
+    # A negative minimum allows a model that is worse, but certainly not by more.
+    minimum, certain = config.min_improvement, min(config.min_improvement, 0.0)
+    if difference.low > certain:
+        if difference.improvement > minimum:
+            return Verdict(True, reason)
+        return Verdict(False, f"{reason}: not better by more than {minimum}, the old release stays")
+    if difference.high < certain:
+        return Verdict(False, f"{reason}: worse, the old release stays")
+    if newer_text and minimum <= 0:
+        return Verdict(True, f"{reason}: a tie, which goes to the model trained on newer text")
+    return Verdict(False, f"{reason}: a tie, the old release stays")
 
 
-def evaluate_released(step: Step, evaluation: Evaluation) -> Evaluation | None:
-    """The released model on the text of another evaluation; None if it is the same model or cannot be evaluated on it."""
-    model, released = released_model(step.storage), released_checkpoint(step.storage)
-    if model is None or released is None or released.checkpoint_id == evaluation["checkpoint_id"]:
-        return None
-    manifest = load_manifest(step.data_dir, evaluation["dataset_id"], evaluation["snapshot_id"])
+def compare_with_released(step: Step, evaluation: Path) -> Comparison:
+    """The released model beside the checkpoint of an evaluation, on its text. Evaluates it there unless that is done already."""
+    found, model = read_evaluation(evaluation), released_model(step.storage)
+    if model is None or model.checkpoint_id == found["checkpoint_id"]:
+        return Comparison(model)
+    manifest = load_manifest(step.data_dir, found["dataset_id"], found["snapshot_id"])
+    config = EvaluateConfig.model_validate(found["config"])
+    path = step.home.run(model.run_id).evaluation(model.step, evaluation_id(model.checkpoint_id, manifest, config))
+    if not is_complete(path):
+        released, missing = _evaluable(step, model, manifest)
+        if released is None:
+            step.log.warning(f"nothing to compare with: {missing}")
+            return Comparison(model, missing=missing)
+        evaluate(step, released, manifest, config)
+    return Comparison(model, read_evaluation(path), compare(read_documents(evaluation), read_documents(path)))
+
+
+def _evaluable(step: Step, model: ModelRecord, manifest: DatasetManifest) -> tuple[CheckpointRecord | None, str]:
+    """The checkpoint of the released model; or None, and why it cannot be evaluated on a dataset."""
+    name = f"the released model {model.model_id}"
+    record = released_checkpoint(step.storage)
+    if record is None or not record.path.is_file():
+        return None, f"the checkpoint of {name}, {model.checkpoint_file} of run {model.run_id}, is gone"
+    try:
+        verify_file(record.path, record.sha256)
+    except DataError as error:
+        return None, f"the checkpoint of {name} cannot be read: {error}"
     if not _can_read(step.data_dir, model.tokenizer_id, manifest):
-        step.log.warning(f"the released model {model.model_id} cannot be evaluated on this text: it has another tokenizer")
-        return None
-    config = EvaluateConfig.model_validate(evaluation["config"])
-    return read_evaluation(evaluate(step, released, manifest, config))
+        return (
+            None,
+            f"{name} cannot read this text: its tokenizer {model.tokenizer_id} is gone, or only one of the two is byte-level",
+        )
+    return record, ""
+
+
+def _has_newer_text(step: Step, record: CheckpointRecord, model: ModelRecord) -> bool:
+    """Whether a checkpoint was trained on other text than the released model, and later."""
+    run, other = RunRecord.read(record.path.parent), RunRecord.find(step.home.run(model.run_id).root)
+    snapshot_id = (other.snapshot_id if other is not None else None) or model.snapshot_id
+    if run.dataset_id == model.dataset_id or run.snapshot_id == snapshot_id:
+        return False
+    return other is None or datetime.fromisoformat(run.started_at) > datetime.fromisoformat(other.started_at)
 
 
 def _can_read(data_dir: Path, tokenizer_id: str, manifest: DatasetManifest) -> bool:

@@ -1,5 +1,7 @@
 """evaluation: how good the checkpoint is on text it has not seen."""
 
+from typing import Any
+
 import dagster as dg
 from pydantic import Field
 
@@ -9,7 +11,7 @@ from llm_core.layout import RunFolder
 from llm_core.system import content_id
 from pipeline.artifacts.evaluations import evaluate, evaluate_on_tasks
 from pipeline.artifacts.pointers import set_current
-from pipeline.artifacts.release import evaluate_released
+from pipeline.artifacts.release import Comparison, compare_with_released
 from pipeline.artifacts.step import Step
 from pipeline.artifacts.upstream import Upstream
 from pipeline.assets.checkpoint import checkpoint
@@ -55,7 +57,7 @@ def evaluation(
     path = evaluate(step, record, manifest, config.stage(EvaluateConfig))
     set_current(step.home.current_evaluation, path)
     result = read_evaluation(path)
-    released = evaluate_released(step, result)
+    comparison = compare_with_released(step, path)
     tasks = evaluate_on_tasks(step, record, config.stage(TasksConfig))
 
     compared = {
@@ -63,8 +65,8 @@ def evaluation(
         "unigram baseline": metric(result, "unigram_bits_per_byte"),
         "xz -9e": metric(result, "xz_bits_per_byte"),
     }
-    if released is not None:
-        compared["released model"] = metric(released, "bits_per_byte")
+    if comparison.released is not None:
+        compared["released model"] = metric(comparison.released, "bits_per_byte")
     texts = [sample["prompt"] + sample["continuation"] for sample in result["samples"]]
     samples = "\n\n".join(f"sample {number}:\n\n{literal(text)}" for number, text in enumerate(texts, start=1))
     return dg.MaterializeResult(
@@ -80,7 +82,7 @@ def evaluation(
             "bits_per_byte": rounded(metric(result, "bits_per_byte")),
             "unigram_bits_per_byte": rounded(metric(result, "unigram_bits_per_byte")),
             "xz_bits_per_byte": rounded(metric(result, "xz_bits_per_byte")),
-            **({"released_bits_per_byte": rounded(metric(released, "bits_per_byte"))} if released is not None else {}),
+            **_improvement(comparison),
             "share_of_text": rounded(metric(result, "share_of_text")),
             **tables(
                 by_source=table(
@@ -96,6 +98,7 @@ def evaluation(
             "loss": rounded(metric(result, "loss")),
             "perplexity": rounded(metric(result, "perplexity"), 2),
             "tokens": int(metric(result, "tokens")),
+            "precision": result["precision"],
             "checkpoint_id": record.checkpoint_id,
             "run_id": record.run_id,
             "dataset_id": manifest.dataset_id,
@@ -103,3 +106,11 @@ def evaluation(
             "samples": dg.MetadataValue.md(samples),
         },
     )
+
+
+def _improvement(comparison: Comparison) -> dict[str, Any]:
+    """The released model on the same text, and by how much this one is better."""
+    if comparison.released is None:
+        return {}
+    value = metric(comparison.released, "bits_per_byte")
+    return {"released_bits_per_byte": rounded(value), "improvement": str(comparison.difference)}

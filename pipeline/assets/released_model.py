@@ -8,6 +8,7 @@ from llm_core.config import ReleaseConfig
 from llm_core.dataset import load_manifest
 from llm_core.evaluation import Evaluation, metric, read_evaluation
 from llm_core.huggingface import ModelRecord
+from pipeline.artifacts.evaluations import up_to_date
 from pipeline.artifacts.release import Verdict, release_if_better, remember_decision
 from pipeline.artifacts.release import released_model as find_released_model
 from pipeline.artifacts.step import Step
@@ -26,12 +27,15 @@ class ReleasedModelConfig(ReleaseConfig, dg.Config):
 def released_model(
     context: dg.AssetExecutionContext, config: ReleasedModelConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:
-    """The checkpoint as a Hugging Face Llama, if it beats the released one on the same text; otherwise the old release stays.
+    """The checkpoint as a Hugging Face Llama, if it is better than the released one on the same held-out text.
+
+    Better means that the 95 % interval of their difference, with documents as the units, excludes 0. A tie goes to the model that
+    was trained on newer text.
 
     The directory loads with `transformers`: `AutoModelForCausalLM.from_pretrained(directory)`.
     """
     step = Step(context, storage, catalog)
-    path = Upstream(step).evaluation()
+    path = up_to_date(step, Upstream(step).evaluation())
     result = read_evaluation(path)
     record = CheckpointRecord.of(step.home.run(result["run_id"]).checkpoint(result["step"]))
     verdict = release_if_better(step, record, path, config.stage(ReleaseConfig))

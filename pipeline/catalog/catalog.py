@@ -150,7 +150,8 @@ class Catalog(CatalogQueries):
             else:
                 dataset_id, column, entries = results["dataset_id"], "source", results["metrics"]
             ids, when = [results["evaluation_id"], results["checkpoint_id"], dataset_id], _utc(results["created_at"])
-            rows = [[*ids, *(entry[name] for name in ("metric", "split", column, "value")), when] for entry in entries]
+            text_id = results.get("text_id")
+            rows = [[*ids, *(entry[name] for name in ("metric", "split", column, "value")), when, text_id] for entry in entries]
             with self._database.connect() as connection:
                 values = ", ".join(f"({_placeholders(row)})" for row in rows)  # one statement: three times as fast as row by row
                 connection.execute(f"INSERT OR REPLACE INTO evaluations VALUES {values}", [cell for row in rows for cell in row])

@@ -59,14 +59,14 @@ class CatalogQueries:
         return {row["id"] for row in rows}
 
     def comparable_runs(self, evaluation_id: str) -> list[Row]:
-        """The runs evaluated on the same text as an evaluation (the same bytes of the same dataset), the best first.
+        """The runs evaluated on the same text as an evaluation, the best first.
 
         A row has the last evaluated checkpoint of its run; model_id is set if that checkpoint was ever released.
         """
         return self.query(
             """
             WITH evaluated AS (
-                SELECT evaluation_id, checkpoint_id, dataset_id, max(evaluated_at) AS evaluated_at,
+                SELECT evaluation_id, checkpoint_id, dataset_id, text_id, max(evaluated_at) AS evaluated_at,
                        max(value) FILTER (metric = 'bytes') AS bytes,
                        max(value) FILTER (metric = 'loss') AS loss,
                        max(value) FILTER (metric = 'bits_per_byte') AS bits_per_byte
@@ -74,7 +74,9 @@ class CatalogQueries:
             )
             SELECT r.run_id, r.parameters, c.checkpoint_id, c.step, c.tokens_seen, j.loss, j.bits_per_byte, m.model_id
             FROM evaluated j
-            JOIN evaluated this ON this.evaluation_id = ? AND j.dataset_id = this.dataset_id AND abs(j.bytes - this.bytes) < 1
+            -- Older evaluations have no text_id; they read the beginning of the text, as many tokens as was asked for.
+            JOIN evaluated this ON this.evaluation_id = ? AND j.dataset_id = this.dataset_id
+                AND j.text_id IS NOT DISTINCT FROM this.text_id AND abs(j.bytes - this.bytes) < 1
             JOIN checkpoints c ON c.checkpoint_id = j.checkpoint_id
             JOIN training_runs r USING (run_id)
             LEFT JOIN models m ON m.checkpoint_id = c.checkpoint_id

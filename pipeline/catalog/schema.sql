@@ -225,6 +225,9 @@ ALTER TABLE snapshots ADD COLUMN documents_dropped JSON; -- reason -> documents;
 ALTER TABLE snapshots ADD COLUMN files_ignored JSON;     -- extension -> files of other formats; NULL in older snapshots
 ALTER TABLE datasets ADD COLUMN unknown_text DOUBLE;     -- share of the text that the tokenizer cannot spell; NULL in older ones
 
+-- The held-out text that was read. Evaluations of the same text can be compared.
+ALTER TABLE evaluations ADD COLUMN text_id VARCHAR; -- NULL in older evaluations and for lm-eval tasks
+
 -- When garbage collection removed the checkpoints of a run or the files of a model; NULL while it has them.
 ALTER TABLE training_runs ADD COLUMN removed_at TIMESTAMP; -- UTC
 ALTER TABLE models ADD COLUMN removed_at TIMESTAMP; -- UTC

@@ -7,7 +7,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dagster import AssetExecutionContext, Failure
@@ -49,6 +52,9 @@ _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(^|_)KEY(S|_|$)", re.I
 
 # Bytes: Linux's MAX_ARG_STRLEN, without the closing NUL.
 _MAX_ARGUMENT = 32 * 4096 - 1
+
+# Seconds between two lines of a tool in Dagster's log.
+_LOG_SECONDS = 4.0
 
 _DOWNLOADS = {"SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
 _PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
@@ -100,20 +106,48 @@ def run_tool(
 ) -> None:
     """Runs one of llm_core's tools in a child process that dies with this one, so that the orchestrator does not load PyTorch.
 
-    environment: additional variables.
+    The newest line of its stderr is logged every few seconds. environment: additional variables.
 
     Raises:
         dagster.Failure: the tool failed; the description has its error output. Only a killed tool may be retried.
     """
     command = [sys.executable, "-m", "pipeline.processes.child", module, *option_list(options)]
     context.log.info(shlex.join(command))
-    done = subprocess.run(command, env=training_environment(environment or {}), capture_output=True, text=True, errors="replace")
-    if done.returncode < 0:
-        number = -done.returncode
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command,
+            env=training_environment(environment or {}),
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        with process:
+            try:
+                errors = _follow(process.stderr or (), context.log.info)
+            except BaseException:  # such as a cancelled run
+                process.kill()
+                raise
+        output.seek(0)
+        printed = output.read()
+    if process.returncode < 0:
+        number = -process.returncode
         raise Failure(
-            f"{module} was killed by signal {number} ({signal.strsignal(number)}): {done.stderr[-2000:]}\n"
+            f"{module} was killed by signal {number} ({signal.strsignal(number)}): {errors[-2000:]}\n"
             "Run again; if it is killed again, give the machine more memory."
         )
-    if done.returncode:
-        raise Failure(f"{module} ended with code {done.returncode}: {done.stderr[-2000:]}", allow_retries=False)
-    context.log.info(done.stdout)
+    if process.returncode:
+        raise Failure(f"{module} ended with code {process.returncode}: {errors[-2000:]}", allow_retries=False)
+    context.log.info(printed)
+
+
+def _follow(lines: Iterable[str], log: Callable[[str], object]) -> str:
+    """Logs the newest of the lines every few seconds, and returns the last lines."""
+    last: deque[str] = deque(maxlen=200)
+    logged = time.monotonic()
+    for line in lines:
+        last.append(line)
+        if time.monotonic() - logged >= _LOG_SECONDS and line.strip():
+            log(line.strip())
+            logged = time.monotonic()
+    return "".join(last)
