@@ -147,11 +147,10 @@ class HeldOutText:
             is_all = first == 0 and last == len(self.stream) - 1
             for start, stop, counted in _stretches(len(stream) - 1, length, overlap=not fits and not is_all):
                 streams.append(stream.part(start, stop + 1))
-                inner = begins[(begins > counted + 1) & (begins <= stop)]
-                document = int(np.searchsorted(begins, counted + 1, side="right"))
-                context = [counted + 1] if counted > start else []
-                documents.append(np.append([-1] * len(context), numbers[document : document + len(inner) + 1]))
-                sizes.append(np.diff([start, *context, *inner, stop + 1]))
+                of_first, end = np.searchsorted(begins, (counted + 1, stop), side="right")
+                again = [counted + 1] if counted > start else []  # where the targets begin that were not read before
+                documents.append(np.append(np.full(len(again), -1), numbers[of_first : end + 1]))
+                sizes.append(np.diff([start, *again, *begins[of_first:end], stop + 1]))
         # Windows longer than every stream would only have more padding.
         longest = max(len(stream) - 1 for stream in streams)
         windows = Windows(streams, min(length, longest), 0, tokenizer.eot_id)

@@ -12,7 +12,7 @@ from llm_core.checkpoint import GroupUsage, Parent, write_known_documents
 from llm_core.config import TrainConfig
 from llm_core.dataset import DatasetManifest, DocumentGroups, Indices, TokenizerEntry, WindowSampler, kept_documents
 from llm_core.dataset.windows import Windows, require_text, token_bytes
-from llm_core.evaluation.excerpts import choose_windows
+from llm_core.evaluation.excerpts import HeldOutText, choose_windows
 from llm_core.layout import RunFolder
 from llm_core.system import atomic_writer, parquet_bytes
 from llm_core.tokenizer import Tokenizer

@@ -12,14 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from llm_core import data_prep_tool, evaluate_text
-from llm_core.config import EvaluateConfig
 from llm_core.corpus import load_snapshot, source_of
 from llm_core.dataset import load_manifest
 from llm_core.dataset.windows import TokenStream, Windows, token_bytes
 from llm_core.distributed.ranks import Ranks
-from llm_core.errors import UserError
-from llm_core.evaluation import by_source, evaluator, metric, read_evaluation
-from llm_core.evaluation.held_out import HeldOut, evaluate, evaluate_groups, targets_read, unigram_baseline, xz_bits_per_byte
+from llm_core.evaluation import by_source, metric, read_evaluation
+from llm_core.evaluation.held_out import HeldOut, evaluate, evaluate_pieces, unigram_baseline, xz_bits_per_byte
 from llm_core.tokenizer import Tokenizer
 from tests.llm_core.model.test_transformer import build
 from tests.support.training import run_train
@@ -40,9 +38,7 @@ def test_rule_23_bits_per_byte_counts_only_text(batch_size: int) -> None:
     sizes = torch.arange(300).double() % 5 + 1
     sizes[EOT] = 0
     model = build(length=16).eval()
-    held_out = evaluate(
-        model, Windows([TokenStream([tokens])], 16, 0, EOT), sizes, max_tokens=0, batch_size=batch_size, ranks=ALONE
-    )
+    held_out = evaluate(model, Windows([TokenStream([tokens])], 16, 0, EOT), sizes, batch_size=batch_size, ranks=ALONE)
     nll = 0.0
     text = []
     for start in range(0, 99, 16):  # each window has only its own context
@@ -67,22 +63,23 @@ def test_the_text_of_a_split_is_all_of_its_bytes(data_dir: Path) -> None:
     manifest = load_manifest(data_dir)
     tokenizer = Tokenizer.load(data_dir / manifest.tokenizer.file)
     windows = Windows.open(data_dir, manifest, "val", 32, 0)
-    held_out = evaluate(
-        build(vocab_size=512), windows, token_bytes(tokenizer, manifest), max_tokens=0, batch_size=64, ranks=ALONE
-    )
+    held_out = evaluate(build(vocab_size=512), windows, token_bytes(tokenizer, manifest), batch_size=64, ranks=ALONE)
     assert held_out.text_bytes == manifest.splits["val"].bytes
     assert held_out.targets == manifest.splits["val"].tokens - 1
 
 
-def test_each_token_counts_for_the_source_of_its_document() -> None:
+def test_each_token_counts_for_its_piece_of_the_text() -> None:
     tokens = stream_of(100)
-    group_of_token = np.repeat([0, 1, 2, 0, 1], 20)  # documents of three sources that end inside windows
+    pieces = np.array([15, 20, 7, 38, 20])  # they end inside windows
+    piece_of_token = np.repeat(np.arange(5), pieces)
     sizes = torch.arange(300).double() % 5 + 1
     sizes[EOT] = 0
     model, windows = build(length=16).eval(), Windows([TokenStream([tokens])], 16, 0, EOT)
-    options = {"max_tokens": 0, "batch_size": 3, "ranks": ALONE}
-    total, *groups = evaluate_groups(model, windows, sizes, group_of_token, 3, **options)
-    assert total == evaluate(model, windows, sizes, **options)
+    progress: list[tuple[int, int]] = []
+    report = lambda done, windows: progress.append((done, windows))  # noqa: E731
+    sums = evaluate_pieces(model, windows, sizes, pieces, batch_size=3, ranks=ALONE, on_progress=report)
+    assert progress == [(3, 7), (6, 7), (7, 7)]
+    total, groups = evaluate(model, windows, sizes, batch_size=3, ranks=ALONE), [HeldOut.of(row) for row in sums]
     expected = [[0.0, 0, 0.0, 0.0] for _ in groups]
     for start in range(0, 99, 16):
         tokens_of_window = torch.from_numpy(tokens[start : start + 17].astype(np.int64))
@@ -91,7 +88,7 @@ def test_each_token_counts_for_the_source_of_its_document() -> None:
                 model.logits(tokens_of_window[None, :-1])[0], tokens_of_window[1:], reduction="none"
             ).tolist()
         for offset, (loss, token) in enumerate(zip(losses, tokens_of_window[1:].tolist(), strict=True), start=1):
-            sums = expected[group_of_token[start + offset]]
+            sums = expected[piece_of_token[start + offset]]
             sums[0] += loss
             sums[1] += 1
             sums[2] += loss if token != EOT else 0.0
@@ -149,50 +146,11 @@ def test_a_checkpoint_is_evaluated_by_source_and_compared_with_xz(
     assert all(f"{source} " in printed for source in rows)
 
 
-def test_a_checkpoint_with_another_tokenizer_is_evaluated_on_the_same_text(tmp_path: Path) -> None:
-    raw, data_dir = tmp_path / "raw", tmp_path / "processed"
-    for number, text in enumerate(islice(topics.values(), 40)):
-        path = raw / ("even" if number % 2 == 0 else "odd") / f"{number}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text[:2000] + " naïve café 東京 <|endoftext|>")
-    prepare = ["--input_dir", str(raw), "--output_dir", str(data_dir), "--max_length", "32", "--val_fraction", "0.4"]
-    data_prep_tool.main([*prepare, "--vocab_size", "300"])
-    run_train(data_dir, tmp_path / "run", max_steps=4, save_interval=4)
-    checkpoint = tmp_path / "run" / "checkpoint_step_4.pt"
-    every = EvaluateConfig(max_eval_tokens=0, sample_tokens=2)
-    own = evaluator.evaluate_checkpoint(checkpoint, data_dir, every)
-    data_prep_tool.main([*prepare, "--vocab_size", "400"])
-    other = evaluator.evaluate_checkpoint(checkpoint, data_dir, every)
-    assert other["dataset_id"] != own["dataset_id"]
-    # The same documents in the same order and tokens as in its own dataset: equal bit for bit.
-    model = ("loss", "bits_per_byte", "tokens", "bytes")
-    assert [metric(other, name) for name in model] == [metric(own, name) for name in model]
-    assert by_source(other) == by_source(own)
-    assert other["samples"] == own["samples"]
-    # The baselines belong to the dataset: they are the same for every model.
-    assert metric(other, "xz_bits_per_byte") == metric(own, "xz_bits_per_byte")
-    assert metric(other, "unigram_bits_per_byte") != metric(own, "unigram_bits_per_byte")
-    budget = evaluator.evaluate_checkpoint(checkpoint, data_dir, every.model_copy(update={"max_eval_tokens": 256}))
-    val = load_manifest(data_dir).splits["val"]
-    assert metric(budget, "bytes") == pytest.approx(256 * val.bytes / val.tokens, rel=0.2)
-    assert metric(budget, "share_of_text") == pytest.approx(256 / val.tokens, rel=0.01)
-    data_prep_tool.main([*prepare, "--tokenizer_type", "wordpiece", "--vocab_size", "300"])
-    with pytest.raises(UserError, match="WordPiece does not give the text back"):
-        evaluator.evaluate_checkpoint(checkpoint, data_dir, every)
-
-
-def test_a_budget_reads_the_first_windows() -> None:
-    windows = Windows([TokenStream([stream_of(100)])], 16, 0, EOT)
-    model, sizes = build(length=16), torch.ones(300).double()
-    assert evaluate(model, windows, sizes, max_tokens=20, batch_size=4, ranks=ALONE).targets == 32
-
-
 def test_the_unigram_baseline_is_the_entropy_of_token_frequencies() -> None:
     tokens = stream_of(1000)
-    windows = Windows([TokenStream([tokens])], 16, 0, EOT)
     sizes = torch.ones(300).double()
     sizes[EOT] = 0
-    baseline = unigram_baseline(windows.streams[0], targets_read(windows, 0), sizes)
+    baseline = unigram_baseline(TokenStream([tokens]), tokens[1:], sizes)
     counts = np.bincount(tokens, minlength=300) + 1
     cost = -np.log(counts / counts.sum())[tokens[1:]]
     assert baseline.loss == pytest.approx(cost.mean())
