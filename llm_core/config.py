@@ -437,7 +437,9 @@ class ReleaseConfig(StageConfig):
     """When a checkpoint becomes the released model."""
 
     min_improvement: float = Field(
-        0.0, description="Bits per byte by which a new model must beat the released one on the same held-out text."
+        0.0,
+        description="Bits per byte by which a new model must beat the released one on the same held-out text; above 0, a tie never "
+        "replaces it; negative: a model that is worse, but certainly not by more, replaces it.",
     )
 
 

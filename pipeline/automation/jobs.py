@@ -34,7 +34,6 @@ QUICKSTART_CONFIG = {
                 "max_steps": 1600,
                 "learning_rate": 1.5e-3,
                 "eval_interval": 200,
-                "eval_tokens": 32768,
                 "save_interval": 800,
             }
         },

@@ -1,6 +1,7 @@
 """An exported model on tasks of EleutherAI's lm-eval: the results are those of the model, and errors name the remedy."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -30,6 +31,16 @@ doc_to_choice: "{{{{ends}}}}"
 doc_to_target: "{{{{right}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
+ROLLING = """
+task: texts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/endings.jsonl}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{start}}}}"
+metric_list: [{{metric: bits_per_byte}}, {{metric: byte_perplexity}}]
+"""
 STARTS = [
     "The class statement",
     "An expression",
@@ -53,6 +64,7 @@ def task_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A task of ten questions that needs no network."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "endings.yaml").write_text(TASK.format(folder=folder))
+    (folder / "texts.yaml").write_text(ROLLING.format(folder=folder))
     (folder / "endings.jsonl").write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES))
     return folder
 
@@ -91,10 +103,15 @@ def test_results_equal_those_computed_from_the_logits(
     right = [choice == example["right"] for choice, example in zip(chosen, EXAMPLES, strict=True)]
     assert 0 < sum(right) < 10, "some answers are right and some are wrong"
     output = tmp_path / "figures.json"
-    arguments = {"model_dir": directory, "tasks": "endings", "task_dir": task_dir, "output_file": output}
+    arguments = {"model_dir": directory, "tasks": "endings,texts", "task_dir": task_dir, "output_file": output}
     monkeypatch.setattr(sys, "argv", ["evaluate_tasks", *(f"--{name}={value}" for name, value in arguments.items())])
     main()
-    (figure,) = task_figures(read_task_results(output))
+    figure, *rolling = task_figures(read_task_results(output))
+    bits = sum(bits_of(model, tokenizer, text) for text in STARTS) / sum(len(text.encode()) for text in STARTS)
+    assert {row["metric"]: row["value"] for row in rolling} == {
+        "bits_per_byte": pytest.approx(bits, rel=1e-4),
+        "byte_perplexity": pytest.approx(2**bits, rel=1e-4),
+    }
     assert (figure["task"], figure["metric"], figure["examples"]) == ("endings", "acc", 10)
     assert figure["value"] == pytest.approx(sum(right) / 10)
     assert figure["standard_error"] > 0
@@ -111,6 +128,14 @@ def likeliest(model: Transformer, tokenizer: Tokenizer, start: str, ends: list[s
         log_probabilities = model.logits(torch.tensor([tokens]))[0].log_softmax(-1)
         scores.append(sum(log_probabilities[place - 1, tokens[place]].item() for place in range(len(prefix), len(tokens))))
     return scores.index(max(scores))
+
+
+@torch.no_grad()
+def bits_of(model: Transformer, tokenizer: Tokenizer, text: str) -> float:
+    """Bits of a text, after the end-of-text token that a document begins with; that token itself is not predicted."""
+    tokens = [tokenizer.eot_id, *tokenizer.encode(text).tolist()]
+    log_probabilities = model.logits(torch.tensor([tokens]))[0].log_softmax(-1)
+    return -sum(log_probabilities[place - 1, tokens[place]].item() for place in range(1, len(tokens))) / math.log(2)
 
 
 @pytest.mark.slow

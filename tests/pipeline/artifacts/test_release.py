@@ -4,17 +4,19 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import dagster as dg
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from llm_core.config import ReleaseConfig
-from llm_core.evaluation import Evaluation, metric, read_evaluation
-from llm_core.huggingface import ModelRecord
+from llm_core.evaluation import Evaluation, compare, metric, read_evaluation
 from llm_core.huggingface.model_card import model_card
-from pipeline.artifacts.release import decide
+from pipeline.artifacts.release import Comparison, decide
 from pipeline.assets.released_model import released_model
 from tests.pipeline.conftest import Home
 from tests.support.records import model_record
@@ -27,23 +29,48 @@ def evaluation(bits_per_byte: float, checkpoint_id: str = "c2") -> Evaluation:
     return cast(Evaluation, {"checkpoint_id": checkpoint_id, "metrics": [entry]})
 
 
+def beside_released(improvement: float, noise: float, documents: int = 40) -> Comparison:
+    """A comparison on documents of different sizes; noise: standard deviation of the bits per byte between them."""
+    random = np.random.default_rng(0)
+    sizes = np.exp(random.normal(6, 1, documents))
+    saved = random.normal(0, noise, documents) * sizes
+    saved += (improvement - saved.sum() / sizes.sum()) * sizes
+    ids = [str(row) for row in range(documents)]
+    new, old = (pa.table({"document_id": ids, "nats": nats, "bytes": sizes}) for nats in (0 * sizes, saved * math.log(2)))
+    return Comparison(RELEASED, evaluation(2.0, "c1"), compare(new, old))
+
+
+GONE = Comparison(RELEASED, missing="the checkpoint of the released model m1 is gone")
+DIVERGED = replace(beside_released(0.1, 0.05), released=evaluation(math.nan, "c1"))
+FEW = beside_released(0.9, 0.01, documents=4)
+
+
 @pytest.mark.parametrize(
-    ("model", "candidate", "released", "margin", "promoted", "reason"),
+    ("comparison", "candidate", "newer", "minimum", "promoted", "reason"),
     [
-        (None, evaluation(3.0), None, 0.0, True, "first release: 3.0000"),
-        (None, evaluation(math.nan), None, 0.0, False, "not finite"),
-        (RELEASED, evaluation(math.inf), evaluation(2.0, "c1"), 0.0, False, "not finite"),
-        (RELEASED, evaluation(1.9), evaluation(2.1, "c1"), 0.1, True, "m1 has 2.1000 on the same held-out text"),
-        (RELEASED, evaluation(1.9), evaluation(2.1, "c1"), 0.3, False, "not better by more than 0.3, the old release stays"),
-        (RELEASED, evaluation(1.9), evaluation(1.8, "c1"), 0.0, False, "m1 has 1.8000 on the same held-out text"),
-        (RELEASED, evaluation(1.9), None, 0.0, True, "m1 has 2.0000 as recorded at its release"),
-        (RELEASED, evaluation(2.0, "c1"), None, 0.0, True, "already"),
+        (Comparison(), evaluation(3.0), False, 0.0, True, "first release: 3.0000"),
+        (Comparison(), evaluation(math.nan), False, 0.0, False, "not finite"),
+        (beside_released(0.5, 0.01), evaluation(math.inf), True, 0.0, False, "not finite"),
+        (Comparison(RELEASED), evaluation(2.0, "c1"), False, 0.0, True, "already"),
+        (GONE, evaluation(9.0), False, 0.0, True, "nothing to compare with: the checkpoint of the released model m1 is gone"),
+        (DIVERGED, evaluation(9.0), False, 0.0, True, "m1 has nan"),
+        (beside_released(0.1, 0.05), evaluation(1.9), False, 0.0, True, "improvement +0.1000 bits per byte (95 % interval +0.0"),
+        (beside_released(0.1, 0.05), evaluation(1.9), False, 0.05, True, "40 documents)"),
+        (beside_released(0.1, 0.05), evaluation(1.9), True, 0.3, False, "not better by more than 0.3, the old release stays"),
+        (beside_released(-0.1, 0.05), evaluation(2.1), True, 0.0, False, "worse, the old release stays"),
+        (beside_released(0.1, 1.0), evaluation(1.9), False, 0.0, False, "a tie, the old release stays"),
+        (beside_released(0.1, 1.0), evaluation(1.9), True, 0.0, True, "a tie, which goes to the model trained on newer text"),
+        (beside_released(-0.1, 1.0), evaluation(2.1), True, 0.0, True, "a tie, which goes to the model trained on newer text"),
+        (beside_released(0.1, 1.0), evaluation(1.9), True, 0.01, False, "a tie, the old release stays"),
+        (FEW, evaluation(1.1), False, 0.0, False, "4 documents, too few for an interval: a tie"),
+        (beside_released(-0.1, 0.05), evaluation(2.1), False, -0.5, True, "improvement -0.1000"),
+        (beside_released(-0.1, 1.0), evaluation(2.1), False, -0.15, False, "a tie, the old release stays"),
     ],
-)
-def test_a_model_is_released_if_it_is_finite_and_the_first_or_better_by_the_margin(
-    model: ModelRecord | None, candidate: Evaluation, released: Evaluation | None, margin: float, promoted: bool, reason: str
+)  # fmt: skip
+def test_a_model_is_released_if_it_is_certainly_better_or_tied_and_of_newer_text(
+    comparison: Comparison, candidate: Evaluation, newer: bool, minimum: float, promoted: bool, reason: str
 ) -> None:
-    verdict = decide(model, candidate, released, ReleaseConfig(min_improvement=margin))
+    verdict = decide(comparison, candidate, newer, ReleaseConfig(min_improvement=minimum))
     assert verdict.promoted == promoted
     assert reason in verdict.reason
 
@@ -54,7 +81,10 @@ def test_a_model_with_another_tokenizer_competes_on_the_same_text(
     home, first = clone(trained_home)
     result = home.materialize(trained_tokenizer={"vocab_size": 450})
     verdict, shown = home.metadata(result, "released_model"), home.metadata(result, "evaluation")
-    assert "on the same held-out text" in verdict["reason"]
+    assert "on the same held-out text; improvement " in verdict["reason"]
+    assert f"improvement {shown['improvement']}" in verdict["reason"]
+    files = list(home.folders.checkpoints.glob("*/*.documents.parquet"))
+    assert len(files) == 3, "the first model on both texts, the second on its own"
     # 512 tokens of the new vocabulary cover more text than 512 of the old one, so the values differ a little.
     assert shown["released_bits_per_byte"] == pytest.approx(home.metadata(first, "evaluation")["bits_per_byte"], rel=0.05)
 

@@ -159,12 +159,23 @@ def test_a_worse_model_is_not_released_and_the_old_one_stays(trained_home: tuple
     again = home.materialize(checkpoint={"learning_rate": 1e-6})
     verdict = home.metadata(again, "released_model")
     assert not verdict["promoted"]
-    assert "the old release stays" in verdict["reason"]
+    assert "worse, the old release stays" in verdict["reason"]
     assert verdict["model_id"] == ids(home, first)["released_model"]
     assert len(list(home.folders.models.glob("*/textmill.json"))) == 1
     shown, before = home.metadata(again, "evaluation"), home.metadata(first, "evaluation")
     assert "released_bits_per_byte" not in before, "there was none to compare with"
     assert shown["released_bits_per_byte"] == before["bits_per_byte"] < shown["bits_per_byte"]
+    assert shown["improvement"].startswith("-") and shown["improvement"] in verdict["reason"]
+
+    def is_released(**options: Any) -> dict[str, Any]:
+        return home.metadata(home.materialize(evaluation, released_model, evaluation=options), "released_model")
+
+    run_id = home.metadata(first, "checkpoint")["run_id"]
+    home.folders.run(run_id).checkpoint(6).unlink()
+    assert is_released()["reason"] == verdict["reason"], "the result on this text was kept"
+    other_text = is_released(max_eval_tokens=256)
+    assert other_text["promoted"]
+    assert f"nothing to compare with: the checkpoint of the released model {verdict['model_id']}" in other_text["reason"]
 
 
 @pytest.mark.parametrize(
