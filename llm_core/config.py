@@ -438,8 +438,8 @@ class ReleaseConfig(StageConfig):
 
     min_improvement: float = Field(
         0.0,
-        description="Bits per byte by which a new model must beat the released one on the same held-out text; above 0, a tie never "
-        "replaces it; negative: a model that is worse, but certainly not by more, replaces it.",
+        description="Bits per byte by which a new model must beat the released one on the same held-out text. Above 0, a tie "
+        "never replaces it; below 0, a model that is certainly not worse by more does.",
     )
 
 
