@@ -47,6 +47,8 @@ class Progress:
 
     def __call__(self, done: int, windows: int) -> None:
         now = time.monotonic()
+        if not done:  # loading the model does not count
+            self._began = self._shown = now
         if now - self._shown >= self._seconds:
             self._shown = now
             line = tqdm.format_meter(done, windows, now - self._began, prefix="evaluating", unit=" windows")

@@ -89,6 +89,7 @@ def evaluate_pieces(
     starts = np.cumsum(sizes) - sizes
     sums = torch.zeros(len(sizes), 4, dtype=torch.float64, device=ranks.device)
     done = 0
+    on_progress(done, len(windows))
     for rows, nll, valid, size in _scores(model, windows, token_bytes, batch_size, ranks, precision):
         places = windows.target_places(rows if len(rows) else FIRST_WINDOW)
         piece = torch.from_numpy(np.searchsorted(starts, places, side="right") - 1).to(ranks.device)

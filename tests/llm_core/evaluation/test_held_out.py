@@ -78,7 +78,7 @@ def test_each_token_counts_for_its_piece_of_the_text() -> None:
     progress: list[tuple[int, int]] = []
     report = lambda done, windows: progress.append((done, windows))  # noqa: E731
     sums = evaluate_pieces(model, windows, sizes, pieces, batch_size=3, ranks=ALONE, on_progress=report)
-    assert progress == [(3, 7), (6, 7), (7, 7)]
+    assert progress == [(0, 7), (3, 7), (6, 7), (7, 7)]
     total, groups = evaluate(model, windows, sizes, batch_size=3, ranks=ALONE), [HeldOut.of(row) for row in sums]
     expected = [[0.0, 0, 0.0, 0.0] for _ in groups]
     for start in range(0, 99, 16):

@@ -141,6 +141,18 @@ def test_a_killed_tool_may_be_retried_and_a_failed_one_may_not(tmp_path: Path, m
     assert (killed.value.allow_retries, refused.value.allow_retries) == (True, False)
 
 
+def test_the_progress_of_a_tool_is_logged_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "print(f'done {n} of 3', end='\\\\r' if n else '\\\\n', file=sys.stderr)"
+    (tmp_path / "works.py").write_text(f"import sys\nfor n in range(3):\n    {program}\nprint('result')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr("pipeline.processes.tools._LOG_SECONDS", 0.0)
+    logged: list[str] = []
+    context = dg.build_asset_context()
+    monkeypatch.setattr(context.log, "info", logged.append)
+    run_tool(context, "works", {})  # type: ignore[arg-type]
+    assert logged[1:] == ["done 0 of 3", "done 1 of 3", "done 2 of 3", "result\n"]
+
+
 @pytest.mark.slow
 def test_a_training_on_one_machine_opens_no_port_to_others(trained_home: tuple[Home, Any], clone: Any) -> None:
     home, _ = clone(trained_home)
