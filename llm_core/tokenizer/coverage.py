@@ -46,7 +46,7 @@ class Coverage:
     def __str__(self) -> str:
         worst = sorted(self.sources, key=lambda source: -source["bytes"] * source["unknown"])[:3]
         by_source = ", ".join(f"{source['source']} {source['unknown']:.1%}" for source in worst)
-        return f"{self.unknown:.1%} of the text ({by_source})"
+        return f"{self.unknown:.1%} of the text" + (f" ({by_source})" if by_source else "")
 
 
 def measure_coverage(tokenizer: Tokenizer, snapshot: Snapshot, input_dir: InputDir) -> Coverage:
