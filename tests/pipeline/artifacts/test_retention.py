@@ -14,6 +14,7 @@ from llm_core.huggingface import ModelRecord, is_intact
 from llm_core.layout import Home as Folders
 from llm_core.layout import ModelFolder, RunFolder
 from llm_core.system import held, in_use, read_json, sha256_file, write_json
+from pipeline.artifacts import retention
 from pipeline.artifacts.pointers import set_current
 from pipeline.artifacts.retention import Collection, collect_home
 from pipeline.assets import checks
@@ -188,6 +189,23 @@ def test_a_removal_interrupted_at_any_file_leaves_everything_readable_and_is_com
     assert found.removed == []
     assert not home.run("old").removable()
     assert Catalog(home.catalog).not_removed() == {"new"}
+
+
+def test_what_is_marked_as_removed_is_not_reused_though_its_files_are_still_there(
+    old_and_new: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, model = (folder("old").root for folder in (old_and_new.home.run, old_and_new.home.model))
+    write_json(RunFolder(run).record, read_json(RunFolder(run).record) | {"config": {"max_steps": 4}})
+    assert finished_checkpoint(run) is not None and is_intact(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(retention, "_remove_files", lambda _: None)
+        old_and_new.collect()
+    assert newest_valid(run)[0] is not None
+    assert finished_checkpoint(run) is None and not is_intact(model)
+    with pytest.raises(UserError, match="were removed"):
+        find_parent(str(run))
+    old_and_new.collect()
+    assert RunFolder(run).removable() == [] and not ModelFolder(model).weights.exists()
 
 
 def test_a_catalog_that_missed_a_removal_is_corrected_by_the_next(old_and_new: Runs, tmp_path: Path) -> None:
