@@ -79,6 +79,7 @@ def old_and_new(runs: Runs) -> Runs:
     for name in ("old", "new"):
         runs.run(name)
         runs.model(name)
+    runs.artifacts.evaluation(runs.home.run("old").root, document_id("old4")[:16], "data")
     assert rebuild(runs.home.root, runs.home.catalog) == []
     return runs
 
@@ -145,7 +146,8 @@ def test_the_records_of_what_is_removed_stay_and_the_catalog_says_so(old_and_new
     before = contents(catalog)
     old_and_new.collect()
     kept = {name for name in old_and_new.files() if "/old/" in name}
-    assert kept == {f"checkpoints/old/{name}" for name in ("run.json", "metrics.jsonl", "document_steps.parquet")} | {
+    records = ("run.json", "metrics.jsonl", "document_steps.parquet", "evaluation_step_4_e0.json")
+    assert kept == {f"checkpoints/old/{name}" for name in records} | {
         f"models/old/{name}" for name in ("textmill.json", "README.md")
     }
     after = contents(catalog)
