@@ -71,4 +71,4 @@ def test_two_ranks_tools_catalog_and_tasks_work_in_a_folder_with_the_worst_name(
     folders = ["--input_dir", f"{WORST_NAME}/raw_text_data", "--output_dir", f"{WORST_NAME}/again"]
     assert "Dataset" in tool("llm_core.data_prep_tool", *folders, "--vocab_size", "400")
     assert run.root.name in tool("pipeline.cli", "runs", TEXTMILL_HOME=WORST_NAME)
-    assert "topic01.txt" in tool("pipeline.cli", f"--home={WORST_NAME}", "lineage", run.root.name)
+    assert "topic" in tool("pipeline.cli", f"--home={WORST_NAME}", "lineage", run.root.name)
