@@ -79,17 +79,18 @@ class Ranks:
                     )
 
     def raise_on_all_ranks(self, error: Exception | None) -> None:
-        """Raises rank 0's `error`, if there is one, on every rank: the others would wait for rank 0 forever.
+        """Raises the `error` of the first rank that has one on every rank: the others would wait for that rank forever.
 
-        All raise the same error, as torchrun kills them when the first one exits, perhaps before rank 0 has printed its message.
+        All raise one, as torchrun kills them when the first one exits, perhaps before that rank has printed its message.
         """
         failed = self.sum(torch.tensor(float(error is not None), device=self.device))
         if not failed.item():
             return
         if self.world_size > 1:
-            shared = [error if isinstance(error, TextmillError) else RuntimeError(f"rank 0 failed: {error!r}")]
-            dist.broadcast_object_list(shared, device=self.device)
-            error = error or shared[0]
+            shared: list[Exception | None] = [None] * self.world_size
+            readable = error is None or isinstance(error, TextmillError)
+            dist.all_gather_object(shared, error if readable else RuntimeError(f"rank {self.rank} failed: {error!r}"))
+            error = error or next(other for other in shared if other is not None)
         assert error is not None
         raise error
 

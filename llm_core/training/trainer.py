@@ -23,7 +23,7 @@ from llm_core.distributed.sharding import (
     load_optimizer_state,
     parallelize,
 )
-from llm_core.errors import DataError
+from llm_core.errors import DataError, UserError
 from llm_core.model.attention import choose_backend
 from llm_core.model.precision import DTYPES, autocast, resolve_precision
 from llm_core.model.transformer import Transformer
@@ -66,6 +66,7 @@ class Trainer:
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.model.backend = choose_backend(config.attention, ranks.device, DTYPES[self.precision], self.model.config.head_dim)
         if config.compile_model:
+            ranks.raise_on_all_ranks(_compile_error(ranks.device))
             _compile_blocks(self.model, ranks.device)
         self.module = parallelize(self.model, ranks, config.sharding, config.seed)
         self.optimizers = build_optimizers(self.model, config)
@@ -219,6 +220,24 @@ def _shape(state: RunIdentity) -> dict[str, Any]:
     names = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "tie_embeddings")
     config = {name: state["model_config"][name] for name in (*names, "rope_theta", "norm_eps")}
     return config | {"tokenizer_id": state["tokenizer_id"]}
+
+
+def _compile_error(device: torch.device) -> UserError | None:
+    """Compiles a function of one line: what is missing on this machine is reported before the training starts."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds to load
+
+    try:
+        if device.type == "cpu":
+            get_cpp_compiler()  # the function may have been compiled by an earlier run
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:
+        lines = str(getattr(error, "inner_exception", error)).splitlines()
+        reason = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
+        return UserError(
+            f"--compile_model: torch.compile does not work on this machine ({reason.strip()}); install a C and C++ compiler with "
+            "Python's headers, which CC and CXX may name, or leave the option out"
+        )
+    return None
 
 
 def _compile_blocks(model: Transformer, device: torch.device) -> None:
