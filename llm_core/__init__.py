@@ -3,10 +3,11 @@
 Packages, from the bottom up. An import leads downwards only; each `__init__.py` lists what others may use.
 
     errors        exceptions, by who can fix the problem, with exit codes
+    interrupts    Ctrl-C: one line and an exit code
     config        every option of every stage, with its bounds and units
     layout        every path on disk
     cli           a configuration class as a command line
-    system        files, locks, processes, code version
+    system        files, locks, temporary folders, processes, code version
     corpus        a folder of text becomes documents: readers, filters, deduplication, snapshots
     tokenizer     text to token ids: training, store, drift, encoding on many workers
     dataset       token shards, the manifest of each dataset version, windows and their order

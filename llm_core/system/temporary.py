@@ -38,8 +38,8 @@ def mark_in_use(folder: Path) -> int:
     Raises:
         UserError: the temporary directory has no flock. PyTorch's ranks, which meet in a file of such a folder, need it too.
     """
-    mark = folder / f"{_MARK}{os.getpid()}"
-    unlocked = folder / f".new-{os.getpid()}"  # so that a mark is locked from the start
+    mark = folder.joinpath(f"{_MARK}{os.getpid()}")
+    unlocked = folder.joinpath(f".new-{os.getpid()}")  # so that a mark is locked from the start
     descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llm_core import train as train_module
@@ -211,3 +212,28 @@ def start_endless(data_dir: Path, save_dir: Path) -> subprocess.Popen[str]:
     while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     return process
+
+
+@pytest.mark.slow
+def test_torchrun_leaves_nothing_behind_and_removes_what_a_killed_one_left(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary, run_dir = tmp_path / "tmp", tmp_path / "run"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    killed = subprocess.Popen([*torchrun, *train_arguments(data_dir, run_dir, max_steps=10**6)], stderr=subprocess.DEVNULL)
+    try:
+        while not (run_dir / "metrics.jsonl").exists():
+            assert killed.poll() is None
+            time.sleep(0.05)
+    finally:
+        family = [psutil.Process(killed.pid), *psutil.Process(killed.pid).children(recursive=True)]
+        for process in family:
+            process.kill()
+        killed.wait()
+    assert len(list(temporary.glob("torchelastic_*"))) == 1
+    psutil.wait_procs(family)
+    run_train(data_dir, tmp_path / "second", ranks=2, max_steps=3)
+    assert list(temporary.glob("torchelastic_*")) == []
+    assert list(tmp_path.rglob(".ranks-*")) == []

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
 
 from llm_core.checkpoint.state import load_model
 from llm_core.config import IGNORE_INDEX, TrainConfig
@@ -269,3 +270,11 @@ def test_rule_17_holds_for_muon_too(data_dir: Path, tmp_path: Path) -> None:
     run_train(data_dir, tmp_path / "whole", **options)
     run_train(data_dir, tmp_path / "other", **options, checkpoint=tmp_path / "whole/checkpoint_step_3.pt")
     assert_same_state(tmp_path / "whole/checkpoint_step_6.pt", tmp_path / "other/checkpoint_step_6.pt")
+
+
+def test_without_a_compiler_compile_model_is_refused_before_the_training(data_dir: Path) -> None:
+    with (
+        inductor_config.patch({"cpp.cxx": (None, "/missing/g++")}),
+        pytest.raises(UserError, match=r"--compile_model: torch.compile does not work .*/missing/g\+\+.* install a C and C\+\+"),
+    ):
+        make_trainer(data_dir, compile_model=True)
