@@ -6,6 +6,7 @@ from llm_core.evaluation.results import (
     Sample,
     TaskResults,
     by_source,
+    check_tasks,
     evaluation_path,
     is_complete,
     metric,
@@ -19,7 +20,7 @@ from llm_core.evaluation.results import (
 
 # Modules that need PyTorch are entered by name: evaluator, excerpts, held_out, tasks.
 __all__ = [
-    "MIN_DOCUMENTS", "Difference", "Evaluation", "Sample", "TaskResults", "by_source", "compare", "evaluation_path",
-    "evaluator", "excerpts", "held_out", "is_complete", "metric", "read_documents", "read_evaluation", "read_results",
-    "read_task_results", "task_figures", "tasks", "tasks_path",
+    "MIN_DOCUMENTS", "Difference", "Evaluation", "Sample", "TaskResults", "by_source", "check_tasks", "compare",
+    "evaluation_path", "evaluator", "excerpts", "held_out", "is_complete", "metric", "read_documents", "read_evaluation",
+    "read_results", "read_task_results", "task_figures", "tasks", "tasks_path",
 ]  # fmt: skip

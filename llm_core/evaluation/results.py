@@ -1,5 +1,6 @@
 """The results of an evaluation, as a file beside the checkpoint that is readable without loading a model."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -9,7 +10,7 @@ from llm_core.artifact_ids import evaluation_id, tasks_id
 from llm_core.checkpoint import CheckpointRecord
 from llm_core.config import EvaluateConfig, TasksConfig
 from llm_core.dataset import DatasetManifest
-from llm_core.errors import DataError
+from llm_core.errors import DataError, UserError
 from llm_core.layout import RunFolder
 from llm_core.system import atomic_writer, parquet_bytes, read_json, read_parquet, verify_file, write_json
 
@@ -176,3 +177,16 @@ def task_figures(results: TaskResults) -> list[dict[str, Any]]:
             examples = values.get((task, "examples"))
             rows.append({"task": task, "metric": name, "value": value, "standard_error": error, "examples": examples})
     return rows
+
+
+def check_tasks(config: TasksConfig) -> None:
+    """Raises UserError if no task is named, the folder of own tasks is missing, or lm-eval is not installed."""
+    if not config.lm_eval_tasks:
+        raise UserError("--lm_eval_tasks []: name at least one; `lm_eval ls tasks` lists them")
+    if config.lm_eval_task_dir is not None and not Path(config.lm_eval_task_dir).is_dir():
+        raise UserError(f"--lm_eval_task_dir {config.lm_eval_task_dir}: no such folder")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            f"--lm_eval_tasks {', '.join(config.lm_eval_tasks)}: lm-eval is not installed; "
+            'pip install -c constraints.txt -e ".[lm-eval]"'
+        )

@@ -12,7 +12,7 @@ from llm_core.artifact_ids import tasks_id
 from llm_core.config import TasksConfig
 from llm_core.distributed.ranks import Ranks
 from llm_core.errors import UserError
-from llm_core.evaluation.results import TaskFigure, TaskResults
+from llm_core.evaluation.results import TaskFigure, TaskResults, check_tasks
 from llm_core.system import now
 
 # Resamplings for standard errors without a formula. lm-eval's default of 100,000 takes longer than a small model.
@@ -25,10 +25,7 @@ def evaluate_tasks(model_dir: Path, checkpoint_id: str, run_id: str, step: int, 
     Raises:
         UserError: lm-eval is not installed, or a task is unknown or cannot be loaded.
     """
-    if not config.lm_eval_tasks:
-        raise UserError("--lm_eval_tasks []: name at least one; `lm_eval ls tasks` lists them")
-    if config.lm_eval_task_dir is not None and not Path(config.lm_eval_task_dir).is_dir():
-        raise UserError(f"--lm_eval_task_dir {config.lm_eval_task_dir}: no such folder")
+    check_tasks(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # if unset, each forked process warns
     try:
         from lm_eval import simple_evaluate

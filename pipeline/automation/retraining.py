@@ -99,16 +99,22 @@ def configured_storage(storage: Storage, run_config: Mapping[str, Any]) -> Stora
     for name in ("resources", "storage", "config"):  # each may be empty
         section = (section.get(name) or {}) if isinstance(section, Mapping) else {}
     options = {"home": storage.home, "raw_text_dir": storage.raw_text_dir, "release_line": storage.release_line}
-    return Storage(**options | {name: _from_environment(name, value) for name, value in section.items()})
+    return Storage(
+        **options | {name: from_environment(f"resources.storage.config.{name}", value) for name, value in section.items()}
+    )
 
 
-def _from_environment(name: str, value: Any) -> Any:
-    """The value of an option; `{env: NAME}` stands for an environment variable, as in a Dagster run."""
-    if not isinstance(value, Mapping) or list(value) != ["env"]:
+def from_environment(option: str, value: Any) -> Any:
+    """The value of an option; `{env: NAME}` stands for an environment variable, as in a Dagster run.
+
+    Raises:
+        UserError: the variable is not set.
+    """
+    if not isinstance(value, Mapping) or list(value) != ["env"] or not isinstance(value["env"], str):
         return value
     if (content := os.environ.get(value["env"])) is None:
         raise UserError(
-            f"resources.storage.config.{name} of the run configuration refers to the environment variable {value['env']}: "
-            "it is not set here; set it for the code server"
+            f"{option} of the run configuration refers to the environment variable {value['env']}: it is not set here; set it "
+            "for the code server"
         )
     return content
