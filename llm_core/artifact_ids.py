@@ -14,7 +14,7 @@ from llm_core.system import content_id, sha256_file
 TRAINING_VERSION = 1
 EVALUATION_VERSION = 4
 TASKS_VERSION = 2
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 
 
 def run_id(manifest: DatasetManifest, config: TrainConfig, parent_checkpoint_id: str | None = None) -> str:

@@ -10,9 +10,8 @@ from dagster._core.storage.tags import (
     RETRY_ON_ASSET_OR_OP_FAILURE_TAG,
     RETRY_STRATEGY_TAG,
 )
-from pydantic import ValidationError
 
-from llm_core.cli import describe_invalid, printable
+from llm_core.cli import printable
 from llm_core.errors import DataError, UserError
 
 
@@ -25,9 +24,7 @@ def report_failure(context: dg.HookContext) -> None:
     """
     error = context.op_exception
     print_at_exit(f"{context.step_key} failed: {_reason(error)}")
-    if isinstance(error, ValidationError):
-        _release_frames(error)
-    final = isinstance(error, UserError | ValidationError | DagsterAssetCheckFailedError) or (
+    final = isinstance(error, UserError | DagsterAssetCheckFailedError) or (
         isinstance(error, dg.Failure) and not error.allow_retries
     )
     instance = context.instance
@@ -50,16 +47,4 @@ def _print_to_stderr(text: str) -> None:
 
 
 def _reason(error: BaseException | None) -> str:
-    if isinstance(error, ValidationError):
-        return describe_invalid(error, prefix="")
     return (error.description if isinstance(error, dg.Failure) else str(error)) or type(error).__name__
-
-
-def _release_frames(error: ValidationError) -> None:
-    """Drops tracebacks that pydantic hides from the garbage collector.
-
-    They would keep all frames of the step alive until exit, and DuckDB would report its objects as leaked.
-    """
-    for problem in error.errors():
-        if isinstance(raised := problem.get("ctx", {}).get("error"), BaseException):
-            raised.__traceback__ = None

@@ -17,7 +17,7 @@ from llm_core.huggingface.record import ModelRecord
 from llm_core.layout import ModelFolder, PreparedData
 from llm_core.model.transformer import Transformer
 from llm_core.system import atomic_writer, explain_disk_full, fsync_path, now, sha256_file, write_json
-from llm_core.tokenizer import Tokenizer
+from llm_core.tokenizer import Tokenizer, with_known_pattern
 
 
 def export_checkpoint(checkpoint: Path, data_dir: Path, output_dir: Path, evaluation: Path | None, reason: str) -> None:
@@ -88,10 +88,11 @@ def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     files = ModelFolder(temporary)
-    special = {"bos_token": tokenizer.special_tokens[0], "eos_token": tokenizer.special_tokens[0]}
-    special_ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+    names, end = ("bos_token", "eos_token", "pad_token"), tokenizer.special_tokens[0]
+    special = dict.fromkeys(names, end)
+    # A padding token in config.json would be one that fine-tuning never trains.
     write_json(files.config, llama_config(model.config, tokenizer.eot_id), sealed=False)
-    write_json(files.generation_config, special_ids, sealed=False)
+    write_json(files.generation_config, {f"{name}_id": tokenizer.eot_id for name in names}, sealed=False)
     write_json(files.special_tokens_map, special, sealed=False)
     write_json(
         files.tokenizer_config,
@@ -99,12 +100,18 @@ def _write_directory(model: Transformer, tokenizer: Tokenizer, directory: Path, 
         | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model.config.max_length,
+            # Without this, transformers 4 also returns token_type_ids, which Llama's generate refuses.
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "left",  # text is generated at the right
+            # For llama.cpp and Ollama; transformers does not add the token.
+            "add_bos_token": True,
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": False,
         },
         sealed=False,
     )
-    tokenizer.save(files.tokenizer)
+    with atomic_writer(files.tokenizer) as file:
+        file.write(with_known_pattern(tokenizer.serialized))
     with atomic_writer(files.weights) as file:
         file.write(save(llama_weights(model), metadata={"format": "pt"}))
     with atomic_writer(files.card) as file:

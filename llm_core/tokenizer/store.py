@@ -19,14 +19,14 @@ import pyarrow.compute as pc
 
 from llm_core.config import TokenizerConfig
 from llm_core.corpus import InputDir, Snapshot, iter_texts, load_snapshot
-from llm_core.errors import DataError, UserError
+from llm_core.errors import DataError
 from llm_core.layout import PreparedData
 from llm_core.system import ID_LENGTH, content_id, read_json, sha256_file, write_json
 from llm_core.tokenizer.coverage import require_coverage
 from llm_core.tokenizer.drift import DriftReport, measure_drift
 from llm_core.tokenizer.report import TokenizerReport, measure_compression, read_report
 from llm_core.tokenizer.tokenizer import Tokenizer
-from llm_core.tokenizer.training import Texts, train_tokenizer
+from llm_core.tokenizer.training import Texts, check_tokenizer, train_tokenizer
 
 # Text that a tokenizer's report is measured on.
 _MEASURED_BYTES = 16 << 20
@@ -226,16 +226,15 @@ def tokenizer_identity(config: TokenizerConfig) -> dict[str, Any]:
     """The fields that determine a tokenizer of the chosen type; a ranks file counts by its content.
 
     Raises:
-        UserError: there is no such ranks file.
+        UserError: the configuration is wrong, see `check_tokenizer`.
     """
+    check_tokenizer(config)
     identity = config.identity()
     ranks_path = identity.pop("tiktoken_ranks")
     if config.tokenizer_type == "tiktoken":
         for name in ("vocab_size", "tokenizer_train_bytes", "tokenizer_seed"):
             del identity[name]
         if ranks_path is not None:
-            if not Path(ranks_path).is_file():
-                raise UserError(f"--tiktoken_ranks {ranks_path}: no such file; give the path of a .tiktoken file")
             identity["tiktoken_ranks_sha256"] = sha256_file(Path(ranks_path))
     else:
         del identity["tiktoken_encoding"]

@@ -24,19 +24,22 @@ from llm_core.errors import DataError
 from llm_core.layout import PreparedData
 from llm_core.system import ID_LENGTH, atomic_writer
 
-# Contractions are spelled out, with U+017F, the long s: case-insensitive groups differ between the engines.
-# No possessive quantifiers: after {1,3} Oniguruma reads "+" as "repeat".
-_CONTRACTION = "'(?:[sS\u017fdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])"
-_O200K_END = f"(?:{_CONTRACTION})?"
+# Written as in Llama 3's tokenizer.json: other programs know a pattern by its text. No possessive quantifiers: after {1,3}
+# Oniguruma reads "+" as "repeat".
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# The same in tokenizers of version 0.1.0, with U+017F, the long s.
+_FORMER_CONTRACTION = "'(?:[sS\u017fdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])"
 
 # The end of each pattern: the last white-space character goes to the following word.
 _WHITESPACE_END = r"|\s+(?!\S)|\s+"
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+" + _WHITESPACE_END
+# Llama 3's pattern, and that of new tokenizers: of those that Ollama knows it gives the most bytes per token, on prose and on
+# source code. (Measured at vocabularies of 4096 and 16384; GPT-2's: 5 to 11 % less, Qwen 2's: 0 to 4 % less.)
 CL100K_PATTERN = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+" + _WHITESPACE_END
 O200K_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _O200K_END + "|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _O200K_END + "|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CONTRACTION + "?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _CONTRACTION + "?|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+" + _WHITESPACE_END
 )
 
@@ -72,6 +75,12 @@ def byte_level_tokenizer(model: models.BPE, pattern: str) -> tokenizers.Tokenize
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def with_known_pattern(serialized: bytes) -> bytes:
+    """A tokenizer.json with the pattern written so that other programs know it; the tokens of any text stay the same."""
+    former, known = (json.dumps(part, ensure_ascii=False)[1:-1].encode() for part in (_FORMER_CONTRACTION, _CONTRACTION))
+    return serialized.replace(former, known)
 
 
 def has_border(token: str) -> bool:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -68,11 +69,13 @@ def check_tokenizer(config: TokenizerConfig) -> None:
     """Checks a configuration before any text is read.
 
     Raises:
-        UserError: a special token could be ordinary text, the vocabulary has no room for its fixed part, or the encoding is
-            unknown.
+        UserError: a special token could be ordinary text, the vocabulary has no room for its fixed part, the encoding is unknown,
+            or there is no such ranks file.
     """
     if config.tokenizer_type == "tiktoken" and config.tiktoken_encoding not in PATTERNS:
         raise UserError(f"--tiktoken_encoding {config.tiktoken_encoding}: unknown; choose one of {', '.join(PATTERNS)}")
+    if config.tiktoken_ranks is not None and not Path(config.tiktoken_ranks).is_file():
+        raise UserError(f"--tiktoken_ranks {config.tiktoken_ranks}: no such file; give the path of a .tiktoken file")
     _check_special_tokens(config)
     # Bytes, or the unknown token and one character at the beginning of a word and inside.
     fixed = len(config.special_tokens) + {"bpe": 256, "wordpiece": 3, "tiktoken": 0}[config.tokenizer_type]

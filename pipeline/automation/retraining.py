@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from llm_core.cli import describe_invalid
 from llm_core.corpus import load_scan, open_input_folder
 from llm_core.errors import UserError
 from llm_core.layout import Home
@@ -93,15 +94,17 @@ def configured_storage(storage: Storage, run_config: Mapping[str, Any]) -> Stora
     """The storage of a run with this configuration: it may set another text folder or release line.
 
     Raises:
-        UserError: the configuration refers to an environment variable that is not set here.
+        UserError: an option is wrong, or refers to an environment variable that is not set here.
     """
     section: Any = run_config
     for name in ("resources", "storage", "config"):  # each may be empty
         section = (section.get(name) or {}) if isinstance(section, Mapping) else {}
     options = {"home": storage.home, "raw_text_dir": storage.raw_text_dir, "release_line": storage.release_line}
-    return Storage(
-        **options | {name: from_environment(f"resources.storage.config.{name}", value) for name, value in section.items()}
-    )
+    given = {name: from_environment(f"resources.storage.config.{name}", value) for name, value in section.items()}
+    try:
+        return Storage(**options | given)
+    except ValidationError as error:
+        raise UserError(describe_invalid(error, prefix="resources.storage.config.")) from error
 
 
 def from_environment(option: str, value: Any) -> Any:

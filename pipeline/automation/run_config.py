@@ -70,7 +70,7 @@ def find_mistakes(job: dg.JobDefinition, run_config: Mapping[str, Any]) -> list[
     for section, classes in (("ops", STAGES), ("resources", resources)):
         entries, known = run_config.get(section) or {}, _fields(sections[section].config_type)
         if not isinstance(entries, Mapping):
-            mistakes.append(f"{section} {_shown(entries)}: write the options of each as {section}: {{NAME: {{config: {{...}}}}}}")
+            mistakes.append(f"{section} {entries}: write the options of each as {section}: {{NAME: {{config: {{...}}}}}}")
             continue
         for name in entries:
             if name in known:
@@ -92,7 +92,7 @@ def find_mistakes(job: dg.JobDefinition, run_config: Mapping[str, Any]) -> list[
         except UserError as error:
             # The library names options as on the command line.
             mistakes.append(f"{name}: {re.sub(r'--(?=[a-z])', '', str(error)).removeprefix(f'{name}.')}")
-    return mistakes
+    return [printable(line) for line in mistakes]
 
 
 def _named(job: dg.JobDefinition) -> str:
@@ -111,7 +111,7 @@ def _options(name: str, entry: Any, mistakes: list[str]) -> Mapping[str, Any] | 
         options = entry.get("config") or {}
         if isinstance(options, Mapping):
             return options
-    mistakes.append(f"{name} {_shown(entry)}: write its options as {name}: {{config: {{OPTION: VALUE}}}}")
+    mistakes.append(f"{name} {entry}: write its options as {name}: {{config: {{OPTION: VALUE}}}}")
     return None
 
 
@@ -160,17 +160,13 @@ def _described(name: str, stage: type[BaseModel], problem: Mapping[str, Any]) ->
     if problem["type"] == "extra_forbidden":
         others = [other for other, options in STAGES.items() if option in options.model_fields]
         elsewhere = f"; it is an option of {' and '.join(others)}" if others else ""
-        return f"{name}.{option}: no such option{_similar(option, stage.model_fields) or elsewhere}"
-    return f"{name}.{option} {_shown(problem['input'])}: {message}{_hint(problem['type'], problem['input'])}"
+        return f"{name}.{option}: no such option{elsewhere or _similar(option, stage.model_fields)}"
+    return f"{name}.{option} {problem['input']}: {message}{_hint(problem['type'], problem['input'])}"
 
 
 def _similar(name: Any, known: Collection[str]) -> str:
-    similar = get_close_matches(str(name), known, n=1, cutoff=0.6)
+    similar = get_close_matches(str(name), known, n=1, cutoff=0.75)
     return f"; did you mean {similar[0]}?" if similar else ""
-
-
-def _shown(value: Any) -> str:
-    return printable(str(value))
 
 
 def _hint(problem: str, value: Any) -> str:

@@ -13,8 +13,11 @@ from llm_core.evaluation import read_evaluation
 from llm_core.layout import Home as Folders
 from llm_core.system import write_json
 from pipeline.automation.jobs import LINEAGE
+from pipeline.automation.run_config import check_before_launch
 from pipeline.catalog.catalog import Catalog
 from pipeline.resources import CatalogResource, Storage, Torchrun
+
+check_before_launch()  # as in every process that loads the definitions
 
 TINY: dict[str, dict[str, Any]] = {
     "raw_text": {"max_document_bytes": 4096, "val_fraction": 0.2},

@@ -1,5 +1,6 @@
 """An exported model loads in Hugging Face's transformers and gives the same results."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_core.config import EvaluateConfig
+from llm_core.config import END_OF_TEXT, EvaluateConfig
 from llm_core.dataset import load_manifest
 from llm_core.errors import DataError, UserError
 from llm_core.evaluation.evaluator import evaluate_checkpoint
@@ -16,6 +17,7 @@ from llm_core.huggingface.directory import _write_directory, export_checkpoint
 from llm_core.model.transformer import Transformer
 from llm_core.system import sha256_file
 from llm_core.tokenizer import Tokenizer
+from llm_core.tokenizer.tokenizer import _CONTRACTION, _FORMER_CONTRACTION
 from tests.llm_core.model.test_transformer import build
 from tests.support.records import model_record
 from tests.support.training import run_train
@@ -54,6 +56,30 @@ def test_the_exported_tokenizer_gives_the_same_ids(tokenizer: Tokenizer, tmp_pat
         assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text).tolist()
         assert theirs.decode(tokenizer.encode(text).tolist()) == text
     assert theirs.eos_token_id == tokenizer.eot_id
+
+
+def test_other_programs_learn_how_a_document_begins_and_how_text_is_padded(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    directory = export(build(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "model")
+    config, generation, tokenization = (
+        json.loads((directory / f"{name}.json").read_text()) for name in ("config", "generation_config", "tokenizer_config")
+    )
+    assert {tokenization[name] for name in ("bos_token", "eos_token", "pad_token")} == {END_OF_TEXT}
+    assert tokenization["add_bos_token"] is True
+    assert tokenization["model_input_names"] == ["input_ids", "attention_mask"]
+    assert generation["pad_token_id"] == tokenizer.eot_id
+    assert "pad_token_id" not in config, "transformers would never train the end-of-text token"
+
+
+def test_ollama_knows_the_pattern_of_an_exported_tokenizer_new_or_old(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Ollama's convert/tokenizer.go names the pre-tokenizer by the SHA-256 of the patterns: this one is `llama-bpe`."""
+    former = tokenizer.serialized.replace(_CONTRACTION.encode(), json.dumps(_FORMER_CONTRACTION)[1:-1].encode())
+    assert former != tokenizer.serialized
+    for number, stored in enumerate((tokenizer, Tokenizer(former))):
+        directory = export(build(vocab_size=tokenizer.vocab_size), stored, tmp_path / str(number))
+        exported = json.loads((directory / "tokenizer.json").read_text())
+        pattern = exported["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        assert hashlib.sha256(pattern.encode()).hexdigest() == "d98f9631be1e9607a9848c26c1f9eac1aa9fc21ac6ba82a2fc0741af9780a48f"
+    assert (tmp_path / "0" / "tokenizer.json").read_bytes() == tokenizer.serialized, "its id is that of the file"
 
 
 def test_the_record_has_the_digest_of_every_file(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from llm_core.config import END_OF_TEXT
 from llm_core.corpus import write_sample_corpus
 from llm_core.errors import DataError
-from llm_core.tokenizer import Tokenizer, encode_all
+from llm_core.tokenizer import Tokenizer, encode_all, with_known_pattern
 from llm_core.tokenizer import tokenizer as tokenizer_module
-from llm_core.tokenizer.tokenizer import byte_characters, id_dtype
+from llm_core.tokenizer.tokenizer import _CONTRACTION, _FORMER_CONTRACTION, byte_characters, id_dtype
 from tests.support.tokenizers import TEXTS, ranks_file, train
 
 HOSTILE = f"a {END_OF_TEXT} b{END_OF_TEXT}{END_OF_TEXT}[UNK]\n<|pad|>"
@@ -70,6 +70,31 @@ def test_rule_31_decode_of_encode_is_the_text_and_both_engines_give_the_same_ids
         assert ids.tolist() == theirs.encode(text).ids
         assert theirs.decode(ids.tolist(), skip_special_tokens=False) == text
         assert ours.token_bytes()[ids].sum() == len(text.encode())
+
+
+@pytest.fixture(scope="module")
+def former(bpe: Tokenizer) -> Tokenizer:
+    """A tokenizer as version 0.1.0 wrote it: its pattern spells out the contractions."""
+    serialized = bpe.serialized.replace(_CONTRACTION.encode(), json.dumps(_FORMER_CONTRACTION, ensure_ascii=False)[1:-1].encode())
+    assert with_known_pattern(serialized) == bpe.serialized != serialized
+    return Tokenizer(serialized)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=any_text | tricky_text | st.text(alphabet="'sS\u017ftdmlLvVrReE\u212a\ufb06x 1\n", max_size=60))
+def test_the_pattern_of_version_0_1_splits_text_in_the_same_places(text: str, bpe: Tokenizer, former: Tokenizer) -> None:
+    assert former.encode(text).tolist() == bpe.encode(text).tolist()
+    new, old = (tokenizer.reference.pre_tokenizer for tokenizer in (bpe, former))
+    assert new.pre_tokenize_str(text) == old.pre_tokenize_str(text)
+
+
+def test_contractions_with_any_letter_are_split_in_the_same_places_as_by_version_0_1(bpe: Tokenizer, former: Tokenizer) -> None:
+    """Case-insensitive matching is where engines and Unicode versions can differ."""
+    letters = [chr(point) for point in range(0x110000) if chr(point).isalpha() and chr(point) != chr(point).swapcase()]
+    text = "\n".join(f"x'{letter}x '{letter}l'{letter}x 'l{letter}x 'r{letter}x 'v{letter}x '{letter}ex" for letter in letters)
+    assert len(letters) > 2500
+    assert former.encode(text).tolist() == bpe.encode(text).tolist()
+    assert former.reference.encode(text).ids == bpe.encode(text).tolist()
 
 
 @pytest.mark.parametrize("characters", [r"\p{L}", r"\p{N}", r"\s", r"\p{Lu}\p{Lt}", r"\p{Ll}", r"\p{Lm}\p{Lo}", r"\p{M}"])

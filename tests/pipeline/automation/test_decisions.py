@@ -63,13 +63,15 @@ def test_text_whose_evaluation_failed_is_trained_on_again_and_the_sensor_reports
     assert str(watcher.tonight()).startswith("nothing new")
 
 
-def test_a_run_that_failed_before_reading_the_text_is_reported_too(watched: tuple[Home, Watcher]) -> None:
+def test_a_run_that_failed_before_reading_the_text_is_reported_too(
+    watched: tuple[Home, Watcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
     home, watcher = watched
     (home.storage.raw_text / "added.txt").write_text(ADDED)
     watcher.launched()
-    wrong = config(home)
-    wrong["ops"]["raw_text"]["config"] = {"val_fraction": 2.0}
-    failed = dg.execute_job(dg.reconstructable(pretrain), watcher.instance, run_config=wrong)
+    with monkeypatch.context() as broken:
+        broken.setattr("pipeline.assets.raw_text.take_snapshot", lambda *_: 1 / 0)
+        failed = dg.execute_job(dg.reconstructable(pretrain), watcher.instance, run_config=config(home))
     watcher.hours_pass(2)
     message = str(watcher.tick())
     assert message.startswith("a run was already launched for this text (1 new")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster_graphql import DagsterGraphQLClientError
 
 from pipeline.automation.sensors import SECONDS_BETWEEN_TICKS
 from pipeline.catalog.catalog import Catalog
@@ -26,6 +27,10 @@ def test_a_dropped_file_becomes_a_released_model(corpus_dir: Path, tmp_path: Pat
     ops = {name: {"config": options} for name, options in TINY.items()}
     (home / "configs" / "retrain.yaml").write_text(json.dumps({"ops": ops}))  # JSON is YAML
     with dagster_dev(home, dagster_home) as server:
+        for job, assets in (("pretrain", None), ("__ASSET_JOB", ["checkpoint"])):
+            with pytest.raises(DagsterGraphQLClientError, match=r"checkpoint.dropout 5.0: Input should be less than 1"):
+                server.launch({"ops": {"checkpoint": {"config": {"dropout": 5.0}}}}, job, assets)
+        assert server.runs() == [], "what the launchpad refuses is no run"
         server.switch_on("new_raw_text")
         shutil.copytree(corpus_dir, raw, dirs_exist_ok=True)
         run = server.wait_for_run(0, SECONDS)

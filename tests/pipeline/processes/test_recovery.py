@@ -125,7 +125,7 @@ def test_a_run_started_in_a_terminal_is_left_alone(server: DagsterDev, tmp_path:
 
 def test_a_failure_that_needs_a_fix_is_not_retried(server: DagsterDev) -> None:
     number = len(server.runs())
-    invalid: list[dict[str, Any]] = [{"batch_size": 3, "micro_batch_size": 2}, {"num_heads": 3}]
+    invalid: list[dict[str, Any]] = [{"source_weights": {"nowhere": 1.0}}, {"source_weights": {"*": 0.0}}]
     for options in invalid:
         server.launch(config(**options))
     for offset in range(len(invalid)):

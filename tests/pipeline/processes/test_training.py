@@ -174,10 +174,10 @@ def test_a_training_on_one_machine_opens_no_port_to_others(trained_home: tuple[H
 @pytest.mark.slow
 def test_a_failed_training_shows_the_reason_on_the_run_page(trained_home: tuple[Home, Any], clone: Any) -> None:
     home, _ = clone(trained_home)
-    result = home.materialize(checkpoint, expect_success=False, checkpoint={"batch_size": 3, "micro_batch_size": 2})
+    result = home.materialize(checkpoint, expect_success=False, checkpoint={"source_weights": {"nowhere": 1.0}})
     (failure,) = [event for event in result.all_events if event.is_step_failure]
     reason = failure.event_specific_data.user_failure_data.description
-    assert reason.startswith("--batch_size 3 is not a multiple of --micro_batch_size 2")
+    assert reason.startswith("--source_weights: no source nowhere in this text")
 
 
 def stopped(home: Home, first: Any) -> Path:
