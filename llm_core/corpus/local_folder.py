@@ -57,12 +57,15 @@ class LocalFolder:
 class OpenFolder:
     """Opens files below a root without following links: a folder may have been replaced by a link since the walk.
 
-    The folder of the previous file stays open: files come folder by folder, and opening the folder takes as long as a small file.
+    The folder of the previous file stays open, and the next one is reached from it, by its name or by "..": files come folder by
+    folder, and opening the folder takes as long as a small file. So a path may be longer than the system allows, and a tree of
+    any depth takes one step per folder.
     """
 
     def __init__(self, root: Path | str) -> None:
         self.root = root
         self._folder, self._descriptor = "", -1
+        self._above: list[tuple[int, int]] = []  # device and inode of each folder on the way to the open one
 
     def open(self, path: str) -> int:
         """A descriptor of a file. O_NONBLOCK: a FIFO in the file's place must not block."""
@@ -72,22 +75,49 @@ class OpenFolder:
             try:
                 return os.open(name, flags, dir_fd=self._descriptor)
             except FileNotFoundError:  # the folder may have been replaced
-                pass
-        self._enter(folder)
-        return os.open(name, flags, dir_fd=self._descriptor)
+                self.close()
+        return os.open(name, flags, dir_fd=self.enter(folder))
 
-    def _enter(self, folder: str) -> None:
-        self.close()
-        self._folder, self._descriptor = folder, os.open(self.root, _FLAGS | os.O_DIRECTORY)
-        for name in folder.split("/") if folder else []:
-            outer = self._descriptor
+    def enter(self, folder: str) -> int:
+        """A descriptor of a folder, valid until the next call. folder: its path from the root, which is ""."""
+        if self._descriptor >= 0:
             try:
-                self._descriptor = os.open(name, _FLAGS | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=outer)
-            except OSError:
-                self._descriptor = -1
-                raise
-            finally:
-                os.close(outer)
+                self._walk_to(folder)
+            except OSError:  # a folder on the way may have been moved or replaced: again from the root
+                self.close()
+        if self._descriptor < 0:
+            self._folder, self._above = "", []
+            self._move(self.root, _FLAGS | os.O_DIRECTORY)
+            self._walk_to(folder)
+        return self._descriptor
+
+    def _walk_to(self, folder: str) -> None:
+        while self._folder and not f"{folder}/".startswith(f"{self._folder}/"):
+            self._folder = self._folder.rpartition("/")[0]
+            self._move("..", _FLAGS | os.O_DIRECTORY)
+            if self._identity() != self._above.pop():
+                raise OSError("the folder was moved")
+        rest = folder[len(self._folder) :].lstrip("/")
+        self._folder = folder
+        for name in rest.split("/") if rest else []:
+            self._above.append(self._identity())
+            self._move(name, _FLAGS | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+    def _move(self, name: Path | str, flags: int) -> None:
+        """Opens a folder in place of the open one, relative to it."""
+        left = self._descriptor
+        try:
+            self._descriptor = os.open(name, flags, dir_fd=left if left >= 0 else None)
+        except OSError:
+            self._descriptor = -1
+            raise
+        finally:
+            if left >= 0:
+                os.close(left)
+
+    def _identity(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_dev, status.st_ino
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -125,50 +155,56 @@ def walk(input_dir: Path) -> FolderListing:
         raise UserError(f"--input_dir {input_dir}: no such folder; create it and put {READABLE} files into it")
     root = os.path.realpath(input_dir)
     listing = FolderListing()
-    for path, entry in _entries(root, "", listing.skipped):
-        if format_of(path) is None:
-            listing.ignored[extension_of(path)] += 1
-            continue
-        try:
-            status = entry.stat()
-        except OSError:  # a dangling link, or removed a moment ago
-            listing.skipped["vanished"] += 1
-            continue
-        if entry.is_symlink() and not _is_inside(os.path.realpath(entry.path), root):
-            listing.skipped["link_out_of_folder"] += 1
-        elif not stat.S_ISREG(status.st_mode):
-            listing.skipped["not_a_regular_file"] += 1
-        else:
-            listing.files[path] = Stamp.of(status)
+    folders, to_list = OpenFolder(root), [""]
+    while to_list:
+        folder = to_list.pop()
+        for entry in _entries(folders, folder, listing.skipped):
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith("."):
+                listing.skipped["hidden"] += 1
+            elif not is_unicode(entry.name):
+                listing.skipped["name_not_utf8"] += 1
+            elif entry.is_dir(follow_symlinks=False):
+                to_list.append(path)
+            elif _leads_to_folder(entry):
+                listing.skipped["link_to_folder"] += 1
+            elif format_of(entry.name) is None:
+                listing.ignored[extension_of(path)] += 1
+            else:
+                _add_file(listing, path, entry, root)
     listing.files = dict(sorted(listing.files.items()))
     return listing
 
 
+def _entries(folders: OpenFolder, folder: str, skipped: Counter[str]) -> list[os.DirEntry[str]]:
+    """The entries of a folder, which stays open until the next call, so that they can be examined."""
+    try:
+        with os.scandir(folders.enter(folder)) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):  # removed or replaced a moment ago
+        skipped["vanished"] += 1
+        return []
+    except OSError as error:
+        place = f"{folders.root}/{folder}".rstrip("/")
+        raise UserError(f"--input_dir: cannot list {place} ({error.strerror}); make it readable or move it away") from None
+
+
+def _add_file(listing: FolderListing, path: str, entry: os.DirEntry[str], root: str) -> None:
+    try:
+        status = entry.stat()
+    except OSError:  # a dangling link, or removed a moment ago
+        listing.skipped["vanished"] += 1
+        return
+    if entry.is_symlink() and not _is_inside(os.path.realpath(f"{root}/{path}"), root):
+        listing.skipped["link_out_of_folder"] += 1
+    elif not stat.S_ISREG(status.st_mode):
+        listing.skipped["not_a_regular_file"] += 1
+    else:
+        listing.files[path] = Stamp.of(status)
+
+
 def _is_inside(path: str, root: str) -> bool:
     return path.startswith(root.rstrip(os.sep) + os.sep)
-
-
-def _entries(directory: str, prefix: str, skipped: Counter[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Entries that are neither hidden nor folders, with their paths from the root."""
-    try:
-        entries = list(os.scandir(directory))
-    except FileNotFoundError:  # removed a moment ago
-        skipped["vanished"] += 1
-        return
-    except OSError as error:
-        raise UserError(f"--input_dir: cannot list {directory} ({error.strerror}); make it readable or move it away") from None
-    for entry in entries:
-        path = prefix + entry.name
-        if entry.name.startswith("."):
-            skipped["hidden"] += 1
-        elif not is_unicode(entry.name):
-            skipped["name_not_utf8"] += 1
-        elif entry.is_dir(follow_symlinks=False):
-            yield from _entries(entry.path, path + "/", skipped)
-        elif _leads_to_folder(entry):
-            skipped["link_to_folder"] += 1
-        else:
-            yield path, entry
 
 
 def _leads_to_folder(entry: os.DirEntry[str]) -> bool:

@@ -6,11 +6,14 @@ number over all row groups, from 0; `end` is the next number.
 """
 
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
+from dataclasses import dataclass
+from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llm_core.config import CorpusConfig
@@ -22,8 +25,8 @@ from llm_core.errors import DataError
 # Uncompressed bytes of text in one row group; a file with more is quarantined.
 MAX_ROW_GROUP_BYTES = 4 << 30
 
-# Memory of one batch of rows is at most this, or that of its row group; see `ParquetTexts.values`.
-_BATCH_BYTES = 256 << 20
+# Memory of one batch of rows is at most this, or that of its row group; see `ParquetTexts._rows_per_batch`.
+_BATCH_BYTES = 128 << 20
 _BATCH_ROWS = 1024
 
 _NULL_LENGTH = 2**64 - 1
@@ -47,6 +50,16 @@ def parquet_documents(raw: IO[bytes], path: str, config: CorpusConfig, meter: Me
             yield from split_text(text, path, row, row + 1, config)
 
 
+@dataclass
+class _Span:
+    """Adjacent row groups that are read together: to begin reading one takes as long as a hundred rows."""
+
+    first_row: int
+    groups: list[int]
+    rows: int
+    size: int  # uncompressed bytes of the text
+
+
 class ParquetTexts:
     """The text column of an open Parquet file; reading rows in ascending order is fastest."""
 
@@ -54,23 +67,17 @@ class ParquetTexts:
         """Raises Quarantine if the file is unusable. The meter counts repairs."""
         self._text_field = text_field = config.text_field
         self._meter = meter if config.invalid_utf8 == "replace" else None
-        with _arrow_errors():
-            # Buffered: the column of a row group is read page by page.
-            self._file = pq.ParquetFile(raw, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True)
-            schema = self._file.schema_arrow
+        self._raw = raw
+        self._file = self._open()
+        schema = self._file.schema_arrow
         if text_field not in schema.names:
             raise Quarantine("no_text_field", f"no column {text_field!r} among {', '.join(schema.names)[:200]}")
         kind = schema.types[schema.names.index(text_field)]
         if not _is_text(kind):
             raise Quarantine("no_text_field", f"the column {text_field!r} holds {kind}, not strings")
-        self._groups = [self._size_of(number) for number in range(self._file.num_row_groups)]
-        for number, (_, size) in enumerate(self._groups):
-            if size > MAX_ROW_GROUP_BYTES:
-                raise Quarantine(
-                    "row_group_too_large", f"{size} bytes of text in row group {number}, at most {MAX_ROW_GROUP_BYTES}"
-                )
+        self._spans = self._find_spans()
         self._values: Iterator[bytes | None] = iter(())
-        self._next_row = self._group_end = 0
+        self._next_row, self._span = 0, -1
 
     @classmethod
     @contextmanager
@@ -84,7 +91,8 @@ class ParquetTexts:
         if not is_compressed(path):
             yield cls(raw, config, meter)
             return
-        content = Content(raw, path, Meter(raw.seek(0, 2)))
+        packed = Meter(raw.seek(0, 2))
+        content = Content(raw, path, packed)
         with tempfile.TemporaryFile() as unpacked:
             while block := content.read(BLOCK):
                 try:
@@ -93,15 +101,15 @@ class ParquetTexts:
                     raise DataError(
                         f"{path}: cannot be unpacked into {tempfile.gettempdir()} ({error.strerror}); make room or set TMPDIR"
                     ) from None
+            meter.damage = packed.damage
             yield cls(unpacked, config, meter)
 
-    def values(self, first_group: int = 0) -> Iterator[bytes | None]:
-        """The bytes of every row from a row group on, repaired if configured; None for null."""
-        for number in range(first_group, len(self._groups)):
-            # A value can be as long as its row group, and a dictionary can repeat it in every row.
-            rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, self._groups[number][1])))
+    def values(self, first_span: int = 0) -> Iterator[bytes | None]:
+        """The bytes of every row from a span on, repaired if configured; None for null."""
+        for span in self._spans[first_span:]:
             with _arrow_errors():
-                for batch in self._file.iter_batches(rows, [number], [self._text_field], use_threads=False):
+                rows = self._rows_per_batch(span)
+                for batch in self._file.iter_batches(rows, span.groups, [self._text_field], use_threads=False):
                     column = batch.column(0)
                     if pa.types.is_dictionary(column.type):
                         column = column.dictionary_decode()
@@ -114,26 +122,64 @@ class ParquetTexts:
         Raises:
             Quarantine: the row has no usable text.
         """
-        if not self._next_row <= row < self._group_end:
-            first = 0
-            for number, (rows, _) in enumerate(self._groups):
-                if row < first + rows:
-                    self._values, self._next_row, self._group_end = self.values(number), first, first + rows
-                    break
-                first += rows
+        span = bisect_right(self._spans, row, key=lambda span: span.first_row) - 1
+        if span < 0:
+            raise Quarantine("no_text_field", "no rows")
+        if span != self._span or row < self._next_row:
+            self._values, self._next_row, self._span = self.values(span), self._spans[span].first_row, span
         for value in self._values:
             self._next_row += 1
             if self._next_row > row:
                 return _usable(value)
         raise Quarantine("no_text_field", f"no row {row}")
 
-    def _size_of(self, group: int) -> tuple[int, int]:
-        """Rows of a row group, and the uncompressed bytes of its text."""
+    def _open(self, **options: Any) -> pq.ParquetFile:
         with _arrow_errors():
-            metadata = self._file.metadata.row_group(group)
-            columns = (metadata.column(number) for number in range(metadata.num_columns))
-            sizes = (column.total_uncompressed_size for column in columns if column.path_in_schema == self._text_field)
-            return metadata.num_rows, sum(sizes)
+            # Buffered: the column of a row group is read page by page.
+            return pq.ParquetFile(self._raw, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True, **options)
+
+    def _find_spans(self) -> list[_Span]:
+        with _arrow_errors():
+            metadata = self._file.metadata
+            paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+        columns = [number for number, path in enumerate(paths) if path == self._text_field]
+        spans: list[_Span] = []
+        first_row = 0
+        for number in range(metadata.num_row_groups):
+            with _arrow_errors():
+                group = metadata.row_group(number)
+                rows, size = group.num_rows, sum(group.column(column).total_uncompressed_size for column in columns)
+            if size > MAX_ROW_GROUP_BYTES:
+                raise Quarantine(
+                    "row_group_too_large", f"{size} bytes of text in row group {number}, at most {MAX_ROW_GROUP_BYTES}"
+                )
+            if spans and (spans[-1].size + size) * _BATCH_ROWS <= _BATCH_BYTES:
+                spans[-1].groups.append(number)
+                spans[-1].rows += rows
+                spans[-1].size += size
+            else:
+                spans.append(_Span(first_row, [number], rows, size))
+            first_row += rows
+        return spans
+
+    def _rows_per_batch(self, span: _Span) -> int:
+        """A batch has room for the rows of a span if they are of average length, and for as many copies of the longest value in
+        its dictionary: a few bytes can repeat such a value in every row."""
+        if span.size * min(span.rows, _BATCH_ROWS) <= _BATCH_BYTES:
+            return _BATCH_ROWS
+        longest = max(span.size // span.rows, self._longest_in_dictionary(span))
+        return max(1, min(_BATCH_ROWS, _BATCH_BYTES // longest))
+
+    def _longest_in_dictionary(self, span: _Span) -> int:
+        """Bytes of the longest value in the dictionary of a span of one row group; its size if that is unknown."""
+        file = self._open(metadata=self._file.metadata, read_dictionary=[self._text_field])
+        try:
+            first = next(file.iter_batches(1, span.groups, [self._text_field], use_threads=False), None)
+        except OSError as error:
+            if error.errno:
+                raise
+            return span.size  # an encoding that is rare, and can also repeat long values
+        return 0 if first is None else pc.max(pc.binary_length(first.column(0).dictionary)).as_py() or 0
 
 
 def _repaired(value: bytes | None, meter: Meter) -> bytes | None:

@@ -77,6 +77,10 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
             documents = _FileDocuments.collect(jsonl_documents(content, path, config), size, meter)
             # A rejected line is dropped entirely; of any other line everything but the text is envelope.
             jsonl_envelope = meter.position - byte_order_mark - documents.bytes
+        if meter.damage:
+            if not documents.count:
+                raise meter.damage
+            detail = meter.damage.detail
         status = KEPT if documents.kept else documents.first.status if documents.first else "empty"
     except Quarantine as quarantine:
         status, detail = quarantine.reason, quarantine.detail
@@ -177,7 +181,7 @@ def _texts_of(raw: IO[bytes], path: str, config: CorpusConfig) -> Iterator[Calla
         with ParquetTexts.open(raw, path, config, Meter(0)) as texts:
             yield lambda start, end: texts.text(start)
         return
-    content = open_content(raw, path)
+    content = open_content(raw, path, Meter(0))
     if config.invalid_utf8 == "replace":
         content = repaired(content, Meter(0))
 

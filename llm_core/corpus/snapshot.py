@@ -60,6 +60,9 @@ from llm_core.system import (
 
 FORMAT_VERSION = 2
 
+# Of the readers. Files of the same times are read again once it increases; where they then differ, so does the snapshot's id.
+_READER_VERSION = "2"
+
 _SCAN_SCHEMA = pa.schema(
     {
         "path": pa.string(),
@@ -314,10 +317,12 @@ def wait_for_mtime_resolution(stamps: Iterable[Stamp]) -> None:
 
 
 def load_scan(data_dir: Path) -> tuple[str | None, dict[str, Stamp]]:
-    """Id of the newest snapshot and the stamps of its files; (None, {}) if the cache is lost or unreadable."""
+    """Id of the newest snapshot and the stamps of its files, {} if other readers read them; (None, {}) if the cache is lost."""
     try:
         index = read_parquet(PreparedData(data_dir).scan)
         snapshot_id = index.schema.metadata[b"snapshot_id"].decode()
+        if index.schema.metadata.get(b"reader_version") != _READER_VERSION.encode():
+            return snapshot_id, {}
         return snapshot_id, {row.pop("path"): Stamp(**row) for row in index.to_pylist()}
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
         return None, {}
@@ -326,6 +331,7 @@ def load_scan(data_dir: Path) -> tuple[str | None, dict[str, Stamp]]:
 def save_scan(data_dir: Path, snapshot_id: str, stamps: dict[str, Stamp]) -> None:
     """Stores the stamps of the files that could be read."""
     rows = [(path, *stamp) for path, stamp in stamps.items()]
-    content = parquet_bytes(Rows(_SCAN_SCHEMA.with_metadata({"snapshot_id": snapshot_id}), rows).table())
+    metadata = {"snapshot_id": snapshot_id, "reader_version": _READER_VERSION}
+    content = parquet_bytes(Rows(_SCAN_SCHEMA.with_metadata(metadata), rows).table())
     with atomic_writer(PreparedData(data_dir).scan) as file:
         file.write(content)

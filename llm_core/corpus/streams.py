@@ -21,19 +21,23 @@ MAX_COMPRESSION_FREE = 64 << 20
 
 BLOCK = 1 << 20
 
-_BOM = b"\xef\xbb\xbf"
+_CUT_SHORT = "the file ends early, after {} decompressed bytes"
+_FOLLOWED = "used up to {} decompressed bytes; the rest of the file is not {}"
+
+BOM = b"\xef\xbb\xbf"
 
 
-def open_content(raw: IO[bytes], path: str) -> Any:
+def open_content(raw: IO[bytes], path: str, meter: "Meter") -> Any:
     """The decompressed bytes of an open file as a buffered, seekable stream; seeking back can mean starting over.
 
-    Reading raises Quarantine if the compressed data is damaged or truncated.
+    Compressed data that ends early or is followed by something else is read up to there, and the meter gets the damage. Reading
+    raises Quarantine if the data is damaged in another way: its bytes may be wrong from the start.
     """
     name = path.lower()
     if name.endswith(".gz"):
-        return io.BufferedReader(BlockStream(lambda: _gzip_blocks(raw)), BLOCK)
+        return io.BufferedReader(BlockStream(lambda: _up_to_damage(_gzip_blocks(raw), meter)), BLOCK)
     if name.endswith(".zst"):
-        return io.BufferedReader(BlockStream(lambda: _zstd_blocks(raw)), BLOCK)
+        return io.BufferedReader(BlockStream(lambda: _up_to_damage(_zstd_blocks(raw), meter)), BLOCK)
     return raw
 
 
@@ -50,6 +54,7 @@ class Meter:
         self._pending = b""  # hashed late: the hash of a file with a single piece may never be needed
         self.position = 0
         self.replaced = 0  # invalid UTF-8 sequences that became U+FFFD
+        self.damage: Quarantine | None = None  # why the rest of a compressed file was not read
 
     def add(self, data: bytes) -> None:
         self._hash.update(self._pending)
@@ -73,7 +78,7 @@ class Content:
     """Reads the content of a file once, in order, through a meter."""
 
     def __init__(self, raw: IO[bytes], path: str, meter: Meter, repair: bool = False) -> None:
-        self._stream = open_content(raw, path)
+        self._stream = open_content(raw, path, meter)
         if repair:
             self._stream = repaired(self._stream, meter)
         self._meter = meter
@@ -92,11 +97,14 @@ class Content:
         self._meter.add(data)
         return data
 
+    def mark(self, boundary: bytes) -> None:
+        self._meter.mark(boundary)
+
     def skip_byte_order_mark(self) -> int:
         """Skips a byte order mark at the start and returns its size."""
-        there = self._stream.read(len(_BOM)) == _BOM
+        there = self._stream.read(len(BOM)) == BOM
         self._stream.seek(0)
-        return len(self.read(len(_BOM))) if there else 0
+        return len(self.read(len(BOM))) if there else 0
 
     def drain(self) -> None:
         """Counts and hashes the rest as far as it is readable."""
@@ -174,25 +182,62 @@ class _Lent:
         pass
 
 
+class _Damage(Quarantine):
+    """Compressed data ends early, or is followed by something else; all of it up to there was read."""
+
+
+def _up_to_damage(blocks: Iterator[bytes], meter: Meter) -> Iterator[bytes]:
+    """The blocks without their last bytes where damage cuts a character in two."""
+    end = b""  # a character has at most 4 bytes
+    try:
+        for block in blocks:
+            end += block
+            yield end[:-3]
+            end = end[-3:]
+    except _Damage as damage:
+        meter.damage = damage
+        end = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(end).encode(errors="surrogateescape")
+    yield end
+
+
 def _gzip_blocks(raw: IO[bytes]) -> Iterator[bytes]:
-    """All members of a gzip file."""
+    """All members of a gzip file; zeros after them are padding."""
     raw.seek(0)
     stream = gzip.GzipFile(fileobj=raw)
     try:
         while block := stream.read1(BLOCK):
             yield block
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except EOFError:
+        raise _Damage("unreadable_gzip", _CUT_SHORT.format(stream.tell())) from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        if stream.tell() and str(error).startswith("Not a gzipped file"):  # an error of the header
+            raise _Damage("unreadable_gzip", _FOLLOWED.format(stream.tell(), "gzip")) from None
         raise Quarantine("unreadable_gzip", str(error)) from None
 
 
 def _zstd_blocks(raw: IO[bytes]) -> Iterator[bytes]:
     """All frames of a Zstandard file. The library refuses windows above 128 MiB, zstd's default limit."""
-    raw.seek(0)
-    stream = pa.CompressedInputStream(pa.PythonFile(_Lent(raw), mode="r"), "zstd")
-    try:
-        while block := stream.read(BLOCK):
-            yield block
-    except OSError as error:
-        if error.errno:  # an error of the disk, not of the format
-            raise
-        raise Quarantine("unreadable_zstd", str(error)) from None
+    position, size = 0, BLOCK
+    while True:
+        raw.seek(0)
+        stream = pa.CompressedInputStream(pa.PythonFile(_Lent(raw), mode="r"), "zstd")
+        try:
+            skipped = 0
+            while skipped < position:
+                skipped += len(stream.read(min(BLOCK, position - skipped)))
+            while block := stream.read(size):
+                position += len(block)
+                yield block
+            return
+        except OSError as error:
+            if error.errno:  # an error of the disk, not of the format
+                raise
+            if size > 1:
+                # The call that fails returns nothing: what it has decompressed by then is read again in smaller pieces.
+                size = max(1, size // 32)
+                continue
+            if "Truncated" in str(error):
+                raise _Damage("unreadable_zstd", _CUT_SHORT.format(position)) from None
+            if position and "Unknown frame descriptor" in str(error):
+                raise _Damage("unreadable_zstd", _FOLLOWED.format(position, "Zstandard")) from None
+            raise Quarantine("unreadable_zstd", str(error)) from None

@@ -29,6 +29,9 @@ REMEDIES = {
     NEAR_DUPLICATE: "a larger --near_duplicates",
 }
 
+# The reason of a compressed file that is used up to where it is damaged.
+CUT_SHORT = "rest_unreadable"
+
 
 class ByteTotals(TypedDict):
     bytes_read: int
@@ -172,11 +175,16 @@ def file_changes(files: pa.Table, previous: pa.Table | None) -> FileChanges:
 
 
 def quarantine(files: pa.Table, documents: pa.Table) -> Quarantines:
-    """Files, .jsonl lines and .parquet rows that are quarantined: the largest are listed, all are counted by reason."""
+    """Files, .jsonl lines and .parquet rows that are quarantined: the largest files are listed, all are counted by reason.
+
+    Of a compressed file that is cut short the rest is quarantined, and the file is kept.
+    """
     unusable = files.filter(pc.equal(files["documents"], 0)).sort_by([("bytes", "descending"), ("path", "ascending")])
+    cut_short = files.filter(pc.and_(pc.greater(files["documents"], 0), pc.not_equal(files["detail"], "")))
     entries: list[QuarantineEntry] = [
         {"path": row["path"], "reason": row["status"], "detail": row["detail"] or "no text in it"} for row in unusable.to_pylist()
     ]
+    entries += [{"path": row["path"], "reason": CUT_SHORT, "detail": row["detail"]} for row in cut_short.to_pylist()]
     by_reason = Counter(entry["reason"] for entry in entries)
     harmless = pc.is_in(documents["status"], value_set=pa.array(sorted(HARMLESS)))
     quarantined = documents.filter(pc.invert(harmless))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus.documents import document, filter_by_length, piece_end, rejected, split_text
-from llm_core.corpus.streams import BLOCK, Content
+from llm_core.corpus.streams import BLOCK, BOM, Content
 from llm_core.corpus.types import Document, Quarantine
 
 # A .jsonl line is held in memory: a file with a longer one is quarantined.
@@ -26,9 +26,11 @@ def text_documents(content: Content, path: str, config: CorpusConfig) -> list[Do
 def _pieces(content: Content, path: str, config: CorpusConfig) -> Iterator[Document]:
     start, pending, at_end = content.position, b"", False
     while not at_end:
-        block = content.read(BLOCK)
-        at_end = len(block) < BLOCK
-        pending += block
+        blocks = [pending] if pending else []
+        while not at_end and sum(map(len, blocks)) <= config.max_document_bytes:
+            blocks.append(content.read(BLOCK))
+            at_end = len(blocks[-1]) < BLOCK
+        pending = b"".join(blocks)
         used = 0
         while len(pending) - used > config.max_document_bytes or (at_end and used < len(pending)):
             end = piece_end(pending, used, config.max_document_bytes)
@@ -43,7 +45,9 @@ def jsonl_documents(content: Content, path: str, config: CorpusConfig) -> Iterat
         start, end = content.position - len(line), content.position
         if len(line) > MAX_LINE_BYTES:
             raise Quarantine("line_too_long", f"the line at byte {start} has more than {MAX_LINE_BYTES} bytes")
-        if not line.strip():
+        if line.startswith(BOM):  # one of several files in a row; marked, since earlier versions rejected the line
+            content.mark(BOM)
+        if not line.removeprefix(BOM).strip():
             continue
         try:
             text = jsonl_text(line, config.text_field)
@@ -59,6 +63,7 @@ def jsonl_text(line: bytes, text_field: str) -> bytes:
     Raises:
         Quarantine: the line has no text.
     """
+    line = line.removeprefix(BOM)
     if b"\0" in line:
         raise Quarantine("binary", "NUL in it")
     if len(line) > _LARGE and _has_too_many_values(line):

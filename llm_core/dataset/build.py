@@ -129,20 +129,26 @@ def _reuse(
     data_dir: Path, parent: DatasetManifest | None, split: str, wanted_ids: pa.ChunkedArray
 ) -> tuple[list[ShardEntry], pa.Array]:
     """Shards of the parent with wanted documents, all other rows marked as removed; and all ids in these shards."""
-    shards, stored = [], [pa.array([], pa.large_string())]
+    present, stored = [], []
     for shard in parent.shards if parent else []:
         if shard.split != split or not _has_full_size(data_dir / shard.file, shard.file_bytes):
             continue
         try:
             repair_index(data_dir, shard)
-            ids = read_index(data_dir, shard)["document_id"].cast(pa.large_string()).combine_chunks()
+            stored.append(read_index(data_dir, shard)["document_id"].combine_chunks())
         except DataError:  # its documents are encoded again
             continue
-        removed = np.flatnonzero(~pc.is_in(ids, value_set=wanted_ids).to_numpy(zero_copy_only=False)).tolist()
+        present.append(shard)
+    # Of all shards at once: each call hashes all wanted ids.
+    wanted = pc.is_in(pa.chunked_array(stored, pa.large_string()), value_set=wanted_ids).to_numpy()
+    shards, reused_ids, start = [], [pa.array([], pa.large_string())], 0
+    for shard, ids in zip(present, stored, strict=True):
+        removed = np.flatnonzero(~wanted[start : start + len(ids)]).tolist()
+        start += len(ids)
         if len(removed) < shard.documents:
             shards.append(shard.model_copy(update={"removed_rows": removed}))
-            stored.append(ids)
-    return shards, pa.concat_arrays(stored)
+            reused_ids.append(ids)
+    return shards, pa.concat_arrays(reused_ids)
 
 
 def _encode(

@@ -12,10 +12,13 @@ import pyarrow.compute as pc
 
 from llm_core.corpus import source_of
 from llm_core.dataset.manifest import DatasetManifest
-from llm_core.dataset.shard import ShardEntry, open_tokens, read_index
-from llm_core.tokenizer import Ids
+from llm_core.dataset.shard import ShardEntry, TokenSlice, open_tokens, open_tokens_on_disk, read_index
 
 Numbers = npt.NDArray[np.int64]
+
+# A split with more shards is read from its files: a process may hold 65,530 memory maps, its libraries' and those of the other
+# split included. To open a file takes some microseconds per window, which a training step does not notice.
+MAX_MAPPED_SHARDS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,24 @@ class DocumentGroups:
 ALL = DocumentGroups(["all"], lambda document_ids: np.zeros(len(document_ids), dtype=np.int64))
 
 
-def token_slices(data_dir: Path, manifest: DatasetManifest, split: str, groups: DocumentGroups | None = None) -> list[list[Ids]]:
-    """For each group the tokens of its documents in order, as memory-mapped views [tokens]. Verifies each shard.
+def token_slices(
+    data_dir: Path, manifest: DatasetManifest, split: str, groups: DocumentGroups | None = None
+) -> list[list[TokenSlice]]:
+    """For each group the tokens of its documents in order, as views [tokens]. Verifies each shard.
 
     Raises:
         DataError: a shard is missing or damaged.
     """
-    slices: list[list[Ids]] = [[] for _ in (groups or ALL).names]
-    for shard in _shards(manifest, split):
-        tokens = open_tokens(data_dir, shard)
+    shards = _shards(manifest, split)
+    open_shard = open_tokens if len(shards) <= MAX_MAPPED_SHARDS else open_tokens_on_disk
+    slices: list[list[TokenSlice]] = [[] for _ in (groups or ALL).names]
+    with_groups = _indexes_and_groups(data_dir, [shard for shard in shards if groups or shard.removed_rows], groups or ALL)
+    for shard in shards:
+        tokens = open_shard(data_dir, shard)
         if groups is None and not shard.removed_rows:
             slices[0].append(tokens)
             continue
-        index, group_numbers = _index_and_groups(data_dir, shard, groups or ALL)
+        index, group_numbers = next(with_groups)
         ends = (index["token_start"].to_numpy() + index["token_count"].to_numpy()).tolist()
         # Adjacent documents of one group are one slice.
         changes = [0, *(np.flatnonzero(np.diff(group_numbers)) + 1).tolist(), len(group_numbers)]
@@ -58,11 +66,10 @@ def kept_documents(
     """For each group the ids [documents] in the order of its tokens, and their token counts [documents], end-of-text included."""
     ids: list[list[pa.Array]] = [[] for _ in (groups or ALL).names]
     counts: list[list[Numbers]] = [[np.empty(0, np.int64)] for _ in ids]
-    for shard in _shards(manifest, split):
-        index, group_numbers = _index_and_groups(data_dir, shard, groups or ALL)
+    for index, group_numbers in _indexes_and_groups(data_dir, _shards(manifest, split), groups or ALL):
         for group in range(len(ids)):
             chosen = index.filter(pa.array(group_numbers == group))
-            ids[group] += chosen["document_id"].cast(pa.large_string()).chunks
+            ids[group] += chosen["document_id"].chunks
             counts[group].append(chosen["token_count"].to_numpy())
     return [
         (pa.chunked_array(chunks, pa.large_string()), np.concatenate(numbers))
@@ -99,13 +106,19 @@ def known_first(known: pa.Array, rest: DocumentGroups, name: str) -> DocumentGro
     return DocumentGroups([name, *rest.names], group_of)
 
 
-def _shards(manifest: DatasetManifest, split: str) -> Iterator[ShardEntry]:
-    return (shard for shard in manifest.shards if shard.split == split)
+def _shards(manifest: DatasetManifest, split: str) -> list[ShardEntry]:
+    return [shard for shard in manifest.shards if shard.split == split]
 
 
-def _index_and_groups(data_dir: Path, shard: ShardEntry, groups: DocumentGroups) -> tuple[pa.Table, Numbers]:
-    """A shard's index, and the number of the group of each row; -1 for rows in no group and removed rows."""
-    index = read_index(data_dir, shard)
-    group_numbers = groups.group_of(index["document_id"]).copy()
-    group_numbers[shard.removed_rows] = -1
-    return index, group_numbers
+def _indexes_and_groups(data_dir: Path, shards: list[ShardEntry], groups: DocumentGroups) -> Iterator[tuple[pa.Table, Numbers]]:
+    """Each shard's index, and the number of the group of each row; -1 for rows in no group and removed rows."""
+    indexes = [read_index(data_dir, shard) for shard in shards]
+    # Of all shards at once: each call hashes the ids of all documents.
+    chunks = [chunk for index in indexes for chunk in index["document_id"].chunks]
+    group_numbers = groups.group_of(pa.chunked_array(chunks, pa.large_string())).copy()
+    start = 0
+    for shard, index in zip(shards, indexes, strict=True):
+        of_shard = group_numbers[start : start + len(index)]
+        of_shard[shard.removed_rows] = -1
+        start += len(index)
+        yield index, of_shard

@@ -8,6 +8,7 @@ dataset/<shard_id>.parquet  document_id, token_start, token_count (both in those
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,6 +111,26 @@ class ShardWriter:
         return sink.getvalue()
 
 
+class TokensOnDisk:
+    """Tokens [size] of a shard that are read from its file when np.asarray asks for them; a slice reads nothing."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], offset: int, size: int) -> None:
+        """offset: of the first token in the file, in bytes."""
+        self.size = size
+        self._path, self._dtype, self._offset = path, dtype, offset
+
+    def __getitem__(self, part: slice) -> "TokensOnDisk":
+        start, stop, _ = part.indices(self.size)
+        return TokensOnDisk(self._path, self._dtype, self._offset + start * self._dtype.itemsize, max(0, stop - start))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Ids:
+        return np.fromfile(self._path, self._dtype, self.size, offset=self._offset)
+
+
+# Tokens of which `np.asarray` makes ids.
+TokenSlice = Ids | TokensOnDisk
+
+
 def open_tokens(data_dir: Path, shard: ShardEntry, verify: bool = True) -> Ids:
     """All tokens [tokens] of a shard, removed rows included, as a memory-mapped view.
 
@@ -118,31 +139,46 @@ def open_tokens(data_dir: Path, shard: ShardEntry, verify: bool = True) -> Ids:
     Raises:
         DataError: the file is missing, damaged, or has an id outside its vocabulary.
     """
+    return _map_tokens(data_dir, shard, verify)[0]
+
+
+def open_tokens_on_disk(data_dir: Path, shard: ShardEntry) -> TokensOnDisk:
+    """`open_tokens`, verified and without a memory map, of which the system allows a process 65,530."""
+    tokens, offset = _map_tokens(data_dir, shard, verify=True)
+    return TokensOnDisk(data_dir / shard.file, tokens.dtype, offset, tokens.size)
+
+
+def _map_tokens(data_dir: Path, shard: ShardEntry, verify: bool) -> tuple[Ids, int]:
+    """The tokens, and where they begin in the file."""
     path = data_dir / shard.file
     if verify:
         _verify(path, shard.sha256)
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        source = pa.memory_map(str(path))
+        reader = pa.ipc.open_file(source)
         tokens: Ids = reader.get_batch(0).column("tokens").values.to_numpy(zero_copy_only=True)
         vocab_size = int(reader.schema.metadata[b"vocab_size"])
+        source.seek(0)
+        offset = tokens.ctypes.data - source.read_buffer().address
     except (OSError, KeyError, pa.ArrowException) as error:
         raise DataError(f"{path}: not readable as a token shard ({error}); {_REMEDY}") from None
     if len(tokens) != shard.tokens:
         raise DataError(f"{path}: holds {len(tokens)} tokens, the manifest says {shard.tokens}; {_REMEDY}")
     if verify and int(tokens.max()) >= vocab_size:
         raise DataError(f"{path}: token id {tokens.max()} is outside its vocabulary of {vocab_size}; {_REMEDY}")
-    return tokens
+    return tokens, offset
 
 
 def read_index(data_dir: Path, shard: ShardEntry) -> pa.Table:
-    """The row index of a shard: document_id, token_start, token_count, bytes.
+    """The row index of a shard: document_id (large strings), token_start, token_count, bytes.
 
     Raises:
         DataError: the file is missing or damaged.
     """
     path = data_dir / shard.index_file
     _verify(path, shard.index_sha256)
-    return read_parquet(path)
+    index = read_parquet(path)
+    return index.set_column(0, "document_id", index["document_id"].cast(pa.large_string()))
 
 
 def repair_index(data_dir: Path, shard: ShardEntry) -> None:

@@ -1,4 +1,4 @@
-"""Windows over the token shards of one split: index arithmetic on memory-mapped tokens, no copy and no index file."""
+"""Windows over the token shards of one split: index arithmetic on their tokens, no copy and no index file."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
@@ -13,6 +13,7 @@ from llm_core.config import IGNORE_INDEX
 from llm_core.dataset.groups import DocumentGroups, token_slices
 from llm_core.dataset.manifest import DatasetManifest
 from llm_core.dataset.sampler import Indices
+from llm_core.dataset.shard import TokenSlice
 from llm_core.errors import UserError
 from llm_core.tokenizer import Tokenizer
 
@@ -23,7 +24,7 @@ _READ_TOKENS = 1 << 20
 class TokenStream:
     """The tokens of a split as one sequence over all shards: "eot document eot document ..."."""
 
-    def __init__(self, slices: Iterable[np.ndarray]) -> None:
+    def __init__(self, slices: Iterable[TokenSlice]) -> None:
         self._slices = list(slices)
         self._bounds = list(accumulate((piece.size for piece in self._slices), initial=0))
 
@@ -46,7 +47,7 @@ class TokenStream:
         pieces = []
         while start < stop:
             begin, end = self._bounds[first], self._bounds[first + 1]
-            pieces.append(self._slices[first][start - begin : min(stop, end) - begin])
+            pieces.append(np.asarray(self._slices[first][start - begin : min(stop, end) - begin]))
             start, first = min(stop, end), first + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
