@@ -142,13 +142,13 @@ class ParquetTexts:
         with _arrow_errors():
             metadata = self._file.metadata
             paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-        columns = [number for number, path in enumerate(paths) if path == self._text_field]
+        self._columns = [number for number, path in enumerate(paths) if path == self._text_field]
         spans: list[_Span] = []
         first_row = 0
         for number in range(metadata.num_row_groups):
             with _arrow_errors():
                 group = metadata.row_group(number)
-                rows, size = group.num_rows, sum(group.column(column).total_uncompressed_size for column in columns)
+                rows, size = group.num_rows, sum(group.column(column).total_uncompressed_size for column in self._columns)
             if size > MAX_ROW_GROUP_BYTES:
                 raise Quarantine(
                     "row_group_too_large", f"{size} bytes of text in row group {number}, at most {MAX_ROW_GROUP_BYTES}"
@@ -163,22 +163,23 @@ class ParquetTexts:
         return spans
 
     def _rows_per_batch(self, span: _Span) -> int:
-        """A batch has room for the rows of a span if they are of average length, and for as many copies of the longest value in
-        its dictionary: a few bytes can repeat such a value in every row."""
+        """A batch has room for the rows of a span if they are of average length, and for as many copies of the longest value that
+        a few bytes can repeat in every row."""
         if span.size * min(span.rows, _BATCH_ROWS) <= _BATCH_BYTES:
             return _BATCH_ROWS
-        longest = max(span.size // span.rows, self._longest_in_dictionary(span))
+        longest = max(span.size // span.rows, self._longest_repeated_value(span))
         return max(1, min(_BATCH_ROWS, _BATCH_BYTES // longest))
 
-    def _longest_in_dictionary(self, span: _Span) -> int:
-        """Bytes of the longest value in the dictionary of a span of one row group; its size if that is unknown."""
+    def _longest_repeated_value(self, span: _Span) -> int:
+        """Bytes of the longest value in the dictionary of a span of one row group."""
+        group = self._file.metadata.row_group(span.groups[0])
+        encodings = {encoding for column in self._columns for encoding in group.column(column).encodings}
+        if "DELTA_BYTE_ARRAY" in encodings:  # values share their beginnings: a long one may be repeated without a dictionary
+            return span.size
+        if not any("DICTIONARY" in encoding for encoding in encodings):
+            return 0
         file = self._open(metadata=self._file.metadata, read_dictionary=[self._text_field])
-        try:
-            first = next(file.iter_batches(1, span.groups, [self._text_field], use_threads=False), None)
-        except OSError as error:
-            if error.errno:
-                raise
-            return span.size  # an encoding that is rare, and can also repeat long values
+        first = next(file.iter_batches(1, span.groups, [self._text_field], use_threads=False), None)
         return 0 if first is None else pc.max(pc.binary_length(first.column(0).dictionary)).as_py() or 0
 
 

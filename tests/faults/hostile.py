@@ -149,6 +149,28 @@ def _names(folder: Path) -> None:
     (deep / "down.txt").write_text("A file in a deep folder.\n" * 3)
 
 
+def _deep_folders(folder: Path, levels: int = 1500) -> None:
+    """More levels than Python recurses, and a path that is longer than the system takes as one."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    for name in ["deep"] * levels:
+        os.mkdir(name, dir_fd=descriptor)
+        above, descriptor = descriptor, os.open(name, os.O_RDONLY, dir_fd=descriptor)
+        os.close(above)
+    with open(os.open("down.txt", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor), "w") as file:
+        file.write("A file at the bottom.\n" * 3)
+    os.close(descriptor)
+
+
+def _archives(folder: Path) -> None:
+    """Compressed files that end early, or are followed by something else."""
+    text = "".join(f"Line {number} of {os.urandom(8).hex()}.\n" for number in range(20_000)).encode()
+    for suffix, packed in (("gz", gzip.compress(text)), ("zst", zstd(text))):
+        (folder / f"cut.txt.{suffix}").write_bytes(packed[: len(packed) // 2])
+        (folder / f"followed.txt.{suffix}").write_bytes(packed + b"<html>")
+        (folder / f"twice.txt.{suffix}").write_bytes(packed + packed[:-9])
+        (folder / f"start.txt.{suffix}").write_bytes(packed[:7])
+
+
 def _evil(path: Path) -> bytes:
     """A pickle that creates a file at `path` when it is loaded."""
 
@@ -285,6 +307,40 @@ KINDS: dict[str, tuple[Make, dict[str, str | None]]] = {
     "links": (lambda at, _: _links(at), {"leaves.txt": None, "leaves_relatively.txt": None, "loop.txt": None, "zero.txt": None}),
     "special files": (lambda at, _: _special_files(at), {"fifo.txt": None, "socket.jsonl": None, "device.txt": None}),
     "names": (lambda at, _: _names(at), dict.fromkeys(NAMES, "kept") | {"/".join([*["deep"] * 40, "down.txt"]): "kept"}),
+    "deep folders": (lambda at, _: _deep_folders(at), {"/".join([*["deep"] * 1500, "down.txt"]): "kept"}),
+    "damaged archives": (
+        lambda at, _: _archives(at),
+        {
+            **dict.fromkeys([f"{name}.txt.{suffix}" for name in ("followed", "twice") for suffix in ("gz", "zst")], "kept"),
+            "cut.txt.gz": "kept",
+            "start.txt.gz": "unreadable_gzip",
+            "start.txt.zst": "unreadable_zstd",
+        },
+    ),
+    "byte order marks": (
+        lambda at, _: (at / "marks.jsonl").write_bytes((b"\xef\xbb\xbf" + _line("marked") + b"\xef\xbb\xbf\r\n") * 100),
+        {"marks.jsonl": "kept"},
+    ),
+    "one word": (
+        lambda at, size: (at / "word.jsonl").write_bytes(_line("".join(random.Random(0).choices("abcd", k=size // 8)))),
+        {"word.jsonl": "kept"},
+    ),
+    "parquet of many row groups": (
+        lambda at, _: _parquet(at / "groups.parquet", [f"row {number}" for number in range(5000)], row_group_size=1),
+        {"groups.parquet": "kept"},
+    ),
+    "parquet of many columns": (
+        lambda at, _: pq.write_table(
+            pa.table({f"column {number}": ["a"] * 20 for number in range(2000)} | {"text": [f"row {n}" for n in range(20)]}),
+            at / "columns.parquet",
+            row_group_size=2,
+        ),
+        {"columns.parquet": "kept"},
+    ),
+    "empty files": (
+        lambda at, _: [(at / f"empty.{suffix}").touch() for suffix in ("txt", "jsonl", "parquet", "md.gz", "md.zst")],
+        {"empty.txt": "empty", "empty.jsonl": "empty", "empty.md.gz": "empty", "empty.parquet": "unreadable_parquet"},
+    ),
     "pickles": (lambda at, _: _pickles(at), {"pickle.jsonl": "binary", "pickle.parquet": "unreadable_parquet"}),
 }
 
@@ -313,6 +369,8 @@ def feed(folder: Path, size: int, seed: int, random_files: int, tokenizer_type: 
         make(here / "raw", size)
         problem = _problem(here, expected, tokenizer_type)
         tally.count(f"{kind}: {problem}" if problem else None)
+        if not problem:
+            subprocess.run(["rm", "-rf", here], check=True)  # Python's own removal recurses into deep folders
     return tally
 
 

@@ -180,16 +180,145 @@ def test_multi_member_compressed_files_are_read_as_one_stream_in_any_order(
     assert list(iter_texts(raw, backwards, HALF)) == [f"Line {n}: {'ü' * n}" for n in reversed(range(200))]
 
 
+def _pack(suffix: str, data: bytes) -> bytes:
+    return gzip.compress(data) if suffix == "gz" else zstd(data)
+
+
+# Several blocks of the decoders, with characters of two bytes at every odd place.
+_LINES = "".join(f"{os.urandom(20).hex()}é{'ü' * (number % 3)}\n" for number in range(12_000))
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
 @pytest.mark.parametrize(
-    "damage",
-    [lambda data: data[:-7], lambda data: data + b"more", lambda data: b"plain", lambda data: data[:30] + b"\0" * 9 + data[39:]],
-    ids=["truncated", "followed by something else", "not compressed at all", "overwritten"],
+    ("damage", "all_of_it"),
+    [
+        (lambda packed: packed[: len(packed) * 3 // 4], False),
+        (lambda packed: packed[:-3], False),
+        (lambda packed: packed + packed[: len(packed) // 2], True),
+        (lambda packed: packed + b"<html>not found</html>", True),
+        (lambda packed: packed + b"\0" * 5000 + b"x", True),
+    ],
+    ids=["cut short", "cut in its end", "second member cut short", "followed by text", "padded, followed by text"],
 )
-def test_a_damaged_zst_file_is_quarantined_and_its_bytes_are_counted(damage: Any, raw: Path, out: Path) -> None:
-    (raw / "a.txt.zst").write_bytes(damage(zstd(os.urandom(3000).hex().encode())))
+def test_a_compressed_file_is_used_up_to_where_it_is_damaged(
+    suffix: str, damage: Callable[[bytes], bytes], all_of_it: bool, raw: Path, out: Path
+) -> None:
+    path = raw / f"a.txt.{suffix}"
+    path.write_bytes(damage(_pack(suffix, _LINES.encode())))
     snapshot = take_snapshot(raw, out, HALF)
-    assert statuses(snapshot)["a.txt.zst"] == "unreadable_zstd"
+    text = "".join(iter_texts(raw, snapshot.documents.slice(0, snapshot.files["documents"][0].as_py()), HALF))
+    assert (_LINES * 2).startswith(text)
+    assert len(text) >= (len(_LINES) if all_of_it else len(_LINES) // 2)
+    assert statuses(snapshot)[path.name] == "kept"
+    assert snapshot.summary["quarantined_by_reason"] == {"rest_unreadable": 1}
+    (entry,) = snapshot.summary["quarantined"]
+    assert entry["path"] == path.name
+    assert str(snapshot.files["bytes"][0]) in entry["detail"] or not all_of_it
     assert_bytes_add_up(snapshot)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_what_follows_a_compressed_parquet_file_is_left_out(suffix: str, raw: Path, out: Path) -> None:
+    write_parquet(raw / "a.parquet", ["one", "two"])
+    (raw / f"a.parquet.{suffix}").write_bytes(_pack(suffix, (raw / "a.parquet").read_bytes()) + b"more")
+    (raw / "a.parquet").unlink()
+    snapshot = take_snapshot(raw, out, HALF)
+    assert texts_of(snapshot, raw)[:2] == ["one", "two"]
+    assert snapshot.summary["quarantined_by_reason"] == {"rest_unreadable": 1}
+
+
+def test_zeros_after_a_gzip_file_are_padding(raw: Path, out: Path) -> None:
+    (raw / "a.txt.gz").write_bytes(gzip.compress(b"padded ") + bytes(9000) + gzip.compress(b"twice") + bytes(100))
+    snapshot = take_snapshot(raw, out, HALF)
+    assert texts_of(snapshot, raw)[0] == "padded twice"
+    assert snapshot.summary["quarantined_by_reason"] == {}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        ("gz", lambda packed: packed[:-8] + b"crc!" + packed[-4:]),
+        ("gz", lambda packed: packed[:3000] + bytes(9) + packed[3009:]),
+        ("gz", lambda packed: b"plain"),
+        ("zst", lambda packed: b"plain"),
+        ("zst", lambda packed: packed[:30] + bytes(9) + packed[39:]),
+    ],
+    ids=["checksum", "overwritten", "not gzip", "not Zstandard", "overwritten frame"],
+)
+def test_compressed_data_with_wrong_bytes_is_quarantined_as_a_whole(suffix: str, damage: Any, raw: Path, out: Path) -> None:
+    (raw / f"a.txt.{suffix}").write_bytes(damage(_pack(suffix, os.urandom(3000).hex().encode())))
+    snapshot = take_snapshot(raw, out, HALF)
+    reason = "unreadable_gzip" if suffix == "gz" else "unreadable_zstd"
+    assert statuses(snapshot)[f"a.txt.{suffix}"] == reason
+    assert snapshot.summary["quarantined_by_reason"] == {reason: 1}
+    assert_bytes_add_up(snapshot)
+
+
+def test_a_byte_order_mark_before_any_jsonl_line_is_left_out(raw: Path, out: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    lines = [mark + b'{"text": "first"}\r\n', mark + b'{"text": "second"}\n', mark + b"\n", b'{"text": "\xef\xbb\xbfkept"}']
+    (raw / "a.jsonl").write_bytes(b"".join(lines))
+    snapshot = take_snapshot(raw, out, HALF)
+    assert texts_of(snapshot, raw)[:3] == ["first", "second", "\ufeffkept"]
+    assert snapshot.summary["quarantined_by_reason"] == {}
+    assert_bytes_add_up(snapshot)
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
+    """Rows and bytes of each batch of each time that the reader of Parquet files is started."""
+    started: list[list[tuple[int, int]]] = []
+    original = pq.ParquetFile.iter_batches
+
+    def recording(self: Any, *arguments: Any, **options: Any) -> Any:
+        read: list[tuple[int, int]] = []
+        started.append(read)
+        for batch in original(self, *arguments, **options):
+            read.append((len(batch), batch.get_total_buffer_size()))
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", recording)
+    return started
+
+
+def test_small_row_groups_are_read_together(raw: Path, out: Path, batches: list[list[tuple[int, int]]]) -> None:
+    values = [f"row {number}" for number in range(3000)]
+    write_parquet(raw / "a.parquet", values, row_group_size=1)
+    snapshot = take_snapshot(raw, out, HALF)
+    rows = snapshot.documents.slice(0, 3000)
+    assert list(iter_texts(raw, rows, HALF)) == values
+    assert list(iter_texts(raw, rows.take([2999, 5, 1500]), HALF)) == [values[2999], values[5], values[1500]]
+    assert len(batches) <= 10, "a few per pass, not one per row group"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"store_schema": False}]
+    + [{"use_dictionary": False, "column_encoding": {"text": name}} for name in ("PLAIN", "DELTA_LENGTH_BYTE_ARRAY")],
+    ids=str,
+)
+def test_batches_of_a_large_row_group_fit_into_memory_and_are_few(
+    options: dict[str, Any], raw: Path, out: Path, batches: list[list[tuple[int, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_format, "_BATCH_BYTES", 1 << 20)
+    rows = [f"row {number:4}, {'short' * 20}" for number in range(20_000)]
+    pq.write_table(pa.table({"text": pa.array(rows, pa.large_string())}), raw / "a.parquet", **options)
+    snapshot = take_snapshot(raw, out, HALF)
+    assert snapshot.files["documents"][0].as_py() == 20_000
+    read = [batch for batches_read in batches for batch in batches_read]
+    assert max(size for _, size in read) <= 3 << 20
+    assert len(read) <= 100
+
+
+def test_a_long_value_in_a_dictionary_is_repeated_in_few_rows_at_a_time(
+    raw: Path, out: Path, batches: list[list[tuple[int, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_format, "_BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr("llm_core.corpus.readers.MAX_TEXTS_FREE", 1 << 30)
+    write_parquet(raw / "a.parquet", ["short"] * 4000 + ["long " * 20_000] * 300)  # 100 kB, 300 times
+    snapshot = take_snapshot(raw, out, HALF.model_copy(update={"max_document_bytes": 1 << 20}))
+    assert snapshot.summary["bytes_read"] > 30_000_000
+    assert max(size for read in batches for _, size in read) <= 3 << 20
 
 
 def test_text_field_names_the_field_of_jsonl_lines(raw: Path, out: Path) -> None:
@@ -263,7 +392,8 @@ def test_rule_34_bytes_read_are_kept_or_dropped_by_reason(raw: Path, out: Path) 
     assert dropped["no_text_field"] == len('{"text": 5}\n["text"]\n')
     assert dropped["lone_surrogate"] == len(bad_lines[3]) + 1
     assert snapshot.summary["quarantined_by_reason"] == {
-        "empty": 1, "not_utf8": 1, "unreadable_gzip": 2, "unreadable_json": 2, "no_text_field": 2, "lone_surrogate": 1,
+        "empty": 1, "not_utf8": 1, "unreadable_gzip": 1, "rest_unreadable": 1, "unreadable_json": 2, "no_text_field": 2,
+        "lone_surrogate": 1,
     }  # fmt: skip
     assert "latin1.txt" in {entry["path"] for entry in snapshot.summary["quarantined"] if entry["reason"] == "not_utf8"}
     assert statuses(snapshot)["lines.jsonl"] == "kept"

@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from llm_core.corpus import documents, drop_warning, dropped_text, load_snapshot
 from llm_core.errors import DataError, UserError
 from llm_core.system import read_json, write_json
 from tests.support.corpora import HALF, fill, statuses, texts_of, write_jsonl
+
+# Levels of folders inside each other: more than Python recurses, and paths longer than 4,096 bytes.
+DEPTH = 1500
 
 # Scanning
 
@@ -47,16 +52,80 @@ def test_hidden_files_links_out_of_the_folder_and_special_files_are_skipped(raw:
 def test_a_folder_that_vanishes_during_the_scan_is_counted(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (raw / "going").mkdir()
     (raw / "going" / "a.txt").write_text("soon gone")
-    original = os.scandir
+    original = local_folder.OpenFolder.enter
 
-    def removing(path: Any) -> Any:
-        if str(path).endswith("going"):
+    def removing(self: Any, folder: str) -> int:
+        if folder == "going":
             (raw / "going" / "a.txt").unlink()
             (raw / "going").rmdir()
-        return original(path)
+        return original(self, folder)
 
-    monkeypatch.setattr(local_folder.os, "scandir", removing)
+    monkeypatch.setattr(local_folder.OpenFolder, "enter", removing)
     assert take_snapshot(raw, out, HALF).summary["files_skipped"] == {"vanished": 1}
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Folders inside each other, far below what the system takes as one path, with a text in each: above or below the next."""
+    root, texts, path = tmp_path / "deep", {}, ""
+    root.mkdir()
+    descriptor = os.open(root, os.O_RDONLY)
+    for level in range(DEPTH):
+        name = "az"[level % 2] + ".txt"
+        texts[path + name] = f"A text on level {level}.\n"
+        with open(os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=descriptor), "w") as file:
+            file.write(texts[path + name])
+        os.mkdir("deeper", dir_fd=descriptor)
+        above, descriptor = descriptor, os.open("deeper", os.O_RDONLY, dir_fd=descriptor)
+        os.close(above)
+        path += "deeper/"
+    os.close(descriptor)
+    yield root, texts
+    subprocess.run(["rm", "-rf", root], check=True)  # Python's own removal recurses
+
+
+def test_folders_of_any_depth_are_read_in_a_few_steps_each(
+    deep: tuple[Path, dict[str, str]], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, texts = deep
+    original, steps = os.open, Counter[str]()
+
+    def counting(*arguments: Any, **options: Any) -> int:
+        steps["open"] += 1
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(os, "open", counting)
+    snapshot = take_snapshot(root, out, HALF)
+    assert texts_of(snapshot, root) == [texts[path] for path in sorted(texts)]
+    assert steps["open"] < 16 * DEPTH, "three passes, down and up, and the files"
+    assert snapshot.summary["files_skipped"] == {}
+
+
+def test_a_folder_that_was_moved_out_is_not_left_to_where_it_is_now(raw: Path, tmp_path: Path) -> None:
+    (raw / "a" / "b").mkdir(parents=True)
+    (raw / "a" / "kept.txt").write_text("inside")
+    (tmp_path / "secret.txt").write_text("outside")
+    folders = local_folder.OpenFolder(raw)
+    folders.enter("a/b")
+    (raw / "a" / "b").rename(tmp_path / "b")
+    assert os.fstat(folders.enter("a")).st_ino == (raw / "a").stat().st_ino
+    with pytest.raises(FileNotFoundError):
+        folders.enter("a/b")
+    with pytest.raises(FileNotFoundError):
+        folders.open("secret.txt")
+
+
+def test_files_are_read_again_after_the_readers_have_changed(
+    raw: Path, out: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = take_snapshot(raw, out, HALF)
+    opened.clear()
+    monkeypatch.setattr("llm_core.corpus.snapshot._READER_VERSION", "next")
+    assert take_snapshot(raw, out, HALF).snapshot_id == first.snapshot_id
+    assert len(opened) == 16
+    opened.clear()
+    take_snapshot(raw, out, HALF)
+    assert opened == []
 
 
 def test_short_reads_are_continued_to_the_end_of_the_file(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

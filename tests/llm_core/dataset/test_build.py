@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
 from llm_core.corpus import iter_texts, take_snapshot
-from llm_core.dataset import DatasetManifest, build_dataset, kept_documents, load_manifest, token_slices
+from llm_core.dataset import DatasetManifest, DocumentGroups, build_dataset, kept_documents, load_manifest, token_slices
 from llm_core.dataset import build as build_module
 from llm_core.dataset.shard import open_tokens
 from llm_core.dataset.windows import TokenStream, Windows
@@ -238,6 +239,50 @@ def test_rule_30_an_old_manifest_stays_readable(raw: Path, out: Path) -> None:
     newest = {second.tokenizer.tokenizer_id: second.dataset_id}
     assert stored | {"max_length": 64, "stride": 0, "newest": newest} == read_json(out / "metadata.json")
     assert "stride" not in stored
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_many_shards_are_read_without_memory_maps(grouped: bool, raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may hold 65,530 maps."""
+    manifest = prepare(raw, out)
+    lookups = []
+
+    def group_of(document_ids: pa.ChunkedArray) -> Any:
+        lookups.append(len(document_ids))
+        return np.array([int(document_id[0], 16) % 3 - 1 for document_id in document_ids.to_pylist()])
+
+    groups = DocumentGroups(["a", "b"], group_of) if grouped else None
+    mapped = Windows.open(out, manifest, "train", 64, 8, groups)
+    assert maps_below(out) == sum(shard.split == "train" for shard in manifest.shards) > 2
+    expected = mapped.batch(np.arange(len(mapped)))
+    del mapped
+    monkeypatch.setattr("llm_core.dataset.groups.MAX_MAPPED_SHARDS", 2)
+    on_disk = Windows.open(out, manifest, "train", 64, 8, groups)
+    for tokens, others in zip(on_disk.batch(np.arange(len(on_disk))), expected, strict=True):
+        assert torch.equal(tokens, others)
+    assert maps_below(out) == 0
+    assert len(lookups) == 2 * grouped, "all documents at once: each lookup hashes all ids"
+
+
+def maps_below(folder: Path) -> int:
+    """Memory maps of this process of the files in a folder."""
+    return Path("/proc/self/maps").read_text().count(f"{folder}/")
+
+
+def test_a_build_looks_up_the_documents_of_all_shards_at_once(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = prepare(raw, out)
+    ((wanted, _),) = kept_documents(out, manifest, "train")
+    original, lookups = pa.compute.is_in, count()
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        next(lookups)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(pa.compute, "is_in", counting)
+    shards, stored = build_module._reuse(out, manifest, "train", wanted.slice(1))
+    assert [shard.removed_rows for shard in shards] == [[0]] + [[]] * (len(shards) - 1)
+    assert len(shards) > 2 and len(stored) == len(wanted)
+    assert next(lookups) == 1
 
 
 def test_progress_counts_bytes_of_text(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Training a vocabulary: the same bytes each time, and a clear message where the text or an option does not fit."""
 
+import random
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from llm_core.config import TokenizerConfig
 from llm_core.errors import UserError
+from llm_core.tokenizer import training
 from llm_core.tokenizer.training import train_tokenizer
 from tests.support.tokenizers import train
 
@@ -96,3 +98,24 @@ def test_a_vocabulary_too_small_for_its_special_tokens_names_the_smallest_size(k
     assert train(tokenizer_type=kind, vocab_size=smallest, special_tokens=special_tokens).vocab_size == smallest
     with pytest.raises(ValidationError, match="vocab_size"):
         TokenizerConfig(vocab_size=200)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_a_long_word_is_trained_on_as_its_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge takes time in proportion to the length of the words that it changes: 8 MB of one word took minutes."""
+    letters = random.Random(0).choices("abcdefgh", k=6000)
+    config = TokenizerConfig(tokenizer_type=kind, vocab_size=300)  # type: ignore[arg-type]
+    monkeypatch.setattr(training, "_MAX_WORD", 50)
+    word = train_tokenizer(lambda: iter(["".join(letters)]), config)
+    pieces = train_tokenizer(lambda: iter(["".join(letters[start : start + 50]) for start in range(0, 6000, 50)]), config)
+    assert word.tokenizer_id == pieces.tokenizer_id
+    monkeypatch.setattr(training, "_MAX_WORD", 6000)
+    assert train_tokenizer(lambda: iter(["".join(letters)]), config).tokenizer_id != word.tokenizer_id
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_the_limit_of_a_word_does_not_change_usual_text(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_MAX_WORD", 1 << 30)
+    assert train(tokenizer_type=kind, vocab_size=600).serialized == request.getfixturevalue(kind).serialized
