@@ -134,22 +134,23 @@ def test_a_killed_tool_may_be_retried_and_a_failed_one_may_not(tmp_path: Path, m
     (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     (tmp_path / "refuses.py").write_text("raise SystemExit('no')\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    with pytest.raises(dg.Failure, match=r"killed was killed by signal 9 \(Killed\)") as killed:
-        run_tool(dg.build_asset_context(), "killed", {})  # type: ignore[arg-type]
-    with pytest.raises(dg.Failure, match="refuses ended with code 1: no") as refused:
-        run_tool(dg.build_asset_context(), "refuses", {})  # type: ignore[arg-type]
+    with dg.build_asset_context() as context:
+        with pytest.raises(dg.Failure, match=r"killed was killed by signal 9 \(Killed\)") as killed:
+            run_tool(context, "killed", {})  # type: ignore[arg-type]
+        with pytest.raises(dg.Failure, match="refuses ended with code 1: no") as refused:
+            run_tool(context, "refuses", {})  # type: ignore[arg-type]
     assert (killed.value.allow_retries, refused.value.allow_retries) == (True, False)
 
 
 def test_the_progress_of_a_tool_is_logged_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = "print(f'done {n} of 3', end='\\\\r' if n else '\\\\n', file=sys.stderr)"
+    program = "print(f'done {n} of 3', end='\\r' if n else '\\n', file=sys.stderr)"
     (tmp_path / "works.py").write_text(f"import sys\nfor n in range(3):\n    {program}\nprint('result')\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setattr("pipeline.processes.tools._LOG_SECONDS", 0.0)
     logged: list[str] = []
-    context = dg.build_asset_context()
-    monkeypatch.setattr(context.log, "info", logged.append)
-    run_tool(context, "works", {})  # type: ignore[arg-type]
+    with dg.build_asset_context() as context:
+        monkeypatch.setattr(context.log, "info", logged.append)
+        run_tool(context, "works", {})  # type: ignore[arg-type]
     assert logged[1:] == ["done 0 of 3", "done 1 of 3", "done 2 of 3", "result\n"]
 
 
