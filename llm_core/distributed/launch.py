@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -158,7 +159,8 @@ def _mark_torchrun_folder(folder: Path) -> None:
 
 def _in_temporary_directory(folder: Path) -> Path | None:
     """The part of `folder` that torchrun made in the temporary directory; None if the user chose the folder (`--log-dir`)."""
-    return next((path for path in folder.parents if path.name.startswith(_TORCHRUN_FOLDER)), None)
+    temporary = Path(tempfile.gettempdir())
+    return next((path for path in folder.parents if path.parent == temporary and path.name.startswith(_TORCHRUN_FOLDER)), None)
 
 
 def _leave_torchrun_folder() -> None:
@@ -168,7 +170,7 @@ def _leave_torchrun_folder() -> None:
     if folder is None or made_by_torchrun is None:
         return
     with suppress(OSError):
-        folder.joinpath(os.environ["LOCAL_RANK"]).rmdir()
+        folder.joinpath(os.environ.get("LOCAL_RANK", "0")).rmdir()
         if not any(path.is_dir() for path in folder.iterdir()):
             _remove_torchrun_folder(made_by_torchrun)
 
