@@ -83,7 +83,7 @@ def run_rank(main: Callable[[], object]) -> None:
     Gloo's threads still hold tensors when `main` returns. A thread that frees one while Python shuts down needs the GIL, which no
     longer exists, and the process aborts. So the output is flushed and the process exits directly.
     """
-    faulthandler.enable()
+    faulthandler.enable()  # a crash in native code prints where; torchrun's `record` does too, but leaves a file behind
     try:
         main()
         code = 0
