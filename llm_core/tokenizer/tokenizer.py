@@ -237,8 +237,6 @@ class Tokenizer:
             raise ValueError("its vocabulary is not 256 bytes and one token per merge")
         # As one group, everything before the look-ahead is a single automaton in tiktoken's engine instead of one per alternative
         # (1.4 times as slow). The matches are the same.
-        # The former spelling of contractions matches the same and is 5 % faster.
-        pattern = pattern.replace(_CONTRACTION, f"(?:{_FORMER_CONTRACTION})")
         words = pattern.removesuffix(_WHITESPACE_END)
         if words != pattern:
             pattern = f"(?:{words}){_WHITESPACE_END}"
