@@ -42,7 +42,7 @@ def test_special_tokens_take_the_free_ids(bpe: Tokenizer, tmp_path: Path) -> Non
         (b"YQ== 0\n", "single bytes are missing"),
         (b"YQ== zero\n", 'line 1 is not "<token in base64> <rank>"'),
         (b"??? 0\n", "line 1"),
-        (None, "No such file or directory; give the path"),
+        (None, "no such file; give the path"),
     ],
 )
 def test_a_bad_ranks_file_names_the_option(content: bytes | None, problem: str, tmp_path: Path) -> None:
