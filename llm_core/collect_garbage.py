@@ -107,13 +107,14 @@ def collect(
     dry_run: bool,
     removed_runs: Container[str] = (),
 ) -> str:
-    """Removes what no kept dataset needs, unless `dry_run`; returns a table of it. removed_runs: as for `find_garbage`."""
-    load_manifest(data_dir)  # before the lock file is created: this must be a folder of prepared data
-    with preparing(data_dir, lambda text: print(text, file=sys.stderr, flush=True)):
-        garbage = find_garbage(data_dir, run_folders, keep, min_age_hours, removed_runs)
-        text = report(garbage, data_dir)
-        if not dry_run:
-            remove(garbage)
+    """Removes what no kept dataset needs, unless `dry_run`; returns a table of it. removed_runs: as for `find_garbage`.
+
+    The caller has locked the prepared data.
+    """
+    garbage = find_garbage(data_dir, run_folders, keep, min_age_hours, removed_runs)
+    text = report(garbage, data_dir)
+    if not dry_run:
+        remove(garbage)
     return text
 
 
@@ -180,7 +181,10 @@ def _current_snapshots(folder: PreparedData) -> Iterator[str]:
 def main() -> None:
     options = parse_options(GarbageOptions, PROG)
     folders = [Path(folder) for folder in options.runs]
-    print(collect(Path(options.data_dir), folders, options.keep, options.min_age_hours, options.dry_run))
+    data_dir = Path(options.data_dir)
+    load_manifest(data_dir)  # before the lock file is created: this must be a folder of prepared data
+    with preparing(data_dir, lambda text: print(text, file=sys.stderr, flush=True)):
+        print(collect(data_dir, folders, options.keep, options.min_age_hours, options.dry_run))
     if options.dry_run:
         print("nothing was removed (--dry_run)")
 

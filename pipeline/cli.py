@@ -174,15 +174,14 @@ def _rebuild(home: Home, options: argparse.Namespace) -> None:
 
 
 def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: not a whole number of at least 1")
+    return int(text)
 
 
 def _require_home(home: Home) -> None:
-    if not home.all_prepared():
-        raise UserError(f"--home {home.root}: it has no folder processed_data; name the root of everything textmill writes")
+    if not (home.all_prepared() or home.runs() or home.model_folders()):
+        raise UserError(f"--home {home.root}: no prepared data, runs or models in it; name the root of all textmill writes")
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -35,8 +35,12 @@ class Storage(dg.ConfigurableResource):
     _used: set[Path] = PrivateAttr(default_factory=set)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        # By the job and not by its default configuration, which `-c` replaces.
-        self._in_quickstart = context.run is not None and context.run.job_name == QUICKSTART
+        if context.run is not None:
+            self.in_job(context.run.job_name)
+
+    def in_job(self, name: str) -> None:
+        """Adapts folders and line to a job: the quickstart has its own, whatever `-c` replaces of its configuration."""
+        self._in_quickstart = name == QUICKSTART
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
         self.stop_using()

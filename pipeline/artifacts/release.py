@@ -52,7 +52,9 @@ def release_if_better(step: Step, record: CheckpointRecord, evaluation: Path, co
         newer = comparison.model is not None and _has_newer_text(step, record, comparison.model)
         verdict = decide(comparison, read_evaluation(evaluation), newer, config)
         if verdict.promoted:
-            step.catalog().record_model(release(step, record, evaluation, verdict.reason))
+            same = comparison.model is not None and comparison.model.checkpoint_id == record.checkpoint_id
+            reason = comparison.model.reason if comparison.model is not None and same else verdict.reason
+            step.catalog().record_model(release(step, record, evaluation, reason))
     if not verdict.promoted:
         step.log.warning(f"not released: {verdict.reason}")
     return verdict
@@ -85,7 +87,8 @@ def decide(comparison: Comparison, evaluation: Evaluation, newer_text: bool, con
         return Verdict(False, f"{reason}: not better by more than {minimum}, the old release stays")
     if difference.high < certain:
         return Verdict(False, f"{reason}: worse, the old release stays")
-    if newer_text and minimum <= 0:
+    # Without an interval, a model that looks worse stays out.
+    if newer_text and minimum <= 0 and (math.isfinite(difference.low) or difference.improvement >= minimum):
         return Verdict(True, f"{reason}: a tie, which goes to the model trained on newer text")
     return Verdict(False, f"{reason}: a tie, the old release stays")
 
@@ -95,6 +98,8 @@ def compare_with_released(step: Step, evaluation: Path) -> Comparison:
     found, model = read_evaluation(evaluation), released_model(step.storage)
     if model is None or model.checkpoint_id == found["checkpoint_id"]:
         return Comparison(model)
+    if (run_dir := step.home.run(model.run_id).root).is_dir():
+        step.storage.use(run_dir)
     manifest = load_manifest(step.data_dir, found["dataset_id"], found["snapshot_id"])
     config = EvaluateConfig.model_validate(found["config"])
     path = step.home.run(model.run_id).evaluation(model.step, evaluation_id(model.checkpoint_id, manifest, config))

@@ -9,7 +9,7 @@ every file that is left can be read.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
@@ -65,14 +65,16 @@ class _BusyError(Exception):
 def collect_home(home: Home, keep_runs: int, delete: bool, log: Callable[[str], object], keep_datasets: int = 1) -> Collection:
     """Finds everything in a home that is not kept, and removes it if `delete`.
 
-    keep_runs: newest runs to keep, and as many models. keep_datasets: newest versions of prepared data to keep.
+    keep_runs: newest runs to keep, and as many models. keep_datasets: newest versions of prepared data to keep. Without `delete`
+    nothing is written, so what is in use is not known: it is listed.
 
     Raises:
         DataError: a record is damaged, so that what it needs is unknown.
     """
-    # What is released must not change meanwhile.
-    with held(home.models, lambda pid: log(f"{home.models}: process {pid} is releasing; waiting for it")):
-        candidates = _find_candidates(home, keep_runs)
+    with ExitStack() as lock:
+        if delete:  # what is released must not change meanwhile
+            lock.enter_context(held(home.models, lambda pid: log(f"{home.models}: process {pid} is releasing; waiting for it")))
+        candidates = _find_candidates(home, keep_runs, check_use=delete)
         if delete:
             candidates = [_remove(candidate, home) if candidate.kept is None else candidate for candidate in candidates]
             _record_removed(home)
@@ -83,7 +85,10 @@ def collect_home(home: Home, keep_runs: int, delete: bool, log: Callable[[str], 
         if not prepared.metadata.is_file():  # its first preparation has not finished
             continue
         try:
-            with unused(prepared.root, _raise_busy):
+            with ExitStack() as locks:
+                if delete:
+                    for lock_out in (unused, held):  # jobs, and data preparation without a job
+                        locks.enter_context(lock_out(prepared.root, _raise_busy))
                 table = collect(prepared.root, run_folders, keep_datasets, min_age_hours, not delete, removed)
         except _BusyError:
             table = "in use: nothing is removed from it before the job that uses it has ended"
@@ -100,10 +105,10 @@ def released_models(home: Home) -> dict[str, list[str]]:
     return lines
 
 
-def _find_candidates(home: Home, keep: int) -> list[Candidate]:
+def _find_candidates(home: Home, keep: int, check_use: bool) -> list[Candidate]:
     runs = [_run(folder.root) for folder in home.runs()]
     models = [_model(folder.root) for folder in home.model_folders()]
-    kept = _reasons(home, runs, models, keep)
+    kept = _reasons(home, runs, models, keep, check_use)
     # A removed one is listed again if an interrupted removal has left files.
     listed = [candidate for candidate in (*runs, *models) if candidate.files or candidate.removed_at is None]
     listed.sort(key=lambda candidate: (candidate.kind, candidate.since), reverse=True)
@@ -132,7 +137,7 @@ def _size(files: Iterable[Path]) -> int:
     return size
 
 
-def _reasons(home: Home, runs: list[Candidate], models: list[Candidate], keep: int) -> dict[Path, str]:
+def _reasons(home: Home, runs: list[Candidate], models: list[Candidate], keep: int, check_use: bool) -> dict[Path, str]:
     """Why a folder is kept, for each that is."""
     reasons: dict[Path, str] = {}
     by_id = {run.identifier: run for run in runs}
@@ -151,7 +156,7 @@ def _reasons(home: Home, runs: list[Candidate], models: list[Candidate], keep: i
         for candidate in sorted(present, key=lambda candidate: candidate.since)[-keep:]:
             reasons.setdefault(candidate.folder, "newest")
     for run in runs:
-        if run.folder not in reasons and _is_in_use(run.folder):
+        if check_use and run.folder not in reasons and _is_in_use(run.folder):
             reasons[run.folder] = "in use"
     for run in [run for run in runs if run.folder in reasons]:
         child = run
@@ -178,8 +183,10 @@ def _raise_busy(_: str) -> NoReturn:
 
 
 def _remove(candidate: Candidate, home: Home) -> Candidate:
-    """Removes a model, or a run unless a process has begun to use it."""
+    """Removes a run or a model, unless a process has begun to use the run."""
     if candidate.kind == "model":
+        if (run_dir := home.run(candidate.run_id).root).is_dir() and _is_in_use(run_dir):
+            return replace(candidate, kept="in use")
         if candidate.removed_at is None:
             ModelRecord.read(candidate.folder).model_copy(update={"removed_at": now()}).write(candidate.folder)
         _remove_files(candidate)

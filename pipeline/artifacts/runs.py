@@ -21,7 +21,9 @@ def find_or_train(
         UserError: the options do not fit the dataset.
     """
     if config.init_from is not None and (init_from := Path(config.init_from)).exists():
-        step.storage.use(init_from if init_from.is_dir() else init_from.parent)
+        folder = (init_from if init_from.is_dir() else init_from.parent).resolve()
+        if folder.is_relative_to(step.home.checkpoints):  # no other is collected, and it may be read-only
+            step.storage.use(folder)
     parent = starting_parent(config.init_from, resumed_from=None)
     resolved = config.resolved(manifest.max_length, manifest.stride)
     run = run_id(manifest, resolved, parent.checkpoint_id if parent is not None else None)

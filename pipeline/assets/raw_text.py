@@ -37,7 +37,7 @@ def raw_text(
         place.mkdir(parents=True, exist_ok=True)
     if isinstance(place, Path) and not step.home.quickstart and (sample := place / SAMPLE_CORPUS).is_dir():
         context.log.warning(
-            f"{sample}: this text is trained on as yours; if it is from the quickstart of an earlier version, which now has a "
+            f"{sample}: this counts as your own text; if it is from the quickstart of an earlier version, which now has a "
             "folder of its own, delete it"
         )
     with preparing(step.data_dir, context.log.info):

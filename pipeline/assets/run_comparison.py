@@ -32,8 +32,8 @@ class RunComparisonConfig(dg.Config):
     keep_runs: int | None = Field(
         None,
         ge=1,
-        description="Then remove old runs and models, as `textmill gc --delete` does. Kept are this many of the newest, all "
-        "that is released, and what these started from; default: remove nothing.",
+        description="Remove old runs and models at the end, as `textmill gc --delete` does. Kept are this many of the newest, "
+        "all that is released, and what these started from; default: remove nothing.",
     )
 
 

@@ -17,8 +17,8 @@ from pipeline.failures import print_at_exit
 class CancelableExecutor(InProcessExecutor):
     """Dagster's in-process executor, for which Ctrl-C in `dagster job execute` is a request to cancel the run.
 
-    To Dagster only its web UI cancels a run; any other interrupt is a failure, reported with a stack trace. That is right for the
-    runs that Dagster launched, which it retries after a shutdown of the machine: they are left as they are.
+    For Dagster, only its web UI can cancel a run; any other interrupt is a failure, reported with a stack trace. That is right
+    for the runs that Dagster launched, which it retries after a shutdown of the machine: they are left as they are.
     """
 
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:

@@ -85,6 +85,8 @@ def find_mistakes(job: dg.JobDefinition, run_config: Mapping[str, Any]) -> list[
             options = _options(name, entries.get(name), mistakes)
             if options is not None and (config := _config(section, name, stage, options, mistakes)) is not None:
                 configs[name] = config
+    if isinstance(storage := configs.get("storage"), Storage):
+        storage.in_job(job.name)
     selected = {node.name for node in job.nodes} | resources.keys()
     for name, check in _combinations({name: config for name, config in configs.items() if name in selected}):
         try:

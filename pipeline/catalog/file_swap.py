@@ -12,10 +12,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from llm_core.errors import UserError
-from llm_core.system import explain_disk_full, fsync_path, is_without_locks, no_locks
+from llm_core.system import explain_disk_full, fsync_path, is_without_locks, no_locks, temporary_folder
 
 # Suffixes of DuckDB's logs: changes that are not in the database file yet.
 _LOGS = (".wal", ".wal.checkpoint", ".wal.recovery")
@@ -114,13 +113,14 @@ def plain_copy(path: Path, read_only: bool) -> Iterator[Path]:
     Raises:
         UserError: the folder for temporary files is misread as well.
     """
-    with TemporaryDirectory(prefix="textmill-") as folder:
-        copy = Path(folder, path.name)
+    with temporary_folder() as folder:
+        copy = folder / path.name
         if is_misread(copy):
             raise UserError(f"TMPDIR {copy.parent.parent}: DuckDB cannot open a path with ? or \\; name another folder")
         if path.exists():
             with explain_disk_full(copy, path.stat().st_size):
-                shutil.copyfile(path, copy)
+                for source in (path, *(log for log in (beside(path, suffix) for suffix in _LOGS) if log.exists())):
+                    shutil.copyfile(source, folder / source.name)
         yield copy
         if not read_only:
             with replacement(path) as fresh, explain_disk_full(fresh, copy.stat().st_size):

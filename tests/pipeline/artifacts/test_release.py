@@ -63,6 +63,8 @@ FEW = beside_released(0.9, 0.01, documents=4)
         (beside_released(-0.1, 1.0), evaluation(2.1), True, 0.0, True, "a tie, which goes to the model trained on newer text"),
         (beside_released(0.1, 1.0), evaluation(1.9), True, 0.01, False, "a tie, the old release stays"),
         (FEW, evaluation(1.1), False, 0.0, False, "4 documents, too few for an interval: a tie"),
+        (FEW, evaluation(1.1), True, 0.0, True, "a tie, which goes to the model trained on newer text"),
+        (beside_released(-3.0, 0.01, documents=4), evaluation(5.0), True, 0.0, False, "a tie, the old release stays"),
         (beside_released(-0.1, 0.05), evaluation(2.1), False, -0.5, True, "improvement -0.1000"),
         (beside_released(-0.1, 1.0), evaluation(2.1), False, -0.15, False, "a tie, the old release stays"),
     ],

@@ -113,8 +113,8 @@ def test_the_command_rebuilds_the_catalog_and_lists_skipped_files(artifacts: Art
     ("arguments", "code", "message"),
     [
         (("lineage", "nope"), 2, "no such catalog"),
-        (("catalog", "rebuild"), 2, "it has no folder processed_data"),
-        (("gc",), 2, "it has no folder processed_data"),
+        (("catalog", "rebuild"), 2, "no prepared data, runs or models in it"),
+        (("gc",), 2, "no prepared data, runs or models in it"),
         (("usage",), 2, "required"),
     ],
 )
