@@ -299,7 +299,7 @@ class TrainConfig(StageConfig):
     eval_tokens: Annotated[PositiveInt | None, EXECUTION] = Field(
         None,
         description="Held-out tokens of each validation, the same every time and spread evenly over the text; default: as many "
-        "as take 5 % of the training time, at most 1,048,576.",
+        "as take 5 % of the training time, at least one window, at most 1,048,576.",
     )
     save_interval: Annotated[int, EXECUTION] = Field(500, ge=0, description="Steps between two checkpoints; 0: only at the end.")
     background_save: Annotated[bool, EXECUTION] = Field(
@@ -369,7 +369,7 @@ class TrainConfig(StageConfig):
         return self.model_copy(update=values)
 
     def _affordable_eval_tokens(self, max_length: int) -> int:
-        """Whole windows for each validation, such that all of them take at most 5 % of the training time.
+        """Whole windows for each validation, such that all of them take at most 5 % of the training time; at least one.
 
         A forward pass takes a third of the time of a forward and a backward pass. The number follows from the options alone, so
         that a resumed run validates on the same text.
@@ -439,7 +439,7 @@ class ReleaseConfig(StageConfig):
     min_improvement: float = Field(
         0.0,
         description="Bits per byte by which a new model must beat the released one on the same held-out text. Above 0, a tie "
-        "never replaces it; below 0, a model that is certainly not worse by more does.",
+        "never replaces it. Below 0, a model may also be worse, if it is certainly not worse by more than this.",
     )
 
 

@@ -42,7 +42,7 @@ class Progress:
 
     def __init__(self, seconds: float = 5.0) -> None:
         self._seconds = 0.1 if sys.stderr.isatty() else seconds
-        self._end = "\r" if sys.stderr.isatty() else "\n"
+        self._start, self._end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
         self._began = self._shown = time.monotonic()
 
     def __call__(self, done: int, windows: int) -> None:
@@ -52,7 +52,9 @@ class Progress:
         if now - self._shown >= self._seconds:
             self._shown = now
             line = tqdm.format_meter(done, windows, now - self._began, prefix="evaluating", unit=" windows")
-            print(line, end=self._end, file=sys.stderr, flush=True)
+            print(self._start + line, end=self._end, file=sys.stderr, flush=True)
+        if done == windows:  # nothing of the bar stays in front of the results
+            print(self._start, end="", file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn, TypeVar
 
@@ -30,7 +31,8 @@ def exit_on_interrupt(line: str = "stopped before it began: nothing was changed"
 def exit_interrupted() -> NoReturn:
     """Ends this process without waiting for its threads."""
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(OSError):  # the reader of a pipe may have ended too
+            stream.flush()
     os._exit(EXIT_CODE)
 
 

@@ -5,9 +5,10 @@ from llm_core.corpus.readers import iter_texts
 from llm_core.corpus.sample_corpus import write_sample_corpus
 from llm_core.corpus.snapshot import Snapshot, load_scan, load_snapshot, read_summary, take_snapshot
 from llm_core.corpus.summary import WARN_DROPPED, drop_warning, dropped_text
-from llm_core.corpus.types import READABLE, source_of
+from llm_core.corpus.types import READABLE, source_of, text_of
 
 __all__ = [
     "READABLE", "WARN_DROPPED", "InputDir", "Snapshot", "drop_warning", "dropped_text", "is_url", "iter_texts", "load_scan",
-    "load_snapshot", "open_input_folder", "read_summary", "source_of", "take_snapshot", "write_sample_corpus",
+    "load_snapshot", "open_input_folder", "read_summary", "source_of", "take_snapshot", "text_of",
+    "write_sample_corpus",
 ]  # fmt: skip

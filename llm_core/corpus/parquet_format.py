@@ -167,7 +167,7 @@ class ParquetTexts:
         a few bytes can repeat in every row."""
         if span.size * min(span.rows, _BATCH_ROWS) <= _BATCH_BYTES:
             return _BATCH_ROWS
-        longest = max(span.size // span.rows, self._longest_repeated_value(span))
+        longest = max(1, span.size // span.rows, self._longest_repeated_value(span))
         return max(1, min(_BATCH_ROWS, _BATCH_BYTES // longest))
 
     def _longest_repeated_value(self, span: _Span) -> int:

@@ -192,8 +192,9 @@ def _up_to_damage(blocks: Iterator[bytes], meter: Meter) -> Iterator[bytes]:
     try:
         for block in blocks:
             end += block
-            yield end[:-3]
-            end = end[-3:]
+            if len(end) > 3:  # an empty block would end the stream
+                yield end[:-3]
+                end = end[-3:]
     except _Damage as damage:
         meter.damage = damage
         end = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(end).encode(errors="surrogateescape")
@@ -224,7 +225,9 @@ def _zstd_blocks(raw: IO[bytes]) -> Iterator[bytes]:
         try:
             skipped = 0
             while skipped < position:
-                skipped += len(stream.read(min(BLOCK, position - skipped)))
+                if not (block := stream.read(min(BLOCK, position - skipped))):
+                    raise Quarantine("unreadable_zstd", "the file became shorter while it was read")
+                skipped += len(block)
             while block := stream.read(size):
                 position += len(block)
                 yield block

@@ -157,6 +157,11 @@ def extension_of(path: str) -> str:
     return f".{suffix}" if stem else "no extension"
 
 
+def text_of(path: str, document_id: str) -> str:
+    """The text that a document is a piece of: its file, or itself where a file holds a text in each line or row."""
+    return path if format_of(path) == "text" else document_id
+
+
 def source_of(path: str) -> str:
     """The source of a raw file: its top-level folder, or "." for a file in no folder."""
     folder, slash, _ = path.partition("/")

@@ -124,7 +124,10 @@ class TokensOnDisk:
         return TokensOnDisk(self._path, self._dtype, self._offset + start * self._dtype.itemsize, max(0, stop - start))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Ids:
-        return np.fromfile(self._path, self._dtype, self.size, offset=self._offset)
+        tokens = np.fromfile(self._path, self._dtype, self.size, offset=self._offset)
+        if tokens.size < self.size:
+            raise DataError(f"{self._path}: shorter than when it was verified; {_REMEDY}")
+        return tokens
 
 
 # Tokens of which `np.asarray` makes ids.

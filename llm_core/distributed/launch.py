@@ -152,7 +152,8 @@ def _mark_torchrun_folder(folder: Path) -> None:
         UserError: the temporary directory has no flock.
     """
     for left in abandoned(_TORCHRUN_FOLDER):
-        _remove_torchrun_folder(left)
+        with suppress(OSError):  # another rank may be deleting it too
+            _remove_torchrun_folder(left)
     if (made_by_torchrun := _in_temporary_directory(folder)) is not None:
         mark_in_use(made_by_torchrun)
 

@@ -38,9 +38,10 @@ def compare(new: pa.Table, old: pa.Table) -> Difference:
     """By how much the model of `new` is better than that of `old` on the same text.
 
     The difference is a ratio of two sums over documents, nats and bytes. Its standard error is that of the delete-one jackknife
-    (Tukey 1958): documents are independent of each other, their tokens are not. The quantile is Student's.
+    (Tukey 1958): documents are independent of each other, their tokens are not. So the pieces of a file count as one document,
+    unless there are fewer than MIN_DOCUMENTS files. The quantile is Student's.
 
-    new, old: document_id, nats and bytes of each document; see `read_documents`.
+    new, old: document_id, text, nats and bytes of each piece; see `read_documents`.
 
     Raises:
         DataError: they are not of the same text.
@@ -50,6 +51,9 @@ def compare(new: pa.Table, old: pa.Table) -> Difference:
     if new["document_id"] != old["document_id"] or not np.allclose(sizes, old["bytes"].to_numpy(), rtol=1e-9, atol=0):
         raise DataError("the two evaluations are not of the same text; delete both files to evaluate again")
     saved = (old["nats"].to_numpy() - new["nats"].to_numpy()) / math.log(2)
+    texts, text = np.unique(new["text"].to_pylist(), return_inverse=True)
+    if len(texts) >= MIN_DOCUMENTS:
+        saved, sizes = np.bincount(text, saved), np.bincount(text, sizes)
     improvement, documents = float(saved.sum() / sizes.sum()), len(sizes)
     if documents < MIN_DOCUMENTS:
         return Difference(improvement, -math.inf, math.inf, documents)

@@ -13,6 +13,7 @@ from llm_core.artifact_ids import evaluation_id
 from llm_core.checkpoint import CheckpointRecord
 from llm_core.checkpoint.state import load_model
 from llm_core.config import EvaluateConfig
+from llm_core.corpus import load_snapshot, text_of
 from llm_core.dataset import DatasetManifest, DocumentGroups, Numbers, kept_documents, load_manifest, token_slices
 from llm_core.dataset.windows import TokenStream, require_text, token_bytes
 from llm_core.distributed.ranks import Ranks
@@ -107,7 +108,9 @@ def evaluate_checkpoint(
         ],
         "samples": _samples(model, own, config),
     }
-    table = pa.table({"document_id": documents, "nats": sums[:, 2], "bytes": sums[:, 3]})
+    table = pa.table(
+        {"document_id": documents, "text": _texts(data_dir, manifest, documents), "nats": sums[:, 2], "bytes": sums[:, 3]}
+    )
     # A document of which only the end-of-text in front was predicted has no text.
     return write_evaluation(evaluation_path(record, manifest, config), result, table.filter(pc.greater(table["bytes"], 0)))
 
@@ -117,6 +120,13 @@ def _grouped(sums: Sums, group: Numbers, groups: int) -> Sums:
     grouped = np.zeros((groups, 4))
     np.add.at(grouped, group, sums)
     return grouped
+
+
+def _texts(data_dir: Path, manifest: DatasetManifest, documents: pa.ChunkedArray) -> list[str]:
+    """The text that each document is a piece of; see `text_of`."""
+    kept = load_snapshot(data_dir, manifest.snapshot_id).kept_documents()
+    paths = kept["path"].take(pc.index_in(documents, value_set=kept["document_id"])).to_pylist()
+    return [text_of(path, document_id) for path, document_id in zip(paths, documents.to_pylist(), strict=True)]
 
 
 def _metrics_by_source(sums: Sums, documents: pa.ChunkedArray, sources: DocumentGroups) -> list[tuple[str, dict[str, float]]]:

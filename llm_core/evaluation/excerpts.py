@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from llm_core.corpus import load_snapshot
 from llm_core.dataset import DatasetManifest, DocumentGroups, Indices, Numbers, groups_by_source, kept_documents
 from llm_core.dataset.windows import TokenStream, Windows, open_streams
+from llm_core.errors import UserError
 from llm_core.system import content_id
 from llm_core.tokenizer import Ids, Tokenizer
 
@@ -31,8 +33,21 @@ def choose_windows(data_dir: Path, manifest: DatasetManifest, length: int, max_t
 
 
 def sources_of(data_dir: Path, manifest: DatasetManifest) -> DocumentGroups:
-    """The source of each document of a dataset."""
-    return groups_by_source(load_snapshot(data_dir, manifest.snapshot_id).kept_documents())
+    """The source of each document of a dataset.
+
+    Its `group_of` raises UserError if the snapshot, which the user can name, lacks one of the documents.
+    """
+    sources = groups_by_source(load_snapshot(data_dir, manifest.snapshot_id).kept_documents())
+
+    def group_of(document_ids: pa.ChunkedArray) -> Numbers:
+        numbers = sources.group_of(document_ids)
+        if (numbers < 0).any():
+            raise UserError(
+                f"--snapshot_id {manifest.snapshot_id}: lacks documents of the dataset {manifest.dataset_id}; leave it out"
+            )
+        return numbers
+
+    return DocumentGroups(sources.names, group_of)
 
 
 def windows_by_share(sources: Numbers, counts: Numbers, length: int, count: int) -> Indices:
@@ -48,10 +63,11 @@ def windows_by_share(sources: Numbers, counts: Numbers, length: int, count: int)
     windows = -(-last // length)
     middles = np.minimum(np.arange(windows) * length + length // 2 + 1, last)
     owners = sources[np.searchsorted(starts, middles, side="right") - 1]
-    for small in np.setdiff1d(sources, owners):  # in the middle of no window
-        of_source = np.flatnonzero(sources == small)
-        document = of_source[len(of_source) // 2]
-        owners[(starts[document] + counts[document] // 2 - 1) // length] = small
+    by_number = np.argsort(sources, kind="stable")
+    small = np.setdiff1d(sources, owners)  # in the middle of no window
+    first, end = (np.searchsorted(sources[by_number], small, side) for side in ("left", "right"))
+    for source, document in zip(small, by_number[(first + end) // 2], strict=True):
+        owners[max(0, starts[document] + counts[document] // 2 - 1) // length] = source
     by_source = np.argsort(owners, kind="stable")
     sizes = np.bincount(owners)
     taken = np.bincount(owners[by_source][_evenly(count, windows)], minlength=len(sizes))

@@ -93,7 +93,7 @@ def read_evaluation(path: Path) -> Evaluation:
 def write_evaluation(path: Path, evaluation: Evaluation, documents: pa.Table) -> Evaluation:
     """Writes an evaluation and, first, its sums over each document; returns it with the digest of these.
 
-    documents: document_id, nats (over the text that was predicted) and bytes of that text.
+    documents: document_id, text (that it is a piece of), nats (over what was predicted) and bytes of that.
     """
     with atomic_writer(_documents_path(path, evaluation)) as file:
         file.write(parquet_bytes(documents))
@@ -103,7 +103,7 @@ def write_evaluation(path: Path, evaluation: Evaluation, documents: pa.Table) ->
 
 
 def read_documents(path: Path) -> pa.Table:
-    """The sums over each document of the evaluation at `path`: document_id, nats, bytes.
+    """The sums over each document of the evaluation at `path`: document_id, text, nats, bytes.
 
     Raises:
         DataError: a file is missing or damaged, or the evaluation is of a version that did not store them.

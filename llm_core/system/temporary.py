@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llm_core.errors import UserError
@@ -36,18 +36,21 @@ def mark_in_use(folder: Path) -> int:
     """Keeps a folder from being `abandoned` until the returned descriptor is closed or this process ends.
 
     Raises:
-        UserError: the temporary directory has no flock. PyTorch's ranks, which meet in a file of such a folder, need it too.
+        UserError: the temporary directory is not writable or has no flock. PyTorch's ranks, which meet in a file of such a folder, need it too.
     """
     mark = folder.joinpath(f"{_MARK}{os.getpid()}")
     unlocked = folder.joinpath(f".new-{os.getpid()}")  # so that a mark is locked from the start
-    descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        unlocked.rename(mark)
+        descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            unlocked.rename(mark)
+        except BaseException:
+            os.close(descriptor)
+            raise
     except OSError as error:
-        os.close(descriptor)
         raise UserError(
-            f"TMPDIR {tempfile.gettempdir()}: its file system has no flock ({error.strerror}); "
+            f"TMPDIR {tempfile.gettempdir()}: cannot make and flock a file in it ({error.strerror}); "
             "set TMPDIR to a folder on a local disk"
         ) from None
     return descriptor
@@ -55,9 +58,13 @@ def mark_in_use(folder: Path) -> int:
 
 def abandoned(prefix: str) -> list[Path]:
     """Folders in the temporary directory that only processes which have ended had marked as in use."""
-    folders = Path(tempfile.gettempdir()).glob(f"{prefix}*")
-    marks = {folder: list(folder.glob(f"{_MARK}*")) for folder in folders}
-    return [folder for folder, found in marks.items() if found and not any(map(_is_locked, found))]
+    folders = []
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with suppress(OSError):  # another process may be deleting it
+            marks = list(folder.glob(f"{_MARK}*"))
+            if marks and not any(map(_is_locked, marks)):
+                folders.append(folder)
+    return folders
 
 
 def delete_marks(folder: Path) -> None:

@@ -65,7 +65,7 @@ def measure_coverage(tokenizer: Tokenizer, snapshot: Snapshot, input_dir: InputD
     for number, text in zip(numbers[rows], iter_texts(input_dir, documents.take(rows), snapshot.config), strict=True):
         spelled[number] += tokenizer.spelled_bytes(text)
         visible[number] += len("".join(text.split()).encode())
-    unknown = 1 - spelled / np.maximum(1, visible)
+    unknown = np.maximum(0, 1 - spelled / np.maximum(1, visible))  # Python takes some control characters for white space
     sources = [
         {"source": names[number], "bytes": int(sizes[number]), "unknown": float(unknown[number])}
         for number in np.argsort(-sizes, kind="stable")

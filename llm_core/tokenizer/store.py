@@ -177,7 +177,8 @@ def _is_text_gone(report: TokenizerReport, snapshot: Snapshot, data_dir: Path, c
     if _overlap(trained["document_id"], snapshot.kept_documents()["document_id"]):
         return False
     # The same files can be cut into other documents now.
-    files = earlier.files.filter(pc.is_in(earlier.files["path"], value_set=trained["path"].cast(pa.string())))
+    paths = earlier.files["path"].cast(pa.large_string())
+    files = earlier.files.filter(pc.is_in(paths, value_set=trained["path"].cast(pa.large_string())))
     return not _overlap(files["sha256"], snapshot.files.filter(pc.greater(snapshot.files["documents"], 0))["sha256"])
 
 

@@ -67,7 +67,7 @@ def final_shares(mixture: Mixture, sizes: list[int], windows: int, max_source_ep
 def _what_fits(windows: int, share: float, max_source_epochs: float) -> str:
     """The options with which the groups are enough. share: of the windows that they can give now."""
     if share < 1e-9:
-        return "weigh other sources too"
+        return "give other sources a weight"
     steps, epochs = math.floor(windows * share + 1e-6), math.ceil(1000 * max_source_epochs / share) / 1000
     return f"lower --max_steps times --batch_size to {steps}, raise --max_source_epochs to {epochs:g}, or weigh other sources too"
 

@@ -11,7 +11,8 @@ from llm_core.evaluation import MIN_DOCUMENTS, compare
 
 
 def table(nats: np.ndarray, sizes: np.ndarray) -> pa.Table:
-    return pa.table({"document_id": [f"{row:04}" for row in range(len(sizes))], "nats": nats, "bytes": sizes})
+    ids = [f"{row:04}" for row in range(len(sizes))]
+    return pa.table({"document_id": ids, "text": ids, "nats": nats, "bytes": sizes})
 
 
 def test_the_difference_is_that_of_the_bits_per_byte_of_all_documents() -> None:
@@ -44,6 +45,23 @@ def test_the_interval_covers_the_true_difference_in_95_of_100_samples(documents:
         difference = compare(table(np.zeros(documents), sizes), table(per_byte * sizes * math.log(2), sizes))
         covered += difference.low <= 0.02 <= difference.high
     assert 0.92 <= covered / trials <= 0.98
+
+
+def in_files(table: pa.Table, files: int) -> pa.Table:
+    return table.set_column(1, "text", [[f"{row % files}.txt" for row in range(len(table))]])
+
+
+def test_the_pieces_of_a_file_are_one_document_unless_there_are_few_files() -> None:
+    random = np.random.default_rng(2)
+    of_file, sizes = random.normal(0, 1, 10), np.ones(200)
+    new, old = table(np.zeros(200), sizes), table(np.tile(of_file, 20) + random.normal(0, 0.1, 200), sizes)
+    pieces = compare(new, old)
+    files = compare(in_files(new, 10), in_files(old, 10))
+    assert (pieces.documents, files.documents) == (200, 10)
+    assert files.improvement == pytest.approx(pieces.improvement)
+    assert files.high - files.low > 3 * (pieces.high - pieces.low), "pieces of a file are alike"
+    few = MIN_DOCUMENTS - 1
+    assert compare(in_files(new, few), in_files(old, few)) == pieces
 
 
 def test_a_few_documents_have_no_interval() -> None:

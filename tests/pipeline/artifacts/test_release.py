@@ -36,7 +36,9 @@ def beside_released(improvement: float, noise: float, documents: int = 40) -> Co
     saved = random.normal(0, noise, documents) * sizes
     saved += (improvement - saved.sum() / sizes.sum()) * sizes
     ids = [str(row) for row in range(documents)]
-    new, old = (pa.table({"document_id": ids, "nats": nats, "bytes": sizes}) for nats in (0 * sizes, saved * math.log(2)))
+    new, old = (
+        pa.table({"document_id": ids, "text": ids, "nats": nats, "bytes": sizes}) for nats in (0 * sizes, saved * math.log(2))
+    )
     return Comparison(RELEASED, evaluation(2.0, "c1"), compare(new, old))
 
 
