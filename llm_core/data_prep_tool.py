@@ -73,7 +73,7 @@ def _report_rows(
 ) -> Iterator[tuple[str, str]]:
     summary, report, manifest = snapshot.summary, artifact.report, build.manifest
     changes = ", ".join(f"{summary[f'files_{how}']:,} {how}" for how in ("added", "changed", "removed", "unchanged"))  # type: ignore[literal-required]
-    yield "Files", f"{summary['files']:,} of text: {changes}"
+    yield "Text files", f"{summary['files']:,}: {changes}"
     if ignored := summary["ignored_by_extension"]:
         by_extension = ", ".join(f"{count:,} {extension}" for extension, count in ignored.items())
         yield "  ignored", printable(f"{summary['files_ignored']:,} files of other formats: {by_extension}")

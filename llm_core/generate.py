@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main, PROG, "the text was not complete; run it again")
+    run_tool(main, PROG, "the text is not complete; run it again")

@@ -111,7 +111,7 @@ def main(callback: Callback | None = None) -> None:
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:  # before the first step or after the last one: `StopRequest` handles it while training
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            saved = "nothing since the last checkpoint is lost; --resume auto continues from it, if there is one"
+            saved = "everything up to the last checkpoint is saved; --resume auto continues from it, if there is one"
             print(f"\n{prog}: stopped; {saved}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CODE) from None
 

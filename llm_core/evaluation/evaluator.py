@@ -131,9 +131,9 @@ def _texts(data_dir: Path, manifest: DatasetManifest, documents: pa.ChunkedArray
 
 def _metrics_by_source(sums: Sums, documents: pa.ChunkedArray, sources: DocumentGroups) -> list[tuple[str, dict[str, float]]]:
     """Metrics on all of the text, and on each source if there are several. sums: (documents, 4)."""
-    metrics = [("all", _metrics(HeldOut.of(sums.sum(axis=0))))]
+    metrics, numbers = [("all", _metrics(HeldOut.of(sums.sum(axis=0))))], sources.group_of(documents)
     if len(sources.names) > 1:
-        by_source = map(HeldOut.of, _grouped(sums, sources.group_of(documents), len(sources.names)))
+        by_source = map(HeldOut.of, _grouped(sums, numbers, len(sources.names)))
         metrics += [(name, _metrics(each)) for name, each in zip(sources.names, by_source, strict=True) if each.text_bytes]
     return metrics
 

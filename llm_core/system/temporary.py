@@ -36,7 +36,8 @@ def mark_in_use(folder: Path) -> int:
     """Keeps a folder from being `abandoned` until the returned descriptor is closed or this process ends.
 
     Raises:
-        UserError: the temporary directory is not writable or has no flock. PyTorch's ranks, which meet in a file of such a folder, need it too.
+        UserError: the temporary directory is not writable or has no flock, which PyTorch's ranks need too: they meet in a file
+            of such a folder.
     """
     mark = folder.joinpath(f"{_MARK}{os.getpid()}")
     unlocked = folder.joinpath(f".new-{os.getpid()}")  # so that a mark is locked from the start

@@ -76,7 +76,7 @@ def test_the_table_shows_what_was_read_dropped_and_made(
     (raw / "paper.pdf").write_bytes(b"")
     run(raw, tmp_path / "out")
     first = capsys.readouterr().out
-    assert "36 of text: 36 added, 0 changed, 0 removed, 0 unchanged" in first
+    assert "36: 36 added, 0 changed, 0 removed, 0 unchanged" in first
     assert "ignored      1 files of other formats: 1 .pdf" in first
     assert "skipped      35 link out of folder" in first
     assert re.search(r"dropped      4 bytes \(0\.0%\) in 1 documents: not utf8", first)

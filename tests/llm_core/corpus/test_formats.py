@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -182,6 +183,23 @@ def test_multi_member_compressed_files_are_read_as_one_stream_in_any_order(
 
 def _pack(suffix: str, data: bytes) -> bytes:
     return gzip.compress(data) if suffix == "gz" else zstd(data)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("members", [[b"ok\n"], [b"\n", b"\n", b"text\n"], [b"#\n", b"text\n" * 9]])
+def test_members_of_a_few_bytes_do_not_end_a_compressed_file(members: list[bytes], suffix: str, raw: Path, out: Path) -> None:
+    (raw / f"small.txt.{suffix}").write_bytes(b"".join(_pack(suffix, member) for member in members))
+    snapshot = take_snapshot(raw, out, HALF)
+    rows = snapshot.kept_documents()
+    small = rows.filter(pa.compute.equal(rows["path"], f"small.txt.{suffix}"))
+    assert list(iter_texts(raw, small, HALF)) == [b"".join(members).decode()]
+
+
+def test_a_parquet_file_of_empty_rows_is_quarantined(raw: Path, out: Path) -> None:
+    is_null = np.random.default_rng(0).random(1 << 20) < 0.5  # an irregular pattern does not compress
+    texts = pa.array(np.full(len(is_null), "", dtype=object), pa.string(), mask=is_null)
+    pq.write_table(pa.table({"text": texts}), raw / "empty.parquet", row_group_size=1 << 20)
+    assert take_snapshot(raw, out, HALF).summary["quarantined_by_reason"] == {"mostly_unusable": 1}
 
 
 # Several blocks of the decoders, with characters of two bytes at every odd place.

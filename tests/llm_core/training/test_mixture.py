@@ -76,7 +76,7 @@ def test_a_run_longer_than_the_repetition_cap_allows_is_refused_with_the_numbers
     assert int(windows) == 440, "the advice works, and is no lower than needed"
     assert sum(final_shares(mixture(0.5, 0.5), [50, 60], windows=440, max_source_epochs=4)) == SHARE_UNITS
     assert sum(final_shares(mixture(0.5, 0.5), [50, 60], windows=1000, max_source_epochs=float(epochs))) == SHARE_UNITS
-    with pytest.raises(UserError, match=r"epochs 4; weigh other sources too$"):
+    with pytest.raises(UserError, match=r"epochs 4; give other sources a weight$"):
         final_shares(mixture(1.0, 0.0), [0, 60], windows=10, max_source_epochs=4)
 
 
