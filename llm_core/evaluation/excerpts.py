@@ -124,12 +124,15 @@ class HeldOutText:
         bounds = []
         for adjacent in np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1):
             first, last = int(adjacent[0]) * length, min((int(adjacent[-1]) + 1) * length, end)
-            # A character has at most four bytes: at most three tokens at each end are left out.
-            while first + 1 < last and not begins_character[stream[first + 1]]:
+            # Usually these are at most three tokens at each end. But where tokens contain parts of two characters there can be
+            # no place between two characters in the whole window, which is then left out.
+            while first < last and not begins_character[stream[first + 1]]:
                 first += 1
-            while first + 1 < last < end and not begins_character[stream[last + 1]]:
+            while first < last < end and not begins_character[stream[last + 1]]:
                 last -= 1
-            bounds.append((first, last))
+            if first < last:
+                bounds.append((first, last))
+        bounds = bounds or [(0, end)]
         return cls(stream, tokenizer, bounds, length)
 
     def text_id(self, manifest: DatasetManifest) -> str:
