@@ -64,12 +64,17 @@ def byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]
 
 
-def byte_level_tokenizer(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
-    """The pipeline of both byte-level types: split by `pattern`; nothing is normalized, added or lost."""
+def byte_level_tokenizer(model: models.BPE, pattern: str, max_word: int | None = None) -> tokenizers.Tokenizer:
+    """The pipeline of both byte-level types: split by `pattern`; nothing is normalized, added or lost.
+
+    max_word: characters; longer words are cut, for training only.
+    """
+    cut = [] if max_word is None else [pre_tokenizers.FixedLength(max_word)]
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
+            *cut,
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

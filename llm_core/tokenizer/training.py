@@ -16,8 +16,8 @@ from llm_core.tokenizer.tokenizer import CL100K_PATTERN, Tokenizer, byte_charact
 # WordPiece's token for a word with a character outside its alphabet.
 UNKNOWN = "[UNK]"
 
-# Bytes (WordPiece: characters). A longer word is cut where the vocabulary is trained: each merge takes time in proportion to the
-# length of the words it is in. It is never cut where text is encoded.
+# Characters. A longer word is cut where the vocabulary is trained: each merge takes time in proportion to the length of the words
+# it is in, and so does the byte-level step where they are not ASCII. It is never cut where text is encoded.
 _MAX_WORD = 2048
 
 # Starts a new pass over the texts.
@@ -101,13 +101,12 @@ def _check_special_tokens(config: TokenizerConfig) -> None:
         raise UserError(f"--special_tokens {config.special_tokens}: one of them is repeated, or is {UNKNOWN}")
 
 
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    return byte_level_tokenizer(model, CL100K_PATTERN)
+def _byte_level(model: models.BPE, max_word: int | None = None) -> tokenizers.Tokenizer:
+    return byte_level_tokenizer(model, CL100K_PATTERN, max_word)
 
 
 def _train_bpe(texts: Texts, config: TokenizerConfig) -> tokenizers.Tokenizer:
-    learner = _byte_level(models.BPE())
-    learner.pre_tokenizer = _cut_long_words(learner.pre_tokenizer)
+    learner = _byte_level(models.BPE(), _MAX_WORD)
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         min_frequency=2,  # ignore pairs seen only once
@@ -119,10 +118,6 @@ def _train_bpe(texts: Texts, config: TokenizerConfig) -> tokenizers.Tokenizer:
     tokenizer = _byte_level(learner.model)
     tokenizer.add_special_tokens(config.special_tokens)
     return tokenizer
-
-
-def _cut_long_words(pre_tokenizer: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizer, pre_tokenizers.FixedLength(_MAX_WORD)])
 
 
 def _words() -> pre_tokenizers.PreTokenizer:
@@ -172,7 +167,7 @@ def _learn_pieces(texts: Texts, vocab_size: int, special_tokens: list[str], alph
     """The ids of a WordPiece vocabulary of at most `vocab_size` with this alphabet. Other characters become [UNK]."""
     learner = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN))
     learner.normalizer = _normalizer()
-    learner.pre_tokenizer = _cut_long_words(_words())
+    learner.pre_tokenizer = pre_tokenizers.Sequence([_words(), pre_tokenizers.FixedLength(_MAX_WORD)])
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
