@@ -48,7 +48,7 @@ def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | 
     """
 
     def refuse(message: str) -> NoReturn:
-        print(f"{prog}: error: {printable(message, keep=chr(10))}", file=sys.stderr)
+        print(error_message(message, prog), file=sys.stderr)
         raise SystemExit(2)
 
     flags = {flag: name for name, field in options.model_fields.items() for flag in _flags(name, field)}
@@ -81,7 +81,7 @@ def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | 
             value = following
         try:
             if kind is list:
-                values.setdefault(name, []).extend(_items(value))
+                values.setdefault(name, []).extend(json.loads(value) if value.startswith("[") else [value])
             else:
                 values[name] = json.loads(value) if kind is dict else value
         except (ValueError, RecursionError) as error:
@@ -91,15 +91,6 @@ def parse_options(options: type[Options], prog: str, arguments: Sequence[str] | 
         return options.model_validate(values)
     except ValidationError as error:
         refuse(describe_invalid(error))
-
-
-def _items(value: str) -> list[Any]:
-    """A JSON list, or the value as the only item: text may begin with "[" too."""
-    try:
-        items = json.loads(value)
-    except ValueError:
-        return [value]
-    return items if isinstance(items, list) else [value]
 
 
 def _flags(name: str, field: FieldInfo) -> list[str]:
@@ -161,7 +152,7 @@ def run_tool(main: Callable[[], None], prog: str, interrupted: str = "nothing wa
         raise SystemExit(error.exit_code) from None
 
 
-def error_message(error: TextmillError, prog: str) -> str:
+def error_message(error: TextmillError | str, prog: str) -> str:
     """The message with which a tool exits."""
     return f"{prog}: error: " + printable(str(error), keep="\n")
 

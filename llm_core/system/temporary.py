@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llm_core.errors import UserError
+from llm_core.system.locks import is_without_locks
 
 _PREFIX = "textmill-"
 _MARK = ".in_use-"
@@ -50,9 +51,9 @@ def mark_in_use(folder: Path) -> int:
             os.close(descriptor)
             raise
     except OSError as error:
+        problem = "its file system has no flock" if is_without_locks(str(error)) else "cannot make a file in it"
         raise UserError(
-            f"TMPDIR {tempfile.gettempdir()}: cannot make and flock a file in it ({error.strerror}); "
-            "set TMPDIR to a folder on a local disk"
+            f"TMPDIR {tempfile.gettempdir()}: {problem} ({error.strerror}); set TMPDIR to a folder on a local disk"
         ) from None
     return descriptor
 

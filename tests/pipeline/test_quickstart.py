@@ -12,6 +12,7 @@ from pipeline.artifacts.pointers import find_current
 from pipeline.artifacts.release import released_lines
 from pipeline.assets.raw_text import raw_text
 from pipeline.automation.retraining import NewText
+from pipeline.automation.run_config import RunConfigError
 from pipeline.automation.run_history import last_failure
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.rebuild import rebuild
@@ -95,13 +96,14 @@ def test_a_rebuilt_catalog_has_the_data_of_both(root: Path) -> None:
 @pytest.mark.parametrize(
     ("storage", "message"),
     [
-        ({"raw_text_dir": "memory://somewhere"}, "storage.raw_text_dir memory://somewhere: the quickstart has its own text"),
-        ({"release_line": "small"}, "storage.release_line small: the quickstart has its own text and release line"),
+        ({"raw_text_dir": "memory://somewhere"}, "storage: raw_text_dir memory://somewhere: the quickstart has its own text"),
+        ({"release_line": "small"}, "storage: release_line small: the quickstart has its own text and release line"),
     ],
 )
 def test_options_for_other_text_are_refused(storage: dict[str, str], message: str, tmp_path: Path) -> None:
-    result = execute("quickstart", tmp_path, ["sample_corpus"], storage)
-    assert message in str([event.event_specific_data for event in result.all_events if event.is_step_failure])
+    with pytest.raises(RunConfigError) as refused:
+        execute("quickstart", tmp_path, ["sample_corpus"], storage)
+    assert message in str(refused.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -130,7 +132,7 @@ def test_the_sample_corpus_of_an_earlier_version_is_named_in_one_line(root: Path
             [raw_text], resources={"storage": Storage(home=str(tmp_path)), "catalog": CatalogResource()}, instance=instance
         )
         (line,) = [entry.user_message for entry in instance.all_logs(result.run_id) if "earlier version" in entry.user_message]
-    assert line.startswith(f"{sample}: this text is trained on as yours; ") and line.endswith("delete it")
+    assert line.startswith(f"{sample}: this counts as your own text; ") and line.endswith("delete it")
 
 
 @pytest.mark.slow
