@@ -13,12 +13,12 @@ from llm_core.artifact_ids import evaluation_id
 from llm_core.checkpoint import CheckpointRecord
 from llm_core.checkpoint.state import load_model
 from llm_core.config import EvaluateConfig
-from llm_core.corpus import load_snapshot, text_of
-from llm_core.dataset import DatasetManifest, DocumentGroups, Numbers, kept_documents, load_manifest, token_slices
+from llm_core.corpus import text_of
+from llm_core.dataset import DatasetManifest, Numbers, load_manifest, token_slices
 from llm_core.dataset.windows import TokenStream, require_text, token_bytes
 from llm_core.distributed.ranks import Ranks
 from llm_core.errors import UserError
-from llm_core.evaluation.excerpts import HeldOutText, choose_windows, sources_of
+from llm_core.evaluation.excerpts import HeldOutDocuments, HeldOutText, choose_windows
 from llm_core.evaluation.held_out import (
     XZ_BYTES,
     HeldOut,
@@ -68,16 +68,16 @@ def evaluate_checkpoint(
             f"{path}: trained with tokenizer {own.tokenizer_id}, but {data_dir} has {of_text.tokenizer_id}, and WordPiece does"
             " not give the text back; prepare the data with the tokenizer of the checkpoint"
         )
-    chosen = choose_windows(data_dir, manifest, config.eval_window, config.max_eval_tokens)
+    documents = HeldOutDocuments.load(data_dir, manifest)
+    chosen = choose_windows(data_dir, manifest, config.eval_window, config.max_eval_tokens, documents)
     text = HeldOutText.open(data_dir, manifest, of_text, config.eval_window, chosen)
     precision = evaluation_precision(cast(Precision, state["precision"]), ranks.device)
-    ((ids, counts),) = kept_documents(data_dir, manifest, "val")
-    reading = text.read_by(own, model.config.max_length, counts)
-    require_text(reading.windows, token_bytes(own, manifest))
+    reading, sizes = text.read_by(own, model.config.max_length, documents.counts), token_bytes(own, manifest)
+    require_text(reading.windows, sizes)
     sums = evaluate_pieces(
         model,
         reading.windows,
-        token_bytes(own, manifest),
+        sizes,
         reading.sizes,
         batch_size=config.eval_batch_size,
         ranks=ranks,
@@ -86,8 +86,8 @@ def evaluate_checkpoint(
     )
     counted = reading.documents >= 0
     numbers, row = np.unique(reading.documents[counted], return_inverse=True)
-    documents, sums = ids.take(pa.array(numbers)), _grouped(sums[counted], row, len(numbers))
-    metrics = _metrics_by_source(sums, documents, sources_of(data_dir, manifest))
+    sums = _grouped(sums[counted], row, len(numbers))
+    metrics = _metrics_by_source(sums, documents.source_names, documents.sources[numbers])
     metrics[0][1].update(_baselines(text, data_dir, manifest))
     result: Evaluation = {
         "format_version": 2,
@@ -108,9 +108,9 @@ def evaluate_checkpoint(
         ],
         "samples": _samples(model, own, config),
     }
-    table = pa.table(
-        {"document_id": documents, "text": _texts(data_dir, manifest, documents), "nats": sums[:, 2], "bytes": sums[:, 3]}
-    )
+    ids, paths = (column.take(pa.array(numbers)) for column in (documents.ids, documents.paths))
+    texts = list(map(text_of, paths.to_pylist(), ids.to_pylist()))
+    table = pa.table({"document_id": ids, "text": texts, "nats": sums[:, 2], "bytes": sums[:, 3]})
     # A document of which only the end-of-text in front was predicted has no text.
     return write_evaluation(evaluation_path(record, manifest, config), result, table.filter(pc.greater(table["bytes"], 0)))
 
@@ -122,19 +122,15 @@ def _grouped(sums: Sums, group: Numbers, groups: int) -> Sums:
     return grouped
 
 
-def _texts(data_dir: Path, manifest: DatasetManifest, documents: pa.ChunkedArray) -> list[str]:
-    """The text that each document is a piece of; see `text_of`."""
-    kept = load_snapshot(data_dir, manifest.snapshot_id).kept_documents()
-    paths = kept["path"].take(pc.index_in(documents, value_set=kept["document_id"])).to_pylist()
-    return [text_of(path, document_id) for path, document_id in zip(paths, documents.to_pylist(), strict=True)]
+def _metrics_by_source(sums: Sums, names: list[str], sources: Numbers) -> list[tuple[str, dict[str, float]]]:
+    """Metrics on all of the text, and on each source if there are several.
 
-
-def _metrics_by_source(sums: Sums, documents: pa.ChunkedArray, sources: DocumentGroups) -> list[tuple[str, dict[str, float]]]:
-    """Metrics on all of the text, and on each source if there are several. sums: (documents, 4)."""
-    metrics, numbers = [("all", _metrics(HeldOut.of(sums.sum(axis=0))))], sources.group_of(documents)
-    if len(sources.names) > 1:
-        by_source = map(HeldOut.of, _grouped(sums, numbers, len(sources.names)))
-        metrics += [(name, _metrics(each)) for name, each in zip(sources.names, by_source, strict=True) if each.text_bytes]
+    sums: (documents, 4). sources: (documents,) the number of the source in `names`.
+    """
+    metrics = [("all", _metrics(HeldOut.of(sums.sum(axis=0))))]
+    if len(names) > 1:
+        by_source = map(HeldOut.of, _grouped(sums, sources, len(names)))
+        metrics += [(name, _metrics(each)) for name, each in zip(names, by_source, strict=True) if each.text_bytes]
     return metrics
 
 

@@ -9,45 +9,65 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llm_core.corpus import load_snapshot
-from llm_core.dataset import DatasetManifest, DocumentGroups, Indices, Numbers, groups_by_source, kept_documents
+from llm_core.dataset import DatasetManifest, Indices, Numbers, groups_by_source, kept_documents
 from llm_core.dataset.windows import TokenStream, Windows, open_streams
 from llm_core.errors import UserError
 from llm_core.system import content_id
 from llm_core.tokenizer import Ids, Tokenizer
 
 
-def choose_windows(data_dir: Path, manifest: DatasetManifest, length: int, max_tokens: int) -> Indices:
+@dataclass(frozen=True)
+class HeldOutDocuments:
+    """The documents of the validation split, in the order of their tokens.
+
+    counts: (documents,) tokens, with the end-of-text in front. sources: (documents,) the number of the source in `source_names`.
+    """
+
+    ids: pa.ChunkedArray
+    paths: pa.ChunkedArray  # of their raw files
+    counts: Numbers
+    source_names: list[str]
+    sources: Numbers
+
+    @classmethod
+    def load(cls, data_dir: Path, manifest: DatasetManifest) -> "HeldOutDocuments":
+        """Reads the snapshot and the indexes of the shards.
+
+        Raises:
+            UserError: the snapshot, which the user can name, lacks one of the documents.
+            DataError: the snapshot or the index of a shard is missing or damaged.
+        """
+        ((ids, counts),) = kept_documents(data_dir, manifest, "val")
+        kept = load_snapshot(data_dir, manifest.snapshot_id).kept_documents()
+        places = pc.index_in(ids, value_set=kept["document_id"])
+        if places.null_count:
+            raise UserError(
+                f"--snapshot_id {manifest.snapshot_id}: lacks documents of the dataset {manifest.dataset_id}; leave it out"
+            )
+        sources = groups_by_source(kept)
+        return cls(ids, kept["path"].take(places), counts, sources.names, sources.group_of(ids))
+
+
+def choose_windows(
+    data_dir: Path, manifest: DatasetManifest, length: int, max_tokens: int, documents: HeldOutDocuments | None = None
+) -> Indices:
     """The numbers of the windows of `length` tokens that make up about `max_tokens` held-out tokens (0: all), in order.
 
+    documents: loaded if they are needed and not given.
+
     Raises:
+        UserError: see `HeldOutDocuments.load`.
         DataError: the snapshot or the index of a shard is missing or damaged.
     """
     windows = -(-(manifest.splits["val"].tokens - 1) // length)
     count = min(windows, -(-max_tokens // length)) or windows
     if count >= windows:
         return np.arange(max(0, windows), dtype=np.int64)
-    ((documents, counts),) = kept_documents(data_dir, manifest, "val")
-    return windows_by_share(sources_of(data_dir, manifest).group_of(documents), counts, length, count)
-
-
-def sources_of(data_dir: Path, manifest: DatasetManifest) -> DocumentGroups:
-    """The source of each document of a dataset.
-
-    Its `group_of` raises UserError if the snapshot, which the user can name, lacks one of the documents.
-    """
-    sources = groups_by_source(load_snapshot(data_dir, manifest.snapshot_id).kept_documents())
-
-    def group_of(document_ids: pa.ChunkedArray) -> Numbers:
-        numbers = sources.group_of(document_ids)
-        if (numbers < 0).any():
-            raise UserError(
-                f"--snapshot_id {manifest.snapshot_id}: lacks documents of the dataset {manifest.dataset_id}; leave it out"
-            )
-        return numbers
-
-    return DocumentGroups(sources.names, group_of)
+    documents = documents or HeldOutDocuments.load(data_dir, manifest)
+    return windows_by_share(documents.sources, documents.counts, length, count)
 
 
 def windows_by_share(sources: Numbers, counts: Numbers, length: int, count: int) -> Indices:

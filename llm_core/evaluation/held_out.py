@@ -24,7 +24,7 @@ XZ_BYTES = 16 << 20
 
 Sums = npt.NDArray[np.float64]
 
-FIRST_WINDOW = np.zeros(1, dtype=np.int64)
+_FIRST_WINDOW = np.zeros(1, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def evaluate_pieces(
     done = 0
     on_progress(done, len(windows))
     for rows, nll, valid, size in _scores(model, windows, token_bytes, batch_size, ranks, precision):
-        places = windows.target_places(rows if len(rows) else FIRST_WINDOW)
+        places = windows.target_places(rows if len(rows) else _FIRST_WINDOW)
         piece = torch.from_numpy(np.searchsorted(starts, places, side="right") - 1).to(ranks.device)
         per_target = torch.stack((nll, valid.double(), nll * (size > 0), size), dim=-1)
         sums.index_add_(0, piece.flatten(), per_target.flatten(0, 1))
@@ -128,7 +128,7 @@ def _score(
 
     Without windows the model still runs, and no target counts: with FSDP each forward pass is a collective.
     """
-    inputs, targets = (t.to(ranks.device) for t in windows.batch(rows if len(rows) else FIRST_WINDOW))
+    inputs, targets = (t.to(ranks.device) for t in windows.batch(rows if len(rows) else _FIRST_WINDOW))
     if not len(rows):
         targets.fill_(IGNORE_INDEX)
     with autocast(precision, ranks.device):

@@ -10,6 +10,7 @@ tokenizer.json                         a copy of the current one; written last
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,6 +68,11 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, data_dir: Path, c
             snapshot.
     """
     folder, identity = PreparedData(data_dir), tokenizer_identity(config)
+    sample = cache(lambda: _training_sample(snapshot, config))  # drawn only if it is needed
+
+    def texts() -> Iterator[str]:
+        return iter_texts(input_dir, sample(), snapshot.config)
+
     replaced_drift, text_gone = None, False
     for kept, report in _reusable(folder, snapshot, config, identity):
         if _is_text_gone(report, snapshot, data_dir, config):
@@ -74,14 +80,13 @@ def prepare_tokenizer(snapshot: Snapshot, input_dir: InputDir, data_dir: Path, c
             continue
         drift_report = measure_drift(kept, report, snapshot, input_dir, data_dir)
         if config.retrain_on_drift is None or (drift_report.drift or 0.0) <= config.retrain_on_drift:
-            texts = _training_texts(snapshot, input_dir, config)
             require_coverage(drift_report.coverage, config, texts, snapshot, input_dir)
             _freeze(folder, identity, kept.tokenizer_id)
             return TokenizerArtifact(kept, report, report["sha256"], reused=True, drift_report=drift_report)
         replaced_drift = drift_report.drift
-    tokenizer, report = _train(snapshot, input_dir, config, identity)
+    tokenizer, report = _train(snapshot, input_dir, config, identity, sample(), texts)
     drift_report = measure_drift(tokenizer, report, snapshot, input_dir, data_dir)
-    require_coverage(drift_report.coverage, config, _training_texts(snapshot, input_dir, config), snapshot, input_dir)
+    require_coverage(drift_report.coverage, config, texts, snapshot, input_dir)
     tokenizer.save(folder.tokenizer_file(tokenizer.tokenizer_id))
     write_json(folder.tokenizer_report(tokenizer.tokenizer_id), report)
     _freeze(folder, identity, tokenizer.tokenizer_id)
@@ -131,13 +136,13 @@ def _reusable(
 
 
 def _train(
-    snapshot: Snapshot, input_dir: InputDir, config: TokenizerConfig, identity: dict[str, Any]
+    snapshot: Snapshot, input_dir: InputDir, config: TokenizerConfig, identity: dict[str, Any], sample: pa.Table, texts: Texts
 ) -> tuple[Tokenizer, TokenizerReport]:
-    """Trains a tokenizer and measures it; writes nothing."""
-    documents, sample = snapshot.kept_documents(), _training_sample(snapshot, config)
+    """Trains a tokenizer on the texts of a sample and measures it; writes nothing."""
+    documents = snapshot.kept_documents()
     whole = sample.num_rows == pc.sum(pc.equal(documents["split"], "train")).as_py()
     more_text = "add text to --input_dir" if whole else "raise --tokenizer_train_bytes"
-    tokenizer = train_tokenizer(_training_texts(snapshot, input_dir, config), config, more_text)
+    tokenizer = train_tokenizer(texts, config, more_text)
     measured = _sample(documents, _MEASURED_BYTES, config.tokenizer_seed)
     compression, sources = measure_compression(tokenizer, measured, iter_texts(input_dir, measured, snapshot.config))
     report: TokenizerReport = {
@@ -159,10 +164,6 @@ def _training_sample(snapshot: Snapshot, config: TokenizerConfig) -> pa.Table:
     documents = snapshot.kept_documents()
     train = documents.filter(pc.equal(documents["split"], "train"))
     return _sample(train, config.tokenizer_train_bytes, config.tokenizer_seed)
-
-
-def _training_texts(snapshot: Snapshot, input_dir: InputDir, config: TokenizerConfig) -> Texts:
-    return lambda: iter_texts(input_dir, _training_sample(snapshot, config), snapshot.config)
 
 
 def _is_text_gone(report: TokenizerReport, snapshot: Snapshot, data_dir: Path, config: TokenizerConfig) -> bool:

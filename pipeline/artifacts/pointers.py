@@ -1,8 +1,10 @@
 """Small files that name the current artifact of a stage, from which a run of part of the lineage starts."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from llm_core.errors import UserError
+from llm_core.layout import Home
 from llm_core.system import read_pointer, write_json
 
 
@@ -23,3 +25,10 @@ def get_current(pointer: Path, asset: str) -> Path:
 def find_current(pointer: Path) -> Path | None:
     """The current file or folder; None if there is none."""
     return read_pointer(pointer) if pointer.exists() else None
+
+
+def released_directories(home: Home) -> Iterator[tuple[str, Path]]:
+    """The release lines, each with the directory of its released model; the line without a name is "default"."""
+    for line, pointer in home.release_lines().items():
+        if (directory := find_current(pointer)) is not None:
+            yield line or "default", directory

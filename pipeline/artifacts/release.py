@@ -19,7 +19,7 @@ from llm_core.system import held, read_json, verify_file, write_json
 from llm_core.tokenizer import Tokenizer
 from pipeline.artifacts.evaluations import evaluate
 from pipeline.artifacts.exports import release
-from pipeline.artifacts.pointers import find_current
+from pipeline.artifacts.pointers import find_current, released_directories
 from pipeline.artifacts.step import Step
 from pipeline.resources import Storage
 
@@ -49,11 +49,12 @@ def release_if_better(step: Step, record: CheckpointRecord, evaluation: Path, co
     """
     with _one_at_a_time(step):
         comparison = compare_with_released(step, evaluation)
-        newer = comparison.model is not None and _has_newer_text(step, record, comparison.model)
+        model = comparison.model
+        newer = model is not None and _has_newer_text(step, record, model)
         verdict = decide(comparison, read_evaluation(evaluation), newer, config)
         if verdict.promoted:
-            same = comparison.model is not None and comparison.model.checkpoint_id == record.checkpoint_id
-            reason = comparison.model.reason if comparison.model is not None and same else verdict.reason
+            # A released model that is exported again keeps its reason.
+            reason = model.reason if model is not None and model.checkpoint_id == record.checkpoint_id else verdict.reason
             step.catalog().record_model(release(step, record, evaluation, reason))
     if not verdict.promoted:
         step.log.warning(f"not released: {verdict.reason}")
@@ -152,7 +153,8 @@ def _can_read(data_dir: Path, tokenizer_id: str, manifest: DatasetManifest) -> b
 
 def released_model(storage: Storage) -> ModelRecord | None:
     """The released model of the line; None before the first release, or if its directory was deleted."""
-    return _released_by(storage.released)
+    directory = find_current(storage.released)
+    return ModelRecord.read(directory) if directory is not None and directory.exists() else None
 
 
 def released_checkpoint(storage: Storage, tokenizer_id: str | None = None) -> CheckpointRecord | None:
@@ -169,15 +171,10 @@ def released_checkpoint(storage: Storage, tokenizer_id: str | None = None) -> Ch
 def released_lines(storage: Storage) -> dict[str, list[str]]:
     """The release lines in which each checkpoint is the released one now; the line without a name is "default"."""
     lines: dict[str, list[str]] = {}
-    for line, pointer in storage.folders.release_lines().items():
-        if (model := _released_by(pointer)) is not None:
-            lines.setdefault(model.checkpoint_id, []).append(line or "default")
+    for line, directory in released_directories(storage.folders):
+        if directory.exists():
+            lines.setdefault(ModelRecord.read(directory).checkpoint_id, []).append(line)
     return lines
-
-
-def _released_by(pointer: Path) -> ModelRecord | None:
-    directory = find_current(pointer)
-    return ModelRecord.read(directory) if directory is not None and directory.exists() else None
 
 
 @contextmanager

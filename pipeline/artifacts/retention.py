@@ -21,7 +21,7 @@ from llm_core.dataset import DatasetVersion
 from llm_core.huggingface import ModelRecord
 from llm_core.layout import Home, ModelFolder, RunFolder
 from llm_core.system import held, inside, now, unused
-from pipeline.artifacts.pointers import find_current
+from pipeline.artifacts.pointers import find_current, released_directories
 from pipeline.catalog.catalog import Catalog
 
 
@@ -99,9 +99,8 @@ def collect_home(home: Home, keep_runs: int, delete: bool, log: Callable[[str], 
 def released_models(home: Home) -> dict[str, list[str]]:
     """The lines in which each model, by its id, is the released one; the line without a name is "default"."""
     lines: dict[str, list[str]] = {}
-    for line, pointer in home.release_lines().items():
-        if (directory := find_current(pointer)) is not None:
-            lines.setdefault(directory.name, []).append(line or "default")
+    for line, directory in released_directories(home):
+        lines.setdefault(directory.name, []).append(line)
     return lines
 
 

@@ -6,23 +6,27 @@ from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
-from dagster import _check as check
-from dagster._core.execution.retries import RetryMode
-from dagster._core.executor.in_process import InProcessExecutor
 
 from llm_core.interrupts import exit_interrupted
 from pipeline.failures import print_at_exit
 
 
-class CancelableExecutor(InProcessExecutor):
+class CancelableExecutor(dg.Executor):
     """Dagster's in-process executor, for which Ctrl-C in `dagster job execute` is a request to cancel the run.
 
     For Dagster, only its web UI can cancel a run; any other interrupt is a failure, reported with a stack trace. That is right
     for the runs that Dagster launched, which it retries after a shutdown of the machine: they are left as they are.
     """
 
+    def __init__(self, in_process: dg.Executor) -> None:
+        self._in_process = in_process
+
+    @property
+    def retries(self) -> Any:
+        return self._in_process.retries
+
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
-        events = super().execute(plan_context, execution_plan)
+        events: Iterator[dg.DagsterEvent] = self._in_process.execute(plan_context, execution_plan)
         if plan_context.dagster_run.remote_job_origin is not None:  # launched by Dagster
             yield from events
             return
@@ -64,8 +68,8 @@ def _exit_if(canceled: list[bool]) -> None:
 
 
 def _make(context: dg.InitExecutorContext) -> CancelableExecutor:
-    config: Any = context.executor_config
-    return CancelableExecutor(check.not_none(RetryMode.from_config(config["retries"])))
+    make_in_process: Any = dg.in_process_executor.executor_creation_fn
+    return CancelableExecutor(make_in_process(context))
 
 
 _schema: Any = dg.in_process_executor.config_schema

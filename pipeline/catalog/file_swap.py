@@ -93,6 +93,10 @@ def copy_database(source: int, path: Path, target: Path) -> None:
         old.seek(0)
         shutil.copyfileobj(old, new, 1 << 20)
         os.fchmod(new.fileno(), os.fstat(source).st_mode & 0o777)
+    _copy_logs(path, target)
+
+
+def _copy_logs(path: Path, target: Path) -> None:
     for log in _LOGS:
         with suppress(FileNotFoundError):
             shutil.copyfile(beside(path, log), beside(target, log))
@@ -119,8 +123,8 @@ def plain_copy(path: Path, read_only: bool) -> Iterator[Path]:
             raise UserError(f"TMPDIR {copy.parent.parent}: DuckDB cannot open a path with ? or \\; name another folder")
         if path.exists():
             with explain_disk_full(copy, path.stat().st_size):
-                for source in (path, *(log for log in (beside(path, suffix) for suffix in _LOGS) if log.exists())):
-                    shutil.copyfile(source, folder / source.name)
+                shutil.copyfile(path, copy)
+                _copy_logs(path, copy)
         yield copy
         if not read_only:
             with replacement(path) as fresh, explain_disk_full(fresh, copy.stat().st_size):
