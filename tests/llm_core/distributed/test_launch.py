@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_core.distributed.launch import _SAME_INTERRUPT, _store_on_this_machine, interface_to
+from llm_core.distributed.launch import _RENDEZVOUS, _SAME_INTERRUPT, _store_on_this_machine, interface_to
 from llm_core.errors import UserError
 from tests.support.names import WORST_NAME
 
@@ -22,14 +22,14 @@ def test_an_unreachable_first_machine_is_reported_by_name() -> None:
         interface_to("nowhere.invalid")
 
 
-def test_the_ranks_of_one_machine_meet_in_the_run_folder_whatever_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ranks_of_one_machine_meet_in_a_folder_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(variable, "lo")
-    store = _store_on_this_machine(tmp_path / WORST_NAME, world_size=1)
+    folder = tmp_path / WORST_NAME
+    folder.mkdir()
+    store = _store_on_this_machine(folder, world_size=1)
     store.set("rank", "0")
-    assert [path.parent for path in tmp_path.rglob(".ranks-*")] == [tmp_path / WORST_NAME]
+    assert [path.parent for path in tmp_path.rglob(_RENDEZVOUS)] == [folder]
 
 
 ENDLESS_STEP = """
