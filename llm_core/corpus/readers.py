@@ -39,8 +39,10 @@ MAX_TEXTS_FREE = 1 << 18
 MAX_UNUSABLE = 1 << 18
 
 
-def read_file(folder: InputFolder, path: str, config: CorpusConfig) -> tuple[FileRecord, Rows]:
+def read_file(folder: InputFolder, path: str, size: int, config: CorpusConfig) -> tuple[FileRecord, Rows]:
     """Reads one file: its record, and rows of the documents table. The status of an unreadable file is UNREADABLE.
+
+    size: bytes of the file when the folder was listed, which is all that is known of an unreadable one.
 
     Raises:
         DataError: the file kept changing while it was read, or the folder cannot be reached.
@@ -55,8 +57,10 @@ def read_file(folder: InputFolder, path: str, config: CorpusConfig) -> tuple[Fil
                 if file.current_stamp() == before:
                     return record, documents
         except OSError as error:
-            detail = error.strerror or str(error)
-            return FileRecord(path, 0, hashlib.sha256().hexdigest(), UNREADABLE, detail, 0, 0, 0, 0), Rows(DOCUMENTS_SCHEMA)
+            meter, detail = Meter(size), error.strerror or str(error)
+            meter.count_at_least(size)
+            record = FileRecord(path, meter.position, meter.sha256(), UNREADABLE, detail, 0, 0, 0, 0)
+            return record, Rows(DOCUMENTS_SCHEMA)
     raise DataError(f"{folder.address(path)}: changed {_ATTEMPTS} times while it was read; run again when it no longer changes")
 
 
@@ -87,6 +91,8 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
         documents, byte_order_mark = _FileDocuments(), 0
         if content:
             content.drain()
+        if content is None or meter.failure or meter.damage:
+            meter.count_at_least(size)
     replaced = meter.replaced if documents.count else 0
     counts = (documents.count, byte_order_mark, jsonl_envelope, replaced)
     # The id of a text's only document is the hash of the text.

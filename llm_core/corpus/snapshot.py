@@ -61,7 +61,7 @@ from llm_core.system import (
 FORMAT_VERSION = 2
 
 # Of the readers. Files of the same times are read again once it increases; where they then differ, so does the snapshot's id.
-_READER_VERSION = "2"
+_READER_VERSION = "3"
 
 _SCAN_SCHEMA = pa.schema(
     {
@@ -183,7 +183,7 @@ def _read_new_files(
     for done, path in enumerate(scan.listing.files, start=1):
         record = scan.unchanged.get(path)
         if record is None:
-            record, documents = read_file(folder, path, config)
+            record, documents = read_file(folder, path, scan.listing.files[path].size, config)
             new_documents.extend(documents)
         records.append(record)
         if on_progress:

@@ -30,8 +30,8 @@ BOM = b"\xef\xbb\xbf"
 def open_content(raw: IO[bytes], path: str, meter: "Meter") -> Any:
     """The decompressed bytes of an open file as a buffered, seekable stream; seeking back can mean starting over.
 
-    Compressed data that ends early or is followed by something else is read up to there, and the meter gets the damage. Reading
-    raises Quarantine if the data is damaged in another way: its bytes may be wrong from the start.
+    Compressed data is read up to where it is damaged, and the meter gets the damage, or the failure if the bytes before it may be
+    wrong, too. Neither is raised: a buffered stream that raises loses what it has read.
     """
     name = path.lower()
     if name.endswith(".gz"):
@@ -55,6 +55,7 @@ class Meter:
         self.position = 0
         self.replaced = 0  # invalid UTF-8 sequences that became U+FFFD
         self.damage: Quarantine | None = None  # why the rest of a compressed file was not read
+        self.failure: Quarantine | None = None  # why nothing that was read of it can be used
 
     def add(self, data: bytes) -> None:
         self._hash.update(self._pending)
@@ -68,6 +69,15 @@ class Meter:
         self._hash.update(self._pending)
         self._pending = boundary
 
+    def count_at_least(self, size: int) -> None:
+        """Counts what could not be read of a file of `size` bytes, so that a loss of unknown size does not look small.
+
+        The hash covers the size: a file that is as unusable as before, but larger, is another one.
+        """
+        if self.position < size:
+            self.mark(size.to_bytes(8, "little"))
+            self.position = size
+
     def sha256(self) -> str:
         self._hash.update(self._pending)
         self._pending = b""
@@ -75,7 +85,10 @@ class Meter:
 
 
 class Content:
-    """Reads the content of a file once, in order, through a meter."""
+    """Reads the content of a file once, in order, through a meter.
+
+    All methods that read raise Quarantine at the end of a compressed file whose bytes may be wrong.
+    """
 
     def __init__(self, raw: IO[bytes], path: str, meter: Meter, repair: bool = False) -> None:
         self._stream = open_content(raw, path, meter)
@@ -89,12 +102,16 @@ class Content:
 
     def read(self, size: int) -> bytes:
         data: bytes = self._stream.read(size)
-        self._meter.add(data)
-        return data
+        return self._counted(data, at_end=len(data) < size)
 
     def readline(self, limit: int) -> bytes:
         data: bytes = self._stream.readline(limit)
+        return self._counted(data, at_end=len(data) < limit and not data.endswith(b"\n"))
+
+    def _counted(self, data: bytes, at_end: bool) -> bytes:
         self._meter.add(data)
+        if at_end and self._meter.failure:
+            raise self._meter.failure
         return data
 
     def mark(self, boundary: bytes) -> None:
@@ -187,7 +204,7 @@ class _Damage(Quarantine):
 
 
 def _up_to_damage(blocks: Iterator[bytes], meter: Meter) -> Iterator[bytes]:
-    """The blocks without their last bytes where damage cuts a character in two."""
+    """The blocks up to damage, without their last bytes where it cuts a character in two."""
     end = b""  # a character has at most 4 bytes
     try:
         for block in blocks:
@@ -198,6 +215,8 @@ def _up_to_damage(blocks: Iterator[bytes], meter: Meter) -> Iterator[bytes]:
     except _Damage as damage:
         meter.damage = damage
         end = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(end).encode(errors="surrogateescape")
+    except Quarantine as failure:
+        meter.failure = failure
     yield end
 
 

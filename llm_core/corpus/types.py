@@ -76,7 +76,8 @@ class FileRecord(NamedTuple):
     """One row of the files table.
 
     `bytes` and `sha256` describe the content: decompressed, repaired with invalid_utf8 "replace", and only the text column of a
-    .parquet file. `replaced` counts the invalid UTF-8 sequences that became U+FFFD.
+    .parquet file. Of a dropped file that was not readable to its end, `bytes` is at least its size on disk.
+    `replaced` counts the invalid UTF-8 sequences that became U+FFFD.
     """
 
     path: str

@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_core.config import CorpusConfig
-from llm_core.corpus import documents, iter_texts, local_folder, parquet_format, streams, take_snapshot, text_formats
+from llm_core.corpus import (
+    documents,
+    drop_warning,
+    iter_texts,
+    local_folder,
+    parquet_format,
+    streams,
+    take_snapshot,
+    text_formats,
+)
 from tests.support.corpora import HALF, assert_bytes_add_up, fill, statuses, texts_of, write_jsonl, write_parquet, zstd
 
 # One name for each reader.
@@ -415,6 +424,41 @@ def test_rule_34_bytes_read_are_kept_or_dropped_by_reason(raw: Path, out: Path) 
     }  # fmt: skip
     assert "latin1.txt" in {entry["path"] for entry in snapshot.summary["quarantined"] if entry["reason"] == "not_utf8"}
     assert statuses(snapshot)["lines.jsonl"] == "kept"
+
+
+def test_text_that_cannot_be_read_counts_as_dropped_with_the_size_of_its_file(raw: Path, out: Path) -> None:
+    """Otherwise a folder of files with another column would lose all of its text without a warning."""
+    text = [os.urandom(500).hex() for _ in range(20)]
+    pq.write_table(pa.table({"content": text}), raw / "column.parquet")
+    write_parquet(raw / "type.parquet", list(range(5000)), pa.int64())
+    write_parquet(raw / "cut.parquet", text)
+    os.truncate(raw / "cut.parquet", (raw / "cut.parquet").stat().st_size // 2)
+    (raw / "packed.parquet.gz").write_bytes(gzip.compress((raw / "column.parquet").read_bytes()))
+    (raw / "plain.txt.gz").write_bytes(b"not compressed at all")
+    (raw / "start.txt.zst").write_bytes(zstd(b"cut in its header")[:7])
+    snapshot = take_snapshot(raw, out, HALF)
+    assert_bytes_add_up(snapshot)
+    unusable = {row["path"]: row["bytes"] for row in snapshot.files.to_pylist() if row["documents"] == 0}
+    assert unusable == {path: (raw / path).stat().st_size for path in unusable}
+    assert len(unusable) == 6
+    warning = drop_warning(snapshot.summary) or ""
+    assert "no_text_field (another --text_field keeps it)" in warning, "as for .jsonl"
+    first = snapshot.snapshot_id
+    pq.write_table(pa.table({"content": text * 2}), raw / "column.parquet")
+    grown = take_snapshot(raw, out, HALF)
+    assert grown.snapshot_id != first
+    assert grown.summary["bytes_dropped"]["no_text_field"] > snapshot.summary["bytes_dropped"]["no_text_field"]
+
+
+@pytest.mark.parametrize("size", [3000, 3 << 20])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_all_that_is_read_of_a_damaged_compressed_file_is_counted(name: str, size: int, raw: Path, out: Path) -> None:
+    """Also the part that does not fill a block."""
+    packed = gzip.compress(b'{"text": "a line of text"}\n' * (size // 27))
+    (raw / f"{name}.gz").write_bytes(packed[:-8] + b"crc!" + packed[-4:])
+    snapshot = take_snapshot(raw, out, HALF)
+    assert snapshot.summary["bytes_dropped"] == {"unreadable_gzip": size // 27 * 27}
+    assert_bytes_add_up(snapshot)
 
 
 # Encoding

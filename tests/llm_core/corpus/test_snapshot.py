@@ -324,6 +324,7 @@ def test_an_unreadable_file_is_quarantined_and_read_again_at_the_next_scan(
         context.setattr(os, "open", refusing)
         snapshot = take_snapshot(raw, out, HALF)
     assert {"path": "plain06.txt", "reason": "unreadable", "detail": "Permission denied"} in snapshot.summary["quarantined"]
+    assert snapshot.summary["bytes_dropped"] == {"unreadable": (raw / "plain06.txt").stat().st_size}
     assert statuses(take_snapshot(raw, out, HALF))["plain06.txt"] == "kept"
 
 
