@@ -47,7 +47,7 @@ def document(data: bytes, path: str, start: int, end: int, text_start: int, conf
         Quarantine: it is binary or not UTF-8.
     """
     if b"\0" in data:
-        raise Quarantine("binary", f"NUL at byte {start + data.index(0)}")
+        raise binary(start + data.index(0))
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -83,6 +83,11 @@ def rejected(data: bytes, path: str, start: int, end: int, config: CorpusConfig,
     """The document of a line or row without usable text, identified by the hash of its raw bytes."""
     document_id = hashlib.sha256(data).hexdigest()
     return Document(document_id, path, start, end, 0, len(data), 0, split_of(document_id, config.val_fraction), reason)
+
+
+def binary(first_nul: int) -> Quarantine:
+    """first_nul: its offset in the file."""
+    return Quarantine("binary", f"NUL at byte {first_nul}")
 
 
 def not_utf8(start: int, error: UnicodeDecodeError) -> Quarantine:

@@ -15,11 +15,23 @@ from typing import IO
 import pyarrow as pa
 
 from llm_core.config import CorpusConfig
+from llm_core.corpus.documents import binary
 from llm_core.corpus.input_folder import InputDir, InputFolder, open_input_folder
 from llm_core.corpus.parquet_format import ParquetTexts, parquet_documents
 from llm_core.corpus.streams import Content, Meter, open_content, repaired
 from llm_core.corpus.text_formats import jsonl_documents, jsonl_text, text_documents
-from llm_core.corpus.types import DOCUMENTS_SCHEMA, HARMLESS, KEPT, UNREADABLE, Document, FileRecord, Quarantine, Rows, format_of
+from llm_core.corpus.types import (
+    CONVERT,
+    DOCUMENTS_SCHEMA,
+    HARMLESS,
+    KEPT,
+    UNREADABLE,
+    Document,
+    FileRecord,
+    Quarantine,
+    Rows,
+    format_of,
+)
 from llm_core.errors import DataError
 from llm_core.system import iter_rows
 
@@ -38,6 +50,9 @@ MAX_TEXTS_FREE = 1 << 18
 # A file that begins with more unusable lines or rows than this, and than usable ones, is quarantined as a whole.
 MAX_UNUSABLE = 1 << 18
 
+# A file that is not UTF-8 and has more bad sequences than one in this many bytes is probably text in another encoding.
+_BYTES_PER_BAD_SEQUENCE = 100
+
 
 def read_file(folder: InputFolder, path: str, size: int, config: CorpusConfig) -> tuple[FileRecord, Rows]:
     """Reads one file: its record, and rows of the documents table. The status of an unreadable file is UNREADABLE.
@@ -52,8 +67,8 @@ def read_file(folder: InputFolder, path: str, size: int, config: CorpusConfig) -
             with folder.open(path) as file:
                 before = file.stamp_when_opened()
                 record, documents = _read_open_file(file.raw, before.size, path, config)
-                if record.status == "not_utf8" and not record.documents:
-                    record = record._replace(detail=f"{record.detail}; {_after_repair(file.raw, before.size, path, config)}")
+                if record.status == "not_utf8" and not record.documents and CONVERT not in record.detail:
+                    record = record._replace(detail=f"{record.detail}; {_after_repair(file.raw, before.size, record, config)}")
                 if file.current_stamp() == before:
                     return record, documents
         except OSError as error:
@@ -68,8 +83,8 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     meter = Meter(size)
     byte_order_mark = jsonl_envelope = 0
     detail = ""
-    format = format_of(path)
-    content = Content(raw, path, meter, config.invalid_utf8 == "replace") if format != "parquet" else None
+    format, repair = format_of(path), config.invalid_utf8 == "replace"
+    content = Content(raw, path, meter, repair) if format != "parquet" else None
     try:
         byte_order_mark = content.skip_byte_order_mark() if content else 0
         if content is None:
@@ -89,7 +104,13 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     except Quarantine as quarantine:
         status, detail = quarantine.reason, quarantine.detail
         documents, byte_order_mark = _FileDocuments(), 0
-        if content:
+        if content and repair:  # what is dropped is the file as it is
+            raw.seek(0)
+            meter = Meter(size)
+            first_nul = Content(raw, path, meter).drain()
+            if status == "binary" and first_nul >= 0:
+                detail = binary(first_nul).detail
+        elif content:
             content.drain()
         if content is None or meter.failure or meter.damage:
             meter.count_at_least(size)
@@ -101,13 +122,15 @@ def _read_open_file(raw: IO[bytes], size: int, path: str, config: CorpusConfig) 
     return FileRecord(path, meter.position, sha256, status, detail, *counts), documents.rows
 
 
-def _after_repair(raw: IO[bytes], size: int, path: str, config: CorpusConfig) -> str:
-    """What repairing a file that is not UTF-8 would keep and cost."""
+def _after_repair(raw: IO[bytes], size: int, dropped: FileRecord, config: CorpusConfig) -> str:
+    """What repairing a file that is dropped because it is not UTF-8 would keep and cost."""
     raw.seek(0)
-    record, _ = _read_open_file(raw, size, path, config.model_copy(update={"invalid_utf8": "replace"}))
+    record, _ = _read_open_file(raw, size, dropped.path, config.model_copy(update={"invalid_utf8": "replace"}))
     if record.status != KEPT:
-        return f"invalid_utf8: replace would not keep it ({record.status})"
-    return f"invalid_utf8: replace would keep its {record.bytes:,} bytes, with {record.replaced:,} bad sequences replaced"
+        return f"--invalid_utf8 replace would not keep it ({record.status})"
+    if record.replaced * _BYTES_PER_BAD_SEQUENCE > dropped.bytes:
+        return f"{record.replaced:,} bad sequences in {dropped.bytes:,} bytes, probably another encoding; {CONVERT}"
+    return f"--invalid_utf8 replace would keep its {dropped.bytes:,} bytes, with {record.replaced:,} bad sequences replaced"
 
 
 class _FileDocuments:

@@ -23,7 +23,6 @@ from llm_core.corpus.local_folder import LocalFolder
 from llm_core.corpus.readers import iter_texts, read_file
 from llm_core.corpus.summary import (
     LISTED_EXTENSIONS,
-    REMEDIES,
     ScanCounts,
     SnapshotSummary,
     SnapshotTotals,
@@ -32,6 +31,7 @@ from llm_core.corpus.summary import (
     documents_dropped,
     file_changes,
     quarantine,
+    remedy_for,
 )
 from llm_core.corpus.types import (
     DOCUMENTS_SCHEMA,
@@ -231,7 +231,7 @@ def _check_usable(input_dir: InputDir, config: CorpusConfig, totals: SnapshotTot
     if not totals["documents"]:
         reasons = sorted(totals["bytes_dropped"])
         dropped = ", ".join(f"{reason} {totals['bytes_dropped'][reason]} bytes" for reason in reasons)
-        remedies = ", ".join(REMEDIES[reason] for reason in reasons if reason in REMEDIES)
+        remedies = ", ".join(remedy for reason in reasons if (remedy := remedy_for(reason, totals)))
         raise UserError(
             f"--input_dir {input_dir}: no usable text in its {totals['files']} files ({dropped or 'all empty'});"
             f" {f'try {remedies}' if remedies else 'add text files'}"

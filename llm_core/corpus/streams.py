@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from llm_core.corpus.types import Quarantine
+from llm_core.corpus.types import CONVERT, Quarantine
 
 # Decompressed bytes per compressed byte. Text stays below 30; a file above the limit counts as a decompression bomb.
 MAX_COMPRESSION = 200
@@ -25,6 +25,14 @@ _CUT_SHORT = "the file ends early, after {} decompressed bytes"
 _FOLLOWED = "used up to {} decompressed bytes; the rest of the file is not {}"
 
 BOM = b"\xef\xbb\xbf"
+
+# Byte order marks of other encodings. That of UTF-32 begins with that of UTF-16.
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def open_content(raw: IO[bytes], path: str, meter: "Meter") -> Any:
@@ -91,9 +99,8 @@ class Content:
     """
 
     def __init__(self, raw: IO[bytes], path: str, meter: Meter, repair: bool = False) -> None:
-        self._stream = open_content(raw, path, meter)
-        if repair:
-            self._stream = repaired(self._stream, meter)
+        self._source = open_content(raw, path, meter)
+        self._stream = repaired(self._source, meter) if repair else self._source
         self._meter = meter
 
     @property
@@ -118,16 +125,26 @@ class Content:
         self._meter.mark(boundary)
 
     def skip_byte_order_mark(self) -> int:
-        """Skips a byte order mark at the start and returns its size."""
-        there = self._stream.read(len(BOM)) == BOM
-        self._stream.seek(0)
-        return len(self.read(len(BOM))) if there else 0
+        """Skips a byte order mark at the start and returns its size.
 
-    def drain(self) -> None:
-        """Counts and hashes the rest as far as it is readable."""
+        Raises:
+            Quarantine: the mark is that of another encoding.
+        """
+        start = self._source.read(4)
+        self._source.seek(0)
+        for mark, encoding in _OTHER_MARKS.items():
+            if start.startswith(mark):
+                raise Quarantine("not_utf8", f"{encoding}; {CONVERT}")
+        return len(self.read(len(BOM))) if start.startswith(BOM) else 0
+
+    def drain(self) -> int:
+        """Counts and hashes the rest as far as it is readable. Returns the place of the first NUL in it, -1 without one."""
+        first_nul = -1
         with suppress(Quarantine):
-            while self.read(BLOCK):
-                pass
+            while block := self.read(BLOCK):
+                if first_nul < 0 and 0 in block:
+                    first_nul = self.position - len(block) + block.index(0)
+        return first_nul
 
 
 def repaired(stream: Any, meter: Meter) -> io.BufferedReader:

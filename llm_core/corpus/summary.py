@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm_core.corpus.filters import FEW_LETTERS, REPETITIVE, TOO_LONG, TOO_SHORT
-from llm_core.corpus.types import HARMLESS, KEPT, NEAR_DUPLICATE, format_of
+from llm_core.corpus.types import CONVERT, HARMLESS, KEPT, NEAR_DUPLICATE, format_of
 
 LISTED_QUARANTINES = 100
 LISTED_EXTENSIONS = 50
@@ -145,19 +145,27 @@ def dropped_text(summary: SnapshotSummary) -> list[Dropped]:
     ]
 
 
+def remedy_for(reason: str, totals: SnapshotTotals) -> str | None:
+    """What keeps text that is dropped for a reason, None if nothing does. Of text that is not UTF-8, the largest file decides."""
+    if reason == "not_utf8":
+        largest = next((entry for entry in totals["quarantined"] if entry["reason"] == reason), None)
+        if largest and CONVERT in largest["detail"]:
+            return "converting it to UTF-8"
+    return REMEDIES.get(reason)
+
+
 def drop_warning(summary: SnapshotSummary) -> str | None:
     """A line for the user if more than `WARN_DROPPED` of the text is dropped: for which reasons, and what would keep it."""
     dropped = dropped_text(summary)
     share = sum(each["share"] for each in dropped)
     if share <= WARN_DROPPED:
         return None
-    remedies = {reason: f" ({option} keeps it)" for reason, option in REMEDIES.items()}
-    reasons = ", ".join(
-        f"{each['share']:.1%} {each['reason']}{remedies.get(each['reason'], '')}"
-        for each in dropped[:3]
-        if each["share"] >= 0.001
-    )
-    return f"{share:.1%} of the text is dropped: {reasons}"
+    reasons = []
+    for each in dropped[:3]:
+        if each["share"] >= 0.001:
+            remedy = remedy_for(each["reason"], summary)
+            reasons.append(f"{each['share']:.1%} {each['reason']}{f' ({remedy} keeps it)' if remedy else ''}")
+    return f"{share:.1%} of the text is dropped: {', '.join(reasons)}"
 
 
 def file_changes(files: pa.Table, previous: pa.Table | None) -> FileChanges:

@@ -14,6 +14,9 @@ KEPT = "kept"
 # The status of a file that is read again at the next scan.
 UNREADABLE = "unreadable"
 
+# The advice on text in another encoding, which repairing would ruin.
+CONVERT = "convert it to UTF-8, for instance with iconv"
+
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near_duplicate"
 
@@ -75,8 +78,9 @@ class Document(NamedTuple):
 class FileRecord(NamedTuple):
     """One row of the files table.
 
-    `bytes` and `sha256` describe the content: decompressed, repaired with invalid_utf8 "replace", and only the text column of a
-    .parquet file. Of a dropped file that was not readable to its end, `bytes` is at least its size on disk.
+    `bytes` and `sha256` describe the content: decompressed, and only the text column of a .parquet file. With invalid_utf8
+    "replace" they describe the repaired text, unless the file is dropped as a whole. Of a dropped file that was not readable to
+    its end, `bytes` is at least its size on disk.
     `replaced` counts the invalid UTF-8 sequences that became U+FFFD.
     """
 

@@ -95,7 +95,7 @@ def test_the_table_shows_what_was_read_dropped_and_made(
     run(raw, tmp_path / "out")
     warned = capsys.readouterr().err
     assert re.search(
-        r"data_prep_tool: warning: [\d.]+% of the text is dropped: [\d.]+% not_utf8 \(--invalid_utf8 replace", warned
+        r"data_prep_tool: warning: [\d.]+% of the text is dropped: [\d.]+% not_utf8 \(converting it to UTF-8 keeps it", warned
     )
 
 

@@ -25,6 +25,7 @@ from llm_core.corpus import (
     take_snapshot,
     text_formats,
 )
+from llm_core.corpus.types import CONVERT
 from tests.support.corpora import HALF, assert_bytes_add_up, fill, statuses, texts_of, write_jsonl, write_parquet, zstd
 
 # One name for each reader.
@@ -496,9 +497,9 @@ def test_a_file_that_is_not_utf8_states_what_replacing_would_keep_and_cost(raw: 
     summary = take_snapshot(raw, out, HALF).summary
     details = {entry["path"]: entry["detail"].partition("; ")[2] for entry in summary["quarantined"]}
     assert details == {
-        "one.txt": "invalid_utf8: replace would keep its 14,003 bytes, with 1 bad sequences replaced",
-        "many.txt.gz": f"invalid_utf8: replace would keep its {30 * (len(BAD) + 6):,} bytes, with 90 bad sequences replaced",
-        "binary.txt": "invalid_utf8: replace would not keep it (binary)",
+        "one.txt": "--invalid_utf8 replace would keep its 14,001 bytes, with 1 bad sequences replaced",
+        "many.txt.gz": f"90 bad sequences in {30 * len(BAD)} bytes, probably another encoding; {CONVERT}",
+        "binary.txt": "--invalid_utf8 replace would not keep it (binary)",
     }
     assert list(details) == ["one.txt", "many.txt.gz", "binary.txt"], "the largest file is listed first"
     kept = take_snapshot(raw, out, HALF.model_copy(update={"invalid_utf8": "replace"})).summary
@@ -507,8 +508,42 @@ def test_a_file_that_is_not_utf8_states_what_replacing_would_keep_and_cost(raw: 
 
 
 @pytest.mark.parametrize("invalid_utf8", ["quarantine", "replace"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz"])
+def test_text_with_the_byte_order_mark_of_another_encoding_is_named_and_never_repaired(
+    name: str, invalid_utf8: Any, raw: Path, out: Path
+) -> None:
+    text, detail = '{"text": "漢字"}\n' * 50, {}
+    for encoding in ("utf-16", "utf-32"):
+        data = text.encode(encoding)
+        (raw / f"{encoding}.{name}").write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        detail[f"{encoding}.{name}"] = f"{encoding.upper()}; convert it to UTF-8, for instance with iconv"
+    summary = take_snapshot(raw, out, HALF.model_copy(update={"invalid_utf8": invalid_utf8})).summary
+    assert {entry["path"]: entry["detail"] for entry in summary["quarantined"]} == detail
+    assert summary["bytes_dropped"] == {"not_utf8": len(text.encode("utf-16")) + len(text.encode("utf-32"))}
+    assert "not_utf8 (converting it to UTF-8 keeps it)" in (drop_warning(summary) or "")
+
+
+@pytest.mark.parametrize("block", [1 << 20, 5])
+def test_a_file_that_is_dropped_in_spite_of_repairs_is_described_as_it_is(
+    block: int, raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Places and sizes in the repaired text would be those of no file."""
+    monkeypatch.setattr(streams, "BLOCK", block)
+    (raw / "a.txt").write_bytes(b"\xff\xff \0 and \0 more")
+    (raw / "b.txt.gz").write_bytes(gzip.compress(b"\xff\xff \0 and \0 more!"))
+    snapshot = take_snapshot(raw, out, HALF.model_copy(update={"invalid_utf8": "replace"}))
+    assert {entry["path"]: entry["detail"] for entry in snapshot.summary["quarantined"]} == {
+        "a.txt": "NUL at byte 3",
+        "b.txt.gz": "NUL at byte 3",
+    }
+    assert snapshot.summary["bytes_dropped"] == {"binary": 15 + 16}
+    assert snapshot.summary["sequences_replaced"] == 0
+    assert_bytes_add_up(snapshot)
+
+
+@pytest.mark.parametrize("invalid_utf8", ["quarantine", "replace"])
 def test_binary_content_is_quarantined_and_never_repaired(invalid_utf8: Any, raw: Path, out: Path) -> None:
-    (raw / "a.txt").write_bytes("UTF-16, say".encode("utf-16"))
+    (raw / "a.txt").write_bytes("UTF-16 without a mark".encode("utf-16-le"))
     (raw / "b.md").write_text("text with \0 in the middle")
     (raw / "c.jsonl").write_bytes(b'{"text": "a\\u0000b"}\n{"text": "good"}\n\0\0\0{"text": "torn"}\n')
     write_parquet(raw / "d.parquet", ["a\0b", "good too"])

@@ -366,9 +366,11 @@ def test_a_folder_without_text_files_names_the_option(tmp_path: Path, out: Path)
 
 def test_a_folder_without_usable_text_is_explained(tmp_path: Path, out: Path) -> None:
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "x.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"no usable text in its 1 files \(not_utf8 2 bytes\); try --invalid_utf8 replace$"):
-        take_snapshot(tmp_path / "raw", out, HALF)
+    bad = tmp_path / "raw" / "x.txt"
+    for data, remedy in ((b"A" * 199 + b"\xff", "--invalid_utf8 replace"), (b"\xff\xfe" * 100, "converting it to UTF-8")):
+        bad.write_bytes(data)
+        with pytest.raises(UserError, match=rf"no usable text in its 1 files \(not_utf8 200 bytes\); try {remedy}$"):
+            take_snapshot(tmp_path / "raw", out, HALF)
     assert not out.exists()
 
 
@@ -426,12 +428,16 @@ def test_dropped_text_is_counted_by_reason_in_documents_and_bytes(raw: Path, out
 
 
 def test_more_than_5_percent_of_dropped_text_is_worth_a_warning(raw: Path, out: Path) -> None:
+    fill(raw, 60)
     kept = take_snapshot(raw, out, HALF).summary["bytes_kept"]
-    (raw / "bad.txt").write_bytes(b"\xff" * (kept // 20))
+    (raw / "bad.txt").write_bytes(b"\xff" + b"?" * (kept // 20 - 1))
     assert drop_warning(take_snapshot(raw, out, HALF).summary) is None
-    (raw / "bad.txt").write_bytes(b"\xff" * (kept // 19 + 1))
-    warning = drop_warning(take_snapshot(raw, out, HALF).summary)
-    assert warning == "5.1% of the text is dropped: 5.1% not_utf8 (--invalid_utf8 replace keeps it)"
+    (raw / "bad.txt").write_bytes(b"\xff" + b"?" * (kept // 18))
+    warning = "5.3% of the text is dropped: 5.3% not_utf8 (--invalid_utf8 replace keeps it)"
+    assert drop_warning(take_snapshot(raw, out, HALF).summary) == warning
+    (raw / "bad.txt").write_bytes(b"\xff" * (kept // 18 + 1))
+    warning = "5.3% of the text is dropped: 5.3% not_utf8 (converting it to UTF-8 keeps it)"
+    assert drop_warning(take_snapshot(raw, out, HALF).summary) == warning
     (raw / "bad.txt").unlink()
     write_jsonl(raw / "lines.jsonl", {"text": "A line.", "meta": "x" * 10 * kept})
     assert drop_warning(take_snapshot(raw, out, HALF).summary) is None, "an envelope is not text"
