@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from llm_core.cli import parse_options, printable, run_tool
 from llm_core.config import CorpusConfig, ShardConfig, TokenizerConfig
-from llm_core.corpus import READABLE, Snapshot, drop_warning, dropped_text, take_snapshot
+from llm_core.corpus import READABLE, Snapshot, drop_warning, dropped_text, skipped_entries, take_snapshot
 from llm_core.dataset import DatasetBuild, build_dataset
 from llm_core.errors import DataError
 from llm_core.layout import PreparedData
@@ -77,8 +77,8 @@ def _report_rows(
     if ignored := summary["ignored_by_extension"]:
         by_extension = ", ".join(f"{count:,} {extension}" for extension, count in ignored.items())
         yield "  ignored", printable(f"{summary['files_ignored']:,} files of other formats: {by_extension}")
-    for reason, count in sorted(summary["files_skipped"].items()):
-        yield "  skipped", f"{count:,} {reason.replace('_', ' ')}"
+    for skipped in skipped_entries(summary["files_skipped"]):
+        yield "  skipped", skipped
     yield (
         "Text",
         f"{summary['bytes_kept']:,} bytes in {summary['documents']:,} documents, of {summary['bytes_read']:,} bytes read",

@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,7 +143,7 @@ def walk(input_dir: Path) -> FolderListing:
     """Lists the files of `input_dir` and its subfolders without opening any.
 
     Hidden names, FIFOs, sockets, devices, links out of the folder and links to folders are skipped. A link to a file inside the
-    folder is read under the name of the link.
+    folder is read under the name of the link. A subfolder that cannot be listed is skipped, with its name.
 
     Raises:
         UserError: the folder is missing or cannot be listed.
@@ -158,7 +157,7 @@ def walk(input_dir: Path) -> FolderListing:
     folders, to_list = OpenFolder(root), [""]
     while to_list:
         folder = to_list.pop()
-        for entry in _entries(folders, folder, listing.skipped):
+        for entry in _entries(folders, folder, listing):
             path = f"{folder}/{entry.name}" if folder else entry.name
             if entry.name.startswith("."):
                 listing.skipped["hidden"] += 1
@@ -176,24 +175,32 @@ def walk(input_dir: Path) -> FolderListing:
     return listing
 
 
-def _entries(folders: OpenFolder, folder: str, skipped: Counter[str]) -> list[os.DirEntry[str]]:
+def _entries(folders: OpenFolder, folder: str, listing: FolderListing) -> list[os.DirEntry[str]]:
     """The entries of a folder, which stays open until the next call, so that they can be examined."""
     try:
         with os.scandir(folders.enter(folder)) as entries:
             return list(entries)
     except (FileNotFoundError, NotADirectoryError):  # removed or replaced a moment ago
-        skipped["vanished"] += 1
-        return []
+        listing.skipped["vanished"] += 1
     except OSError as error:
-        place = f"{folders.root}/{folder}".rstrip("/")
-        raise UserError(f"--input_dir: cannot list {place} ({error.strerror}); make it readable or move it away") from None
+        if not folder:
+            raise UserError(f"--input_dir {folders.root}: cannot be listed ({error.strerror}); make it readable") from None
+        listing.skipped["unreadable_folder"] += 1
+        listing.unreadable_folders.append(folder)
+    return []
 
 
 def _add_file(listing: FolderListing, path: str, entry: os.DirEntry[str], root: str) -> None:
     try:
         status = entry.stat()
-    except OSError:  # a dangling link, or removed a moment ago
-        listing.skipped["vanished"] += 1
+    except FileNotFoundError:
+        listing.skipped["broken_link" if entry.is_symlink() else "vanished"] += 1
+        return
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # links that lead to each other
+            listing.skipped["broken_link"] += 1
+        else:  # a folder that can be listed, but not entered: the file is quarantined when it is opened
+            listing.files[path] = Stamp(0, 0, 0)
         return
     if entry.is_symlink() and not _is_inside(os.path.realpath(f"{root}/{path}"), root):
         listing.skipped["link_out_of_folder"] += 1

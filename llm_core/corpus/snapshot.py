@@ -23,6 +23,7 @@ from llm_core.corpus.local_folder import LocalFolder
 from llm_core.corpus.readers import iter_texts, read_file
 from llm_core.corpus.summary import (
     LISTED_EXTENSIONS,
+    LISTED_FOLDERS,
     ScanCounts,
     SnapshotSummary,
     SnapshotTotals,
@@ -32,6 +33,7 @@ from llm_core.corpus.summary import (
     file_changes,
     quarantine,
     remedy_for,
+    skipped_entries,
 )
 from llm_core.corpus.types import (
     DOCUMENTS_SCHEMA,
@@ -154,9 +156,11 @@ def _scan(folder: InputFolder, input_dir: InputDir, data_dir: Path, config: Corp
         check_available(config.near_duplicates)
     listing = folder.walk()
     if not listing.files:
+        remedy = ", such as the one that a link leads to; a bind mount or a copy works as well"
         raise UserError(
             f"--input_dir {input_dir}: no {READABLE} file in it, nor one of these with .gz or .zst"
             f" ({_other_files(listing)}); put text files there or name another folder"
+            f"{remedy if listing.skipped['link_to_folder'] else ''}"
         )
     wait_for_mtime_resolution(listing.files.values())
     parent_id, stamps = last = load_scan(data_dir)
@@ -171,7 +175,9 @@ def _scan(folder: InputFolder, input_dir: InputDir, data_dir: Path, config: Corp
 
 def _other_files(listing: FolderListing) -> str:
     most = ", ".join(f"{count} {extension}" for extension, count in listing.ignored.most_common(3))
-    return f"{listing.ignored.total()} other files{f': {most}' if most else ''}; {listing.skipped.total()} skipped"
+    reasons = ", ".join(skipped_entries(listing.skipped))
+    ignored, skipped = listing.ignored.total(), listing.skipped.total()
+    return f"{ignored} other files{f': {most}' if most else ''}; {skipped} skipped{f': {reasons}' if reasons else ''}"
 
 
 def _read_new_files(
@@ -209,6 +215,7 @@ def _scan_counts(scan: _Scan, files: pa.Table) -> ScanCounts:
         "files_ignored": scan.listing.ignored.total(),
         "ignored_by_extension": dict(scan.listing.ignored.most_common(LISTED_EXTENSIONS)),
         "files_skipped": dict(scan.listing.skipped),
+        "unreadable_folders": sorted(scan.listing.unreadable_folders)[:LISTED_FOLDERS],
         **changes,
     }
 

@@ -1,7 +1,8 @@
 """The summary of a snapshot: every byte read is kept, or dropped for a reason."""
 
 from collections import Counter
-from typing import Any, TypedDict
+from collections.abc import Iterator, Mapping
+from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,6 +12,7 @@ from llm_core.corpus.types import CONVERT, HARMLESS, KEPT, NEAR_DUPLICATE, forma
 
 LISTED_QUARANTINES = 100
 LISTED_EXTENSIONS = 50
+LISTED_FOLDERS = 50
 
 # A larger share of dropped text causes a warning.
 WARN_DROPPED = 0.05
@@ -54,6 +56,7 @@ class ScanCounts(FileChanges):
     files_ignored: int
     ignored_by_extension: dict[str, int]  # the most frequent ones
     files_skipped: dict[str, int]  # by reason
+    unreadable_folders: NotRequired[list[str]]  # the first ones; not in older summaries
 
 
 class QuarantineEntry(TypedDict):
@@ -155,7 +158,18 @@ def remedy_for(reason: str, totals: SnapshotTotals) -> str | None:
 
 
 def drop_warning(summary: SnapshotSummary) -> str | None:
-    """A line for the user if more than `WARN_DROPPED` of the text is dropped: for which reasons, and what would keep it."""
+    """A line for the user if a folder cannot be listed or more than `WARN_DROPPED` of the text is dropped: why, and a remedy."""
+    return "; ".join(filter(None, (_unlisted(summary), _dropped(summary)))) or None
+
+
+def _unlisted(summary: SnapshotSummary) -> str | None:
+    if not (folders := summary.get("unreadable_folders")):
+        return None
+    more = f" and {count - 1:,} more" if (count := summary["files_skipped"]["unreadable_folder"]) > 1 else ""
+    return f"the files in {folders[0]!r}{more} are left out, and count as removed if they were read before: make it readable"
+
+
+def _dropped(summary: SnapshotSummary) -> str | None:
     dropped = dropped_text(summary)
     share = sum(each["share"] for each in dropped)
     if share <= WARN_DROPPED:
@@ -166,6 +180,13 @@ def drop_warning(summary: SnapshotSummary) -> str | None:
             remedy = remedy_for(each["reason"], summary)
             reasons.append(f"{each['share']:.1%} {each['reason']}{f' ({remedy} keeps it)' if remedy else ''}")
     return f"{share:.1%} of the text is dropped: {', '.join(reasons)}"
+
+
+def skipped_entries(counts: Mapping[str, int]) -> Iterator[str]:
+    """What is never read, a phrase for each reason."""
+    for reason, count in sorted(counts.items()):
+        notes = {"link_to_folder": ", not followed", "unreadable_folder": ", its files are unknown"}
+        yield f"{count:,} {reason.replace('_', ' ')}{notes.get(reason, '')}"
 
 
 def file_changes(files: pa.Table, previous: pa.Table | None) -> FileChanges:

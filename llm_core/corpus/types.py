@@ -193,12 +193,14 @@ class Stamp(NamedTuple):
 class FolderListing:
     """Readable files with their stamps, sorted by relative posix path, and counts of everything else.
 
-    `ignored` counts files of other formats by `extension_of`, `skipped` what is never read by reason.
+    `ignored` counts files of other formats by `extension_of`, `skipped` what is never read by reason. `unreadable_folders` cannot
+    be listed: their files are unknown.
     """
 
     files: dict[str, Stamp] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    unreadable_folders: list[str] = field(default_factory=list)
 
 
 class OpenFile(NamedTuple):

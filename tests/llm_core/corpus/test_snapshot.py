@@ -33,6 +33,7 @@ def test_hidden_files_links_out_of_the_folder_and_special_files_are_skipped(raw:
     (raw / "leaves_too").symlink_to(tmp_path / "elsewhere")
     (raw / "stays.txt").symlink_to("plain00.txt")
     (raw / "dangling.txt").symlink_to("nowhere.txt")
+    (raw / "circular.txt").symlink_to("circular.txt")
     (raw / ".hidden.txt").write_text("hidden")
     os.mkfifo(raw / "fifo.txt")
     server = socket.socket(socket.AF_UNIX)
@@ -42,7 +43,7 @@ def test_hidden_files_links_out_of_the_folder_and_special_files_are_skipped(raw:
     assert summary["files_skipped"] == {
         "link_out_of_folder": 1,
         "link_to_folder": 1,
-        "vanished": 1,
+        "broken_link": 2,
         "hidden": 1,
         "not_a_regular_file": 2,
     }
@@ -62,6 +63,37 @@ def test_a_folder_that_vanishes_during_the_scan_is_counted(raw: Path, out: Path,
 
     monkeypatch.setattr(local_folder.OpenFolder, "enter", removing)
     assert take_snapshot(raw, out, HALF).summary["files_skipped"] == {"vanished": 1}
+
+
+def test_a_folder_that_cannot_be_listed_is_left_out_with_a_warning(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files count as removed: never without a word."""
+    (raw / "locked").mkdir()
+    (raw / "locked" / "a.txt").write_text("a text in a folder")
+    take_snapshot(raw, out, HALF)
+    original = os.open
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> int:
+        if path == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    summary = take_snapshot(raw, out, HALF).summary
+    assert (summary["documents"], summary["files_removed"]) == (16, 1)
+    assert summary["files_skipped"] == {"unreadable_folder": 1}
+    assert (drop_warning(summary) or "").startswith("the files in 'locked' are left out, and count as removed")
+    assert drop_warning(take_snapshot(raw, out, HALF).summary), "also if nothing else has changed"
+    monkeypatch.undo()
+    assert drop_warning(take_snapshot(raw, out, HALF).summary) is None
+
+
+def test_an_input_folder_that_cannot_be_listed_is_refused(raw: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*arguments: Any, **options: Any) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(local_folder.os, "open", refusing)
+    with pytest.raises(UserError, match=r"--input_dir .*/raw: cannot be listed \(Permission denied\); make it readable"):
+        take_snapshot(raw, out, HALF)
 
 
 @pytest.fixture
@@ -362,6 +394,17 @@ def test_a_folder_without_text_files_names_the_option(tmp_path: Path, out: Path)
     (tmp_path / "raw" / "x.pdf").write_bytes(b"")
     with pytest.raises(UserError, match=r"--input_dir .*/raw: no \.txt.* or \.parquet file in it, nor .* \.zst \(1 other files"):
         take_snapshot(tmp_path / "raw", out, HALF)
+
+
+def test_a_folder_with_nothing_but_a_link_to_the_text_says_what_to_do(tmp_path: Path, out: Path) -> None:
+    fill(tmp_path / "elsewhere")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "books").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"0 other files; 1 skipped: 1 link to folder, not followed\)") as caught:
+        take_snapshot(tmp_path / "raw", out, HALF)
+    assert str(caught.value).endswith(
+        "another folder, such as the one that a link leads to; a bind mount or a copy works as well"
+    )
 
 
 def test_a_folder_without_usable_text_is_explained(tmp_path: Path, out: Path) -> None:
