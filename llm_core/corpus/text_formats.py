@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from llm_core.config import CorpusConfig
 from llm_core.corpus.documents import document, filter_by_length, piece_end, rejected, split_text
@@ -50,15 +51,18 @@ def jsonl_documents(content: Content, path: str, config: CorpusConfig) -> Iterat
         if not line.removeprefix(BOM).strip():
             continue
         try:
-            text = jsonl_text(line, config.text_field)
+            # Marked, since earlier versions rejected the line.
+            text = jsonl_text(line, config.text_field, on_long_integer=lambda: content.mark(b"integer"))
         except Quarantine as quarantine:
             yield rejected(line, path, start, end, config, quarantine.reason)
             continue
         yield from split_text(text, path, start, end, config)
 
 
-def jsonl_text(line: bytes, text_field: str) -> bytes:
+def jsonl_text(line: bytes, text_field: str, on_long_integer: Callable[[], None] = lambda: None) -> bytes:
     """UTF-8 bytes of the text in one line, never longer than the line: a JSON escape is at least as long as its character.
+
+    on_long_integer: called if the line has an integer with more digits than Python converts.
 
     Raises:
         Quarantine: the line has no text.
@@ -73,7 +77,7 @@ def jsonl_text(line: bytes, text_field: str) -> bytes:
     except UnicodeDecodeError as error:
         raise Quarantine("not_utf8", error.reason) from None
     try:
-        value = json.loads(decoded)
+        value = _parsed(decoded, on_long_integer)
     except (ValueError, RecursionError) as error:
         raise Quarantine("unreadable_json", str(error)) from None
     text = value.get(text_field) if isinstance(value, dict) else None
@@ -86,6 +90,17 @@ def jsonl_text(line: bytes, text_field: str) -> bytes:
     if b"\0" in data:
         raise Quarantine("binary", "an escape is NUL")
     return data
+
+
+def _parsed(line: str, on_long_integer: Callable[[], None]) -> Any:
+    """A JSON value. With an integer of more digits than Python converts, integers are floats: only the text of a line is used."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # any other one is about the number of digits
+        on_long_integer()
+        return json.loads(line, parse_int=float)
 
 
 def _has_too_many_values(line: bytes) -> bool:

@@ -1,6 +1,7 @@
 """Every format becomes documents that can be read back; every byte of any file is accounted for."""
 
 import gzip
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -68,6 +69,19 @@ def test_only_the_line_in_another_encoding_is_quarantined(raw: Path, out: Path) 
     assert [row["status"] for row in rows] == ["kept", "not_utf8", "kept"]
     assert snapshot.summary["bytes_dropped"]["not_utf8"] == len(b'{"text": "caf\xe9"}\n')
     assert_bytes_add_up(snapshot)
+
+
+def test_the_text_beside_an_integer_of_any_length_is_kept(raw: Path, out: Path) -> None:
+    """Python converts at most 4,300 digits."""
+    number = "9" * 5000
+    lines = [f'{{"text": "kept", "n": {number}, "m": 5}}\n', f'{{"text": {number}}}\n', f'{{"n": {number}, "text": "torn"\n']
+    (raw / "a.jsonl").write_text("".join(lines))
+    snapshot = take_snapshot(raw, out, HALF)
+    rows = [row for row in snapshot.documents.to_pylist() if row["path"] == "a.jsonl"]
+    assert [row["status"] for row in rows] == ["kept", "no_text_field", "unreadable_json"]
+    assert texts_of(snapshot, raw)[0] == "kept"
+    content = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert snapshot.files["sha256"][0].as_py() != content, "a snapshot of an earlier version, without the line, is another one"
 
 
 def test_commas_inside_a_long_text_do_not_count_as_values(raw: Path, out: Path) -> None:
