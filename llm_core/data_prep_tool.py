@@ -30,6 +30,9 @@ from llm_core.tokenizer import MAX_DRIFT, TokenizerArtifact, check_engine, check
 
 PROG = "python -m llm_core.data_prep_tool"
 
+# Quarantined files in the table.
+_LISTED = 5
+
 
 class DataPrepOptions(ShardConfig, TokenizerConfig, CorpusConfig):
     """Turns a folder of raw text into a tokenizer and token shards; running it again does only what is new."""
@@ -90,8 +93,13 @@ def _report_rows(
         yield "  repaired", f"{summary['sequences_replaced']:,} sequences that were not UTF-8"
     for reason, count in sorted(summary["quarantined_by_reason"].items()):
         yield "  quarantined", f"{count:,} files, lines or rows: {reason.replace('_', ' ')}"
-    for entry in summary["quarantined"][:5]:
+    entries = snapshot.quarantined()
+    for entry in entries[:_LISTED]:
         yield "", printable(f"{entry['path']}: {entry['reason'].replace('_', ' ')}, {entry['detail']}")
+    if len(entries) > _LISTED:
+        folder, snapshot_id = PreparedData(data_dir), snapshot.snapshot_id
+        tables = f"{folder.snapshot_files(snapshot_id)} and, of lines and rows, {folder.snapshot_documents(snapshot_id)}"
+        yield "", f"and {len(entries) - _LISTED:,} more: see the column status of {tables}"
     origin = "kept" if artifact.reused else "new"
     yield "Tokenizer", f"{artifact.tokenizer_id}, {report['tokenizer_type']}, {report['vocab_size']:,} tokens, {origin}"
     if artifact.text_gone:

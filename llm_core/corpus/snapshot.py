@@ -24,6 +24,7 @@ from llm_core.corpus.readers import iter_texts, read_file
 from llm_core.corpus.summary import (
     LISTED_EXTENSIONS,
     LISTED_FOLDERS,
+    QuarantineEntry,
     ScanCounts,
     SnapshotSummary,
     SnapshotTotals,
@@ -32,6 +33,7 @@ from llm_core.corpus.summary import (
     documents_dropped,
     file_changes,
     quarantine,
+    quarantine_entries,
     remedy_for,
     skipped_entries,
 )
@@ -95,6 +97,10 @@ class Snapshot:
     def config(self) -> CorpusConfig:
         """The configuration that `iter_texts` needs to find the documents again."""
         return CorpusConfig.model_validate(self.summary["config"])
+
+    def quarantined(self) -> list[QuarantineEntry]:
+        """All that is quarantined, of which the summary has the first entries."""
+        return quarantine_entries(self.files, self.documents)
 
     def kept_documents(self) -> pa.Table:
         """Rows of the documents of the corpus, in order."""

@@ -204,29 +204,46 @@ def file_changes(files: pa.Table, previous: pa.Table | None) -> FileChanges:
 
 
 def quarantine(files: pa.Table, documents: pa.Table) -> Quarantines:
-    """Files, .jsonl lines and .parquet rows that are quarantined: the largest files are listed, all are counted by reason.
+    """Files, .jsonl lines and .parquet rows that are quarantined: the largest losses are listed, all are counted by reason."""
+    unusable = files.filter(pc.equal(files["documents"], 0))["status"]
+    cut_short = pc.sum(pc.not_equal(files.filter(pc.greater(files["documents"], 0))["detail"], "")).as_py() or 0
+    by_reason = Counter({CUT_SHORT: cut_short} if cut_short else {})
+    for statuses in (unusable, _quarantined(documents)["status"]):
+        by_reason.update({count["values"]: count["counts"] for count in pc.value_counts(statuses).to_pylist()})
+    return {
+        "quarantined": quarantine_entries(files, documents)[:LISTED_QUARANTINES],
+        "quarantined_by_reason": dict(by_reason),
+    }
+
+
+def quarantine_entries(files: pa.Table, documents: pa.Table) -> list[QuarantineEntry]:
+    """All that is quarantined, the most bytes first: an entry for each file, or for each reason of its lines or rows.
 
     Of a compressed file that is cut short the rest is quarantined, and the file is kept.
     """
-    unusable = files.filter(pc.equal(files["documents"], 0)).sort_by([("bytes", "descending"), ("path", "ascending")])
-    cut_short = files.filter(pc.and_(pc.greater(files["documents"], 0), pc.not_equal(files["detail"], "")))
-    entries: list[QuarantineEntry] = [
-        {"path": row["path"], "reason": row["status"], "detail": row["detail"] or "no text in it"} for row in unusable.to_pylist()
-    ]
-    entries += [{"path": row["path"], "reason": CUT_SHORT, "detail": row["detail"]} for row in cut_short.to_pylist()]
-    by_reason = Counter(entry["reason"] for entry in entries)
-    harmless = pc.is_in(documents["status"], value_set=pa.array(sorted(HARMLESS)))
-    quarantined = documents.filter(pc.invert(harmless))
-    entries += [
-        {"path": row["path"], "reason": row["status"], "detail": _place(row)}
-        for row in quarantined.slice(0, LISTED_QUARANTINES).to_pylist()
-    ]
-    by_reason.update({count["values"]: count["counts"] for count in pc.value_counts(quarantined["status"]).to_pylist()})
-    return {"quarantined": entries[:LISTED_QUARANTINES], "quarantined_by_reason": dict(by_reason)}
+    losses: list[tuple[int, QuarantineEntry]] = []
+    not_kept = pc.or_(pc.equal(files["documents"], 0), pc.not_equal(files["detail"], ""))
+    for row in files.filter(not_kept).to_pylist():
+        if row["documents"]:
+            losses.append((0, {"path": row["path"], "reason": CUT_SHORT, "detail": row["detail"]}))
+        else:
+            detail = row["detail"] or "no text in it"
+            losses.append((row["bytes"], {"path": row["path"], "reason": row["status"], "detail": detail}))
+    by_file = _quarantined(documents).group_by(["path", "status"])
+    for row in by_file.aggregate([("bytes", "sum"), ("start", "min"), ([], "count_all")]).to_pylist():
+        detail = _places(row["path"], row["count_all"], row["start_min"])
+        losses.append((row["bytes_sum"], {"path": row["path"], "reason": row["status"], "detail": detail}))
+    losses.sort(key=lambda loss: (-loss[0], loss[1]["path"], loss[1]["reason"]))
+    return [entry for _, entry in losses]
 
 
-def _place(row: dict[str, Any]) -> str:
-    return f"row {row['start']}" if format_of(row["path"]) == "parquet" else f"line at byte {row['start']}"
+def _quarantined(documents: pa.Table) -> pa.Table:
+    return documents.filter(pc.invert(pc.is_in(documents["status"], value_set=pa.array(sorted(HARMLESS)))))
+
+
+def _places(path: str, count: int, first: int) -> str:
+    unit, place = ("row", f"row {first}") if format_of(path) == "parquet" else ("line", f"line at byte {first}")
+    return place if count == 1 else f"{count:,} {unit}s, the first: {place}"
 
 
 def _sums(documents: pa.Table, key: str) -> dict[str, int]:

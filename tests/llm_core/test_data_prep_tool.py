@@ -99,6 +99,20 @@ def test_the_table_shows_what_was_read_dropped_and_made(
     )
 
 
+def test_the_table_names_the_largest_quarantined_files_and_where_the_others_are(
+    corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(corpus_dir, raw)
+    for size in range(1, 8):
+        (raw / f"zeros{size}.txt").write_bytes(bytes(size))
+    run(raw, tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert re.findall(r"zeros\d", shown) == ["zeros7", "zeros6", "zeros5", "zeros4", "zeros3"]
+    (files, documents) = re.findall(r"and 2 more: see the column status of (\S+) and, of lines and rows, (\S+)\n", shown)[0]
+    assert Path(files).is_file() and Path(documents).is_file()
+
+
 # Every flag
 
 

@@ -17,7 +17,7 @@ from llm_core.config import CorpusConfig
 from llm_core.corpus import documents, drop_warning, dropped_text, load_snapshot, local_folder, readers, take_snapshot
 from llm_core.errors import DataError, UserError
 from llm_core.system import read_json, write_json
-from tests.support.corpora import HALF, fill, statuses, texts_of, write_jsonl
+from tests.support.corpora import HALF, fill, statuses, texts_of, write_jsonl, write_parquet
 
 # Levels of folders inside each other: more than Python recurses, and paths longer than 4,096 bytes.
 DEPTH = 1500
@@ -484,6 +484,21 @@ def test_more_than_5_percent_of_dropped_text_is_worth_a_warning(raw: Path, out: 
     (raw / "bad.txt").unlink()
     write_jsonl(raw / "lines.jsonl", {"text": "A line.", "meta": "x" * 10 * kept})
     assert drop_warning(take_snapshot(raw, out, HALF).summary) is None, "an envelope is not text"
+
+
+def test_quarantined_lines_and_rows_are_one_entry_of_their_file_and_the_largest_loss_comes_first(raw: Path, out: Path) -> None:
+    (raw / "a.txt").write_bytes(b"\0" * 50)
+    (raw / "b.jsonl").write_text('{"text": "good"}\n' + "{not json}\n" * 30 + '{"body": "?"}\n')
+    write_parquet(raw / "c.parquet", ["good", "\0" * 60, "\0" * 61])
+    snapshot = take_snapshot(raw, out, HALF)
+    assert snapshot.summary["quarantined"] == snapshot.quarantined()
+    assert [(entry["path"], entry["reason"], entry["detail"]) for entry in snapshot.quarantined()] == [
+        ("b.jsonl", "unreadable_json", "30 lines, the first: line at byte 17"),
+        ("c.parquet", "binary", "2 rows, the first: row 1"),
+        ("a.txt", "binary", "NUL at byte 0"),
+        ("b.jsonl", "no_text_field", "line at byte 347"),
+    ]
+    assert snapshot.summary["quarantined_by_reason"] == {"unreadable_json": 30, "binary": 3, "no_text_field": 1}
 
 
 def test_ignored_files_are_counted_by_extension(raw: Path, out: Path) -> None:
