@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 from llm_core.cli import printable, run_tool
 from llm_core.errors import DataError, UserError
 from llm_core.layout import Home, named_folder
-from llm_core.system import is_unicode, release
+from llm_core.system import is_unicode, read_parquet, release
+from pipeline.artifacts.pointers import find_current
 from pipeline.artifacts.retention import collect_home, released_models
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.rebuild import rebuild
@@ -127,7 +128,17 @@ def _lineage(home: Home, options: argparse.Namespace) -> None:
 
 
 def _usage(home: Home, options: argparse.Namespace) -> None:
-    rows = Catalog(home.catalog).usage(options.document)
+    try:
+        rows = Catalog(home.catalog).usage(options.document)
+    except UserError:  # the catalog knows documents only: the file may have none
+        current = find_current(home.prepared.current_snapshot)
+        files = read_parquet(home.prepared.snapshot_files(current.stem)).to_pylist() if current else []
+        file = next((file for file in files if file["path"] == options.document and not file["documents"]), None)
+        if file is None:
+            raise
+        why = f"{file['status'].replace('_', ' ')}{f', {detail}' if (detail := file['detail']) else ''}"
+        print(f"no checkpoint was trained on {options.document}: the file is quarantined ({why})")
+        return
     print(_table(rows) if rows else f"no checkpoint was trained on {options.document}")
 
 

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from llm_core.corpus import take_snapshot
 from llm_core.errors import DataError, UserError
+from llm_core.layout import Home
 from llm_core.system import read_json, write_json
+from pipeline.artifacts.pointers import set_current
 from pipeline.catalog.catalog import Catalog
 from tests.support.artifacts import NASTY, Artifacts, document_id, python
+from tests.support.corpora import HALF, fill
 
 
 def test_rule_37_one_query_returns_everything_a_checkpoint_was_made_from(catalog: Catalog) -> None:
@@ -97,6 +101,21 @@ def test_the_command_shows_lineage_usage_and_runs(catalog: Catalog, artifacts: A
     assert textmill("usage", NASTY[-1], home=artifacts.home).stdout == f"no checkpoint was trained on {NASTY[-1]}\n"
     runs = textmill("runs", home=artifacts.home)
     assert "2.2500" in runs.stdout
+
+
+def test_the_command_says_of_a_quarantined_file_why_no_checkpoint_has_seen_it(
+    catalog: Catalog, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    fill(tmp_path / "raw")
+    (tmp_path / "raw" / "zeros.txt").write_bytes(bytes(9))
+    prepared = Home(artifacts.home).prepared
+    snapshot = take_snapshot(tmp_path / "raw", prepared.root, HALF)
+    set_current(prepared.current_snapshot, prepared.snapshot(snapshot.snapshot_id))
+    shown = textmill("usage", "zeros.txt", home=artifacts.home).stdout
+    assert shown == "no checkpoint was trained on zeros.txt: the file is quarantined (binary, NUL at byte 0)\n"
+    unknown = textmill("usage", "nope.txt", home=artifacts.home)
+    assert unknown.returncode == UserError.exit_code
+    assert "nope.txt: neither a document id nor the path of a raw file" in unknown.stderr
 
 
 def test_the_command_rebuilds_the_catalog_and_lists_skipped_files(artifacts: Artifacts) -> None:
