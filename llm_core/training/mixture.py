@@ -1,6 +1,8 @@
 """The share of each group of documents in a run: sources by weight, replay of old text, and a cap on repetition."""
 
+import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def final_shares(mixture: Mixture, sizes: list[int], windows: int, max_source_ep
     """
     shares, excess = _capped(mixture.shares, [max_source_epochs * size / windows for size in sizes])
     if excess > 1e-9:
-        capped = ", ".join(name for name, share in zip(mixture.groups.names, shares, strict=True) if share)
+        capped = _quoted(name for name, share in zip(mixture.groups.names, shares, strict=True) if share)
         raise UserError(
             f"--max_steps: the run reads {windows:,} windows, more than {capped or 'the weighted sources'} can give at "
             f"--max_source_epochs {max_source_epochs:g}; {_what_fits(windows, 1 - excess, max_source_epochs)}"
@@ -91,13 +93,19 @@ def _capped(shares: list[float], limits: list[float]) -> tuple[list[float], floa
 def _source_shares(weights: dict[str, float], names: list[str]) -> list[float]:
     unknown = sorted(weights.keys() - {*names, OTHERS})
     if unknown:
-        raise UserError(f"--source_weights: no source {', '.join(unknown)} in this text; it has {', '.join(names)}")
+        raise UserError(f"--source_weights: no source {_quoted(unknown)} in this text; it has {_quoted(names)}")
     missing = [name for name in names if name not in weights and OTHERS not in weights]
     if missing:
         raise UserError(
-            f"--source_weights: no weight for {', '.join(missing)}; add one (0 omits a source) or {OTHERS} for all others"
+            f"--source_weights: no weight for {_quoted(missing)}; add one (0 omits a source)"
+            f" or {_quoted([OTHERS])} for all others"
         )
     of_sources = [weights.get(name, weights.get(OTHERS, 0.0)) for name in names]
     if not sum(of_sources):
         raise UserError(f"--source_weights {weights}: every weight is 0; give at least one source a positive weight")
     return [weight / sum(of_sources) for weight in of_sources]
+
+
+def _quoted(sources: Iterable[str]) -> str:
+    """Names of sources as the option spells them: without quotes, "." would end the sentence."""
+    return ", ".join(json.dumps(source, ensure_ascii=False) for source in sources)

@@ -68,7 +68,7 @@ def test_a_failure_is_an_exit_code_and_a_reason_in_the_last_lines(
 
     training = dagster(home, *job, "pretrain", **TINY | {"checkpoint": {"source_weights": {"nowhere": 1}}})
     assert training.returncode == 1
-    assert "textmill: checkpoint failed: --source_weights: no source nowhere in this text" in last_lines(training)
+    assert 'textmill: checkpoint failed: --source_weights: no source "nowhere" in this text' in last_lines(training)
 
     for path in sorted(home.storage.raw_text.rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()

@@ -69,7 +69,7 @@ def test_the_excess_over_the_repetition_cap_goes_to_the_other_groups_in_proporti
 
 def test_a_run_longer_than_the_repetition_cap_allows_is_refused_with_the_numbers() -> None:
     with pytest.raises(
-        UserError, match=r"--max_steps: the run reads 1,000 windows, more than group0, group1 can give .*epochs 4"
+        UserError, match=r'--max_steps: the run reads 1,000 windows, more than "group0", "group1" can give .*epochs 4'
     ) as caught:
         final_shares(mixture(0.5, 0.5), [50, 60], windows=1000, max_source_epochs=4)
     windows, epochs = re.findall(r"--batch_size to (\d+), raise --max_source_epochs to ([\d.]+)", str(caught.value))[0]
@@ -112,8 +112,8 @@ def test_a_run_with_a_mixture_resumes_bit_for_bit(data_dir: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({".": 1, "moor": 1}, "no source moor in this text; it has ., more"),
-        ({".": 1}, r"no weight for more; add one \(0 omits a source\) or \* for all others"),
+        ({".": 1, "moor": 1}, 'no source "moor" in this text; it has ".", "more"$'),
+        ({".": 1}, r'no weight for "more"; add one \(0 omits a source\) or "\*" for all others'),
         ({"*": 0}, "every weight is 0"),
     ],
 )

@@ -174,7 +174,7 @@ def test_a_worse_model_is_not_released_and_the_old_one_stays(trained_home: tuple
     ("overrides", "message"),
     [
         ({"trained_tokenizer": {"vocab_size": 500_000}}, "vocab_size"),
-        ({"checkpoint": {"source_weights": {"nowhere": 1.0}}}, "--source_weights: no source nowhere in this text"),
+        ({"checkpoint": {"source_weights": {"nowhere": 1.0}}}, '--source_weights: no source "nowhere" in this text'),
     ],
 )
 def test_options_that_do_not_fit_the_text_are_reported(
