@@ -166,7 +166,7 @@ class Catalog(CatalogQueries):
 
 
 # Fields of a snapshot's summary that older versions did not write.
-_LATER = ("documents_dropped", "ignored_by_extension")
+_LATER = ("documents_dropped", "ignored_by_extension", "files_skipped")
 
 _CHECKPOINT = ("checkpoint_id", "run_id", "step", "tokens_seen", "sha256", "bytes", "val_loss")
 _METRICS = pa.schema(

@@ -249,3 +249,7 @@ FROM run_documents seen
 JOIN checkpoint_ancestry a ON a.run_id = seen.run_id AND seen.first_step < a.step
 JOIN checkpoints c USING (checkpoint_id)
 LEFT JOIN training_runs r ON r.run_id = c.run_id;
+
+-- version 5
+
+ALTER TABLE snapshots ADD COLUMN files_skipped JSON; -- reason -> entries that are never read; NULL in older rows until a rebuild

@@ -66,6 +66,7 @@ class Artifacts:
             "bytes_dropped": {"duplicate": 10},
             "documents_dropped": {"duplicate": 1},
             "ignored_by_extension": {".pdf": 2},
+            "files_skipped": {"link_to_folder": 3},
             "documents_table": {"file": f"{snapshot_id}.documents.parquet", "sha256": digest},
         }
         write_json(self.processed / "snapshots" / f"{snapshot_id}.json", summary)

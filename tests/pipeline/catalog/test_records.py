@@ -60,16 +60,16 @@ def test_times_are_stored_in_utc(catalog: Catalog) -> None:
 
 
 def test_dropped_ignored_and_unknown_text_is_recorded_and_unknown_in_older_files(catalog: Catalog, artifacts: Artifacts) -> None:
-    (row,) = catalog.query("SELECT documents_dropped, files_ignored FROM snapshots")
-    assert [json.loads(value) for value in row.values()] == [{"duplicate": 1}, {".pdf": 2}]
+    (row,) = catalog.query("SELECT documents_dropped, files_ignored, files_skipped FROM snapshots")
+    assert [json.loads(value) for value in row.values()] == [{"duplicate": 1}, {".pdf": 2}, {"link_to_folder": 3}]
     assert catalog.query("SELECT unknown_text FROM datasets") == [{"unknown_text": 0.25}]
     artifacts.snapshot("older", ["a.txt", "b.txt"])
     path = artifacts.processed / "snapshots" / "older.json"
-    later = ("documents_dropped", "ignored_by_extension", "sha256_of_the_rest")
+    later = ("documents_dropped", "ignored_by_extension", "files_skipped", "sha256_of_the_rest")
     write_json(path, {name: value for name, value in read_json(path).items() if name not in later})
     catalog.record_snapshot(artifacts.processed, "older")
-    query = "SELECT documents_dropped, files_ignored FROM snapshots WHERE snapshot_id = 'older'"
-    assert catalog.query(query) == [{"documents_dropped": None, "files_ignored": None}]
+    query = "SELECT documents_dropped, files_ignored, files_skipped FROM snapshots WHERE snapshot_id = 'older'"
+    assert catalog.query(query) == [{"documents_dropped": None, "files_ignored": None, "files_skipped": None}]
 
 
 def test_recording_again_changes_nothing(catalog: Catalog, artifacts: Artifacts) -> None:
