@@ -27,6 +27,9 @@ from pipeline.catalog.rebuild import rebuild
 PROG = "textmill"
 
 
+_SHORT_ID = 8  # characters
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `textmill` command."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback in `textmill lineage ... | head`
@@ -145,6 +148,8 @@ def _usage(home: Home, options: argparse.Namespace) -> None:
 def _runs(home: Home, options: argparse.Namespace) -> None:
     rows, lines = Catalog(home.catalog).runs(), released_models(home)
     for row in rows:
+        # A release compares a run on the dataset of a later one: such values are not those of its own text.
+        row["evaluated_on"] = row["evaluated_on"] and row["evaluated_on"][:_SHORT_ID]
         released = [line for model_id in row.pop("model_ids") or [] for line in lines.get(model_id, [])]
         row |= {"released": ", ".join(released) or None, "removed_at": row.pop("removed_at")}
     print(_table(rows) if rows else "no training runs yet")

@@ -28,12 +28,13 @@ class CatalogQueries:
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
     def runs(self) -> list[Row]:
-        """All training runs, the newest first, with the newest evaluation of their last checkpoint."""
+        """All training runs, the newest first, with the newest evaluation of their last checkpoint and its dataset."""
         return self.query(
             """
             WITH evaluated AS (
-                SELECT checkpoint_id, max_by(value, evaluated_at) AS bits_per_byte FROM evaluations
-                WHERE metric = 'bits_per_byte' AND source = 'all' GROUP BY ALL
+                SELECT checkpoint_id, max_by(value, evaluated_at) AS bits_per_byte,
+                       max_by(dataset_id, evaluated_at) AS evaluated_on
+                FROM evaluations WHERE metric = 'bits_per_byte' AND source = 'all' GROUP BY ALL
             ),
             last AS (SELECT run_id, max_by(checkpoint_id, step) AS checkpoint_id FROM checkpoints GROUP BY ALL),
             exported AS (SELECT run_id, list(model_id ORDER BY model_id) AS model_ids FROM models GROUP BY ALL),
@@ -42,7 +43,7 @@ class CatalogQueries:
             SELECT r.run_id, r.status,
                    CASE WHEN r.status = 'running' THEN greatest(r.steps_done, step) ELSE r.steps_done END AS steps_done,
                    CASE WHEN r.status = 'running' THEN greatest(r.tokens_seen, tokens) ELSE r.tokens_seen END AS tokens_seen,
-                   r.parameters, r.dataset_id, r.started_at, checkpoint_id, bits_per_byte, model_ids, r.removed_at
+                   r.parameters, r.dataset_id, r.started_at, checkpoint_id, bits_per_byte, evaluated_on, model_ids, r.removed_at
             FROM training_runs r
             LEFT JOIN reported USING (run_id) LEFT JOIN last USING (run_id) LEFT JOIN evaluated USING (checkpoint_id)
             LEFT JOIN exported USING (run_id)

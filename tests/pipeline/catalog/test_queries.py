@@ -100,7 +100,22 @@ def test_the_command_shows_lineage_usage_and_runs(catalog: Catalog, artifacts: A
     assert [line.split()[:3] for line in usage.stdout.splitlines()[2:]] == [[document_id("run4")[:16], "run", "4"]]
     assert textmill("usage", NASTY[-1], home=artifacts.home).stdout == f"no checkpoint was trained on {NASTY[-1]}\n"
     runs = textmill("runs", home=artifacts.home)
-    assert "2.2500" in runs.stdout
+    (row,) = [line.split() for line in runs.stdout.splitlines()[2:] if "2.2500" in line]
+    assert row[row.index("2.2500") + 1] == "data", "the dataset that it was measured on"
+
+
+def test_the_dataset_beside_bits_per_byte_is_that_of_the_newest_evaluation(catalog: Catalog, artifacts: Artifacts) -> None:
+    path = next(artifacts.home.glob("checkpoints/run/evaluation*.json"))
+    result = read_json(path)
+    for entry in result["metrics"]:
+        entry["value"] = 2.5
+    later = result | {"evaluation_id": "later", "dataset_id": "0123456789abcdef", "created_at": "2027-01-01T00:00:00+00:00"}
+    write_json(path.with_name("evaluation_later.json"), later)
+    catalog.record_evaluation(path.with_name("evaluation_later.json"))
+    (row,) = [row for row in catalog.runs() if row["run_id"] == "run"]
+    assert (row["bits_per_byte"], row["evaluated_on"], row["dataset_id"]) == (2.5, "0123456789abcdef", "data")
+    shown = textmill("runs", home=artifacts.home).stdout
+    assert "2.5000         01234567 " in shown
 
 
 def test_the_command_says_of_a_quarantined_file_why_no_checkpoint_has_seen_it(
