@@ -18,8 +18,13 @@ def get_current(pointer: Path, asset: str) -> Path:
     """The current file or folder. Raises UserError naming the asset to materialize if there is none."""
     path = find_current(pointer)
     if path is None:
-        raise UserError(f"{pointer}: no such file; materialize the asset {asset!r} first")
+        raise missing(pointer, asset)
     return path
+
+
+def missing(path: Path, asset: str) -> UserError:
+    """The error of a step whose input does not exist yet."""
+    return UserError(f"{path}: no such file; materialize the asset {asset!r} first")
 
 
 def find_current(pointer: Path) -> Path | None:

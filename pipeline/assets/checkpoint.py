@@ -17,6 +17,7 @@ from pipeline.assets.checks import CHECKPOINT_CHECKS, check_checkpoint, may_cont
 from pipeline.assets.common import HOOKS, MODEL, OWNERS
 from pipeline.assets.plots import picture, plot_loss_curve
 from pipeline.assets.tokenized_shards import tokenized_shards
+from pipeline.failures import one_line_errors
 from pipeline.presentation import rounded, table
 from pipeline.resources import CatalogResource, Storage, Torchrun
 
@@ -41,6 +42,7 @@ class CheckpointConfig(TrainConfig, dg.Config):
     pool="device",
     check_specs=CHECKPOINT_CHECKS,
 )
+@one_line_errors
 def checkpoint(
     context: dg.AssetExecutionContext, config: CheckpointConfig, storage: Storage, catalog: CatalogResource, torchrun: Torchrun
 ) -> dg.MaterializeResult:

@@ -19,6 +19,7 @@ from pipeline.assets.checks import EVALUATION_CHECKS, check_evaluation
 from pipeline.assets.common import HOOKS, MODEL, OWNERS
 from pipeline.assets.plots import picture, plot_bits_per_byte
 from pipeline.assets.tokenized_shards import tokenized_shards
+from pipeline.failures import one_line_errors
 from pipeline.presentation import literal, rounded, table, tables
 from pipeline.resources import CatalogResource, Storage
 
@@ -42,6 +43,7 @@ class EvaluationConfig(EvaluateConfig, TasksConfig, dg.Config):
     pool="device",
     check_specs=EVALUATION_CHECKS,
 )
+@one_line_errors
 def evaluation(
     context: dg.AssetExecutionContext, config: EvaluationConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:

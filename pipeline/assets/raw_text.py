@@ -13,6 +13,7 @@ from pipeline.artifacts.step import Step
 from pipeline.assets.checks import RAW_TEXT_CHECKS, check_raw_text
 from pipeline.assets.common import DATA, HOOKS, OWNERS
 from pipeline.assets.sample_corpus import sample_corpus
+from pipeline.failures import one_line_errors
 from pipeline.presentation import table, tables
 from pipeline.resources import CatalogResource, Storage
 
@@ -24,6 +25,7 @@ class RawTextConfig(CorpusConfig, dg.Config):
 @dg.asset(
     deps=[sample_corpus], kinds={"file", "parquet"}, group_name=DATA, owners=OWNERS, hooks=HOOKS, check_specs=RAW_TEXT_CHECKS
 )
+@one_line_errors
 def raw_text(
     context: dg.AssetExecutionContext, config: RawTextConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:

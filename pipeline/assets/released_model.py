@@ -15,6 +15,7 @@ from pipeline.artifacts.step import Step
 from pipeline.artifacts.upstream import Upstream
 from pipeline.assets.common import HOOKS, MODEL, OWNERS
 from pipeline.assets.evaluation import evaluation
+from pipeline.failures import one_line_errors
 from pipeline.presentation import locations, report_table, rounded
 from pipeline.resources import CatalogResource, Storage
 
@@ -24,6 +25,7 @@ class ReleasedModelConfig(ReleaseConfig, dg.Config):
 
 
 @dg.asset(deps=[evaluation], kinds={"huggingface"}, group_name=MODEL, owners=OWNERS, hooks=HOOKS)
+@one_line_errors
 def released_model(
     context: dg.AssetExecutionContext, config: ReleasedModelConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:

@@ -19,6 +19,7 @@ from pipeline.assets.plots import ComparedRun, picture, plot_run_comparison
 from pipeline.assets.released_model import released_model
 from pipeline.catalog.catalog import Catalog
 from pipeline.catalog.queries import Row
+from pipeline.failures import one_line_errors
 from pipeline.presentation import markdown_table
 from pipeline.resources import CatalogResource, Storage
 
@@ -38,6 +39,7 @@ class RunComparisonConfig(dg.Config):
 
 
 @dg.asset(deps=[evaluation, released_model], kinds={"duckdb"}, group_name=MODEL, owners=OWNERS, hooks=HOOKS)
+@one_line_errors
 def run_comparison(
     context: dg.AssetExecutionContext, config: RunComparisonConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:

@@ -6,6 +6,7 @@ from pydantic import Field
 from llm_core.corpus import write_sample_corpus
 from llm_core.layout import SAMPLE_CORPUS
 from pipeline.assets.common import DATA, HOOKS, OWNERS
+from pipeline.failures import one_line_errors
 from pipeline.resources import Storage
 
 
@@ -16,6 +17,7 @@ class SampleCorpusConfig(dg.Config):
 
 
 @dg.asset(kinds={"python", "file"}, group_name=DATA, owners=OWNERS, hooks=HOOKS)
+@one_line_errors
 def sample_corpus(config: SampleCorpusConfig, storage: Storage) -> dg.MaterializeResult:
     """English technical prose from the Python installation: the language reference and docstrings.
 

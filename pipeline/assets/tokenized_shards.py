@@ -11,6 +11,7 @@ from pipeline.assets.checks import TOKENIZED_SHARDS_CHECKS, check_tokenized_shar
 from pipeline.assets.common import DATA, HOOKS, OWNERS
 from pipeline.assets.raw_text import raw_text
 from pipeline.assets.trained_tokenizer import trained_tokenizer
+from pipeline.failures import one_line_errors
 from pipeline.presentation import rounded
 from pipeline.resources import CatalogResource, Storage
 
@@ -27,6 +28,7 @@ class TokenizedShardsConfig(ShardConfig, dg.Config):
     hooks=HOOKS,
     check_specs=TOKENIZED_SHARDS_CHECKS,
 )
+@one_line_errors
 def tokenized_shards(
     context: dg.AssetExecutionContext, config: TokenizedShardsConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:

@@ -12,6 +12,7 @@ from pipeline.artifacts.upstream import Upstream
 from pipeline.assets.checks import TRAINED_TOKENIZER_CHECKS, check_trained_tokenizer, drift_of
 from pipeline.assets.common import DATA, HOOKS, OWNERS
 from pipeline.assets.raw_text import raw_text
+from pipeline.failures import one_line_errors
 from pipeline.presentation import rounded, table, tables
 from pipeline.resources import CatalogResource, Storage
 
@@ -23,6 +24,7 @@ class TrainedTokenizerConfig(TokenizerConfig, dg.Config):
 @dg.asset(
     deps=[raw_text], kinds={"huggingface"}, group_name=DATA, owners=OWNERS, hooks=HOOKS, check_specs=TRAINED_TOKENIZER_CHECKS
 )
+@one_line_errors
 def trained_tokenizer(
     context: dg.AssetExecutionContext, config: TrainedTokenizerConfig, storage: Storage, catalog: CatalogResource
 ) -> dg.MaterializeResult:

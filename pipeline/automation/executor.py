@@ -28,7 +28,7 @@ class CancelableExecutor(dg.Executor):
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         events: Iterator[dg.DagsterEvent] = self._in_process.execute(plan_context, execution_plan)
         if plan_context.dagster_run.remote_job_origin is not None:  # launched by Dagster
-            yield from events
+            yield from map(_without_error, events)
             return
         canceled: list[bool] = []
         atexit.register(_exit_if, canceled)  # now, so that it comes after every `print_at_exit`
@@ -36,7 +36,7 @@ class CancelableExecutor(dg.Executor):
         try:
             for event in _shielding_log_capture(events):
                 failed = failed or event.is_step_failure
-                yield event
+                yield _without_error(event)
         except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError) as interrupt:
             canceled.append(True)
             if not str(interrupt):  # the step has not reported it
@@ -44,6 +44,14 @@ class CancelableExecutor(dg.Executor):
             plan_context.instance.report_run_canceling(plan_context.dagster_run, "Stopped by Ctrl-C or SIGTERM.")
             if not failed:  # between two steps: without an exception, Dagster would take the job for complete
                 raise
+
+
+def _without_error(event: dg.DagsterEvent) -> dg.DagsterEvent:
+    """A step failure, which the log already has, without its error: the failure of the run would repeat it."""
+    if not event.is_step_failure:
+        return event
+    data: Any = event.event_specific_data
+    return event._replace(event_specific_data=data._replace(error=None))
 
 
 def _shielding_log_capture(events: Iterator[dg.DagsterEvent]) -> Iterator[dg.DagsterEvent]:

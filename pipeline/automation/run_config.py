@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from llm_core.cli import printable
 from llm_core.config import TokenizerConfig, TrainConfig, micro_batch_size
+from llm_core.corpus import is_url
 from llm_core.errors import UserError
 from llm_core.evaluation import check_tasks
+from llm_core.layout import named_folder
 from llm_core.tokenizer import check_engine, check_tokenizer
 from pipeline.artifacts.starting_point import RELEASED
 from pipeline.assets.checkpoint import CheckpointConfig
@@ -25,8 +26,9 @@ from pipeline.assets.evaluation import EvaluationConfig
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.assets.tokenized_shards import TokenizedShardsConfig
 from pipeline.assets.trained_tokenizer import TrainedTokenizerConfig
-from pipeline.automation.jobs import LINEAGE
+from pipeline.automation.jobs import LINEAGE, PREPARATION
 from pipeline.automation.retraining import from_environment
+from pipeline.failures import in_run_config
 from pipeline.resources import Storage
 
 # The options of each asset that has some.
@@ -92,8 +94,7 @@ def find_mistakes(job: dg.JobDefinition, run_config: Mapping[str, Any]) -> list[
         try:
             check()
         except UserError as error:
-            # The library names options as on the command line.
-            mistakes.append(f"{name}: {re.sub(r'--(?=[a-z])', '', str(error)).removeprefix(f'{name}.')}")
+            mistakes.append(f"{name}: {in_run_config(str(error)).removeprefix(f'{name}.')}")
     return [printable(line) for line in mistakes]
 
 
@@ -194,6 +195,8 @@ def _combinations(configs: Mapping[str, BaseModel]) -> Iterator[tuple[str, Calla
     shards, training = configs.get("tokenized_shards"), configs.get("checkpoint")
     if isinstance(storage := configs.get("storage"), Storage):
         yield "storage", lambda: storage.folders
+        if configs.keys() & {asset.op.name for asset in PREPARATION}:
+            yield "storage", lambda: _check_raw_text_dir(storage)
     if isinstance(tokenizer := configs.get("trained_tokenizer"), TrainedTokenizerConfig):
         yield "trained_tokenizer", lambda: check_tokenizer(tokenizer.stage(TokenizerConfig))
     if isinstance(shards, TokenizedShardsConfig):
@@ -205,6 +208,18 @@ def _combinations(configs: Mapping[str, BaseModel]) -> Iterator[tuple[str, Calla
             yield "checkpoint", lambda: training.resolved(shards.max_length, shards.stride)
     if isinstance(evaluation := configs.get("evaluation"), EvaluationConfig) and evaluation.lm_eval_tasks:
         yield "evaluation", lambda: check_tasks(evaluation)
+
+
+def _check_raw_text_dir(storage: Storage) -> None:
+    """Refuses a configured folder that is missing; a URL would cost a request, and the folder of the home is created."""
+    if storage.raw_text_dir is None or is_url(storage.raw_text_dir):
+        return
+    folder = named_folder(storage.raw_text_dir)
+    if not folder.is_dir():
+        problem = (
+            "is a file; name the folder that contains it" if folder.exists() else "no such folder; create it or name another"
+        )
+        raise UserError(f"storage.raw_text_dir {folder}: {problem}")
 
 
 def _check_init_from(config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from pipeline.artifacts.release import is_decided
 from pipeline.automation.jobs import pretrain
 from pipeline.automation.retraining import NewText, Retraining, configured_storage, retraining_config
 from pipeline.automation.run_history import last_failure, training_in_progress
+from pipeline.failures import in_run_config
 from pipeline.resources import Storage
 
 SECONDS_BETWEEN_TICKS = 30
@@ -69,7 +70,7 @@ def new_raw_text(
     try:
         text = NewText.find(storage)
     except UserError as error:
-        yield dg.SkipReason(str(error))
+        yield dg.SkipReason(in_run_config(str(error)))
         return
     stable = cursor.seen == text.fingerprint
     cursor.seen = text.fingerprint
@@ -109,7 +110,7 @@ def nightly_retraining(
     try:
         text = NewText.find(storage)
     except UserError as error:
-        return dg.SkipReason(str(error))
+        return dg.SkipReason(in_run_config(str(error)))
     if not text and is_decided(storage):
         return dg.SkipReason(f"nothing new: all {text.files:,} files are in the dataset that was trained on last")
     reason = retraining.reason_to_refuse(text)

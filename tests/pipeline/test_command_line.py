@@ -68,13 +68,15 @@ def test_a_failure_is_an_exit_code_and_a_reason_in_the_last_lines(
 
     training = dagster(home, *job, "pretrain", **TINY | {"checkpoint": {"source_weights": {"nowhere": 1}}})
     assert training.returncode == 1
-    assert 'textmill: checkpoint failed: --source_weights: no source "nowhere" in this text' in last_lines(training)
+    assert 'textmill: checkpoint failed: source_weights: no source "nowhere" in this text' in last_lines(training)
 
     for path in sorted(home.storage.raw_text.rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     empty = dagster(home, *job, "pretrain", raw_text={})
     assert empty.returncode == 1
-    assert f"textmill: raw_text failed: --input_dir {home.storage.raw_text}: no .txt" in last_lines(empty)
+    assert f"textmill: raw_text failed: storage.raw_text_dir {home.storage.raw_text}: no .txt" in last_lines(empty)
+    assert "Stack Trace" not in empty.stderr and "Stack Trace" not in training.stderr
+    assert empty.stderr.count("put text files there") == 2, "in the log and in the last line"
     assert "put text files there" in last_lines(empty)
 
 

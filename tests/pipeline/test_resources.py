@@ -5,8 +5,8 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from dagster._core.storage.tags import RETRY_ON_ASSET_OR_OP_FAILURE_TAG
 
+from pipeline.automation.run_config import RunConfigError
 from pipeline.catalog.catalog import Catalog
 from pipeline.definitions import defs
 from pipeline.resources import Storage
@@ -54,21 +54,17 @@ def test_a_tilde_in_a_path_is_the_users_home_directory(tmp_path: Path, monkeypat
     assert (storage.folders.root, storage.raw_text) == (tmp_path / "mill", tmp_path / "texts")
 
 
-def test_a_missing_folder_of_raw_text_fails_in_a_step_and_is_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_of_raw_text_is_refused_before_the_run_and_not_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "home" / "raw_text_data").mkdir(parents=True)
-    for number in range(40):
-        (tmp_path / "home" / "raw_text_data" / f"{number}.txt").write_text(f"Some text of the number {number}. " * 40)
+    (tmp_path / "home").mkdir()
     config: dict[str, Any] = {
         "ops": {name: {"config": options} for name, options in TINY.items()},
         "resources": {"storage": {"config": {"home": "home", "raw_text_dir": "no_such_folder"}}},
     }
     with dg.DagsterInstance.ephemeral() as instance:
-        result = defs.resolve_job_def("pretrain").execute_in_process(config, instance=instance, raise_on_error=False)
-        run = instance.get_run_by_id(result.run_id)
-    assert "no_such_folder: no such folder" in str(
-        [event.event_specific_data for event in result.all_events if event.is_step_failure]
-    )
-    assert run is not None and run.tags[RETRY_ON_ASSET_OR_OP_FAILURE_TAG] == "false"
-    assert not (tmp_path / "no_such_folder").exists()
-    assert not [event for event in result.all_events if event.is_step_materialization], "no step succeeded with it"
+        with pytest.raises(RunConfigError, match=r"storage: raw_text_dir .*/no_such_folder: no such folder"):
+            defs.resolve_job_def("pretrain").execute_in_process(config, instance=instance)
+        assert instance.get_runs() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]

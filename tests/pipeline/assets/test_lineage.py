@@ -174,7 +174,7 @@ def test_a_worse_model_is_not_released_and_the_old_one_stays(trained_home: tuple
     ("overrides", "message"),
     [
         ({"trained_tokenizer": {"vocab_size": 500_000}}, "vocab_size"),
-        ({"checkpoint": {"source_weights": {"nowhere": 1.0}}}, '--source_weights: no source "nowhere" in this text'),
+        ({"checkpoint": {"source_weights": {"nowhere": 1.0}}}, 'source_weights: no source "nowhere" in this text'),
     ],
 )
 def test_options_that_do_not_fit_the_text_are_reported(
@@ -199,9 +199,16 @@ def test_a_damaged_shard_ends_the_training_and_is_named(trained_home: tuple[Home
 
 def test_a_stage_without_its_input_names_the_asset_to_materialize(make_home: Any) -> None:
     home = make_home()
-    result = home.materialize(tokenized_shards, expect_success=False)
-    (failure,) = [event for event in result.all_events if event.is_step_failure]
-    assert "materialize the asset 'raw_text' first" in str(failure.event_specific_data)
+
+    def reason(asset: dg.AssetsDefinition) -> str:
+        result = home.materialize(asset, expect_success=False)
+        (failure,) = [event for event in result.all_events if event.is_step_failure]
+        return str(failure.event_specific_data)
+
+    assert "materialize the asset 'raw_text' first" in reason(tokenized_shards)
+    assert "materialize the asset 'tokenized_shards' first" in reason(checkpoint)
+    home.materialize(raw_text)
+    assert "materialize the asset 'trained_tokenizer' first" in reason(tokenized_shards)
 
 
 def test_an_empty_raw_text_folder_is_reported_with_where_to_put_text(make_home: Any) -> None:

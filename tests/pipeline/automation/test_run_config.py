@@ -100,6 +100,14 @@ def test_a_mistake_is_one_line_with_the_option_the_value_and_the_remedy(options:
         ("resources: {storage: {config: {hom: /tmp}}}", "storage.hom: no such option; did you mean home?"),
         ("resources: {torchrun: {config: {stop_seconds: soon}}}", "torchrun.stop_seconds soon: Input should be a valid number"),
         (
+            "resources: {storage: {config: {raw_text_dir: /no/where}}}",
+            "storage: raw_text_dir /no/where: no such folder; create it or name another",
+        ),
+        (
+            "resources: {storage: {config: {raw_text_dir: /dev/null}}}",
+            "storage: raw_text_dir /dev/null: is a file; name the folder that",
+        ),
+        (
             "resources: {storage: {config: {release_line: a b}}}",
             "storage: release_line a b: not a name; use letters, digits, '.', ",
         ),
@@ -172,3 +180,15 @@ def test_options_of_assets_that_a_part_of_the_job_does_not_run_need_not_fit_toge
     job = defs.resolve_job_def("pretrain")
     assert len(find_mistakes(job, config)) == 1
     assert find_mistakes(job.get_subset(asset_selection={dg.AssetKey("checkpoint")}), config) == []
+
+
+def test_the_raw_text_folder_must_exist_only_for_assets_that_read_it() -> None:
+    job = defs.resolve_job_def("pretrain")
+
+    def found(folder: str, *assets: str) -> list[str]:
+        selected = job.get_subset(asset_selection={dg.AssetKey(asset) for asset in assets})
+        return find_mistakes(selected, {"resources": {"storage": {"config": {"raw_text_dir": folder}}}})
+
+    assert len(found("/no/where", "trained_tokenizer")) == 1
+    assert found("/no/where", "checkpoint", "evaluation") == []
+    assert found("s3://no/where", "raw_text") == [], "a request would take too long"

@@ -178,7 +178,7 @@ def test_a_failed_training_shows_the_reason_on_the_run_page(trained_home: tuple[
     result = home.materialize(checkpoint, expect_success=False, checkpoint={"source_weights": {"nowhere": 1.0}})
     (failure,) = [event for event in result.all_events if event.is_step_failure]
     reason = failure.event_specific_data.user_failure_data.description
-    assert reason.startswith('--source_weights: no source "nowhere" in this text')
+    assert reason.startswith('source_weights: no source "nowhere" in this text')
 
 
 def stopped(home: Home, first: Any) -> Path:
