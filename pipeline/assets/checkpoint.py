@@ -13,7 +13,7 @@ from pipeline.artifacts.runs import find_or_train
 from pipeline.artifacts.starting_point import starting_point
 from pipeline.artifacts.step import Step
 from pipeline.artifacts.upstream import Upstream
-from pipeline.assets.checks import CHECKPOINT_CHECKS, check_checkpoint, may_continue
+from pipeline.assets.checks import CHECKPOINT_CHECKS, check_checkpoint, may_continue, warned
 from pipeline.assets.common import HOOKS, MODEL, OWNERS
 from pipeline.assets.plots import picture, plot_loss_curve
 from pipeline.assets.tokenized_shards import tokenized_shards
@@ -69,7 +69,7 @@ def _result(step: Step, record: CheckpointRecord, manifest: DatasetManifest, reu
         set_current(step.home.current_checkpoint, record.path)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(record.checkpoint_id),
-        check_results=check_results,
+        check_results=warned(step.log, check_results),
         metadata={
             "run_id": record.run_id,
             "loss_curve": picture(RunFolder(run_dir).loss_curve(record.step), "loss curve", lambda: plot_loss_curve(metrics)),

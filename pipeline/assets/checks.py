@@ -3,6 +3,7 @@
 Checks run in the step of their asset. A blocking check that fails ends the run.
 """
 
+import logging
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from llm_core.corpus import WARN_DROPPED, Snapshot, drop_warning, dropped_text
 from llm_core.dataset import DatasetManifest
 from llm_core.evaluation import Evaluation, metric
 from llm_core.tokenizer import MAX_DRIFT, WARN_UNKNOWN, TokenizerArtifact
+from pipeline.failures import in_run_config
 from pipeline.presentation import rounded
 
 MAX_SKIPPED_SHARE = 0.05
@@ -71,11 +73,11 @@ def check_raw_text(snapshot: Snapshot) -> Checks:
     train, val = (set(kept.filter(pc.equal(kept["split"], split))["document_id"].to_pylist()) for split in ("train", "val"))
     counts = {"bytes_read": summary["bytes_read"], "bytes_kept": summary["bytes_kept"], "bytes_dropped": dropped}
     shares: dict[str, Any] = {each["reason"]: round(each["share"], 4) for each in dropped_text(summary)}
-    warning = drop_warning(summary)
+    warning = in_run_config(drop_warning(summary) or "")
     return [
         _result(summary["bytes_read"] == summary["bytes_kept"] + dropped, "bytes_add_up", counts),
         _result(not train & val, "splits_are_disjoint", {"train": len(train), "validation": len(val), "both": len(train & val)}),
-        _result(warning is None, "text_is_kept", {"dropped": warning or f"at most {WARN_DROPPED:.0%}"} | shares, warn_only=True),
+        _warning(not warning, "text_is_kept", {"dropped": warning or f"at most {WARN_DROPPED:.0%}"} | shares, warning),
     ]
 
 
@@ -86,16 +88,22 @@ def check_trained_tokenizer(artifact: TokenizerArtifact, max_drift: float | None
     if drift_report.changed:
         shown["first"] = next(iter(drift_report.changed.values()))
     limit = MAX_DRIFT if max_drift is None else max_drift
-    fits = (drift_report.drift or 0.0) <= limit
+    drift, coverage = drift_report.drift or 0.0, drift_report.coverage
+    fits = drift <= limit
     remedy = {} if fits else {"remedy": DRIFT_REMEDY}
     return [
         _result(not drift_report.changed, "round_trip", shown),
-        _result(fits, "fertility_drift", {"drift": drift_of(artifact), "limit": limit} | remedy, warn_only=True),
-        _result(
-            not drift_report.coverage.is_low,
+        _warning(
+            fits,
+            "fertility_drift",
+            {"drift": drift_of(artifact), "limit": limit} | remedy,
+            f"new text has {drift:.1%} fewer bytes per token than the training text, more than {limit:.0%}; {DRIFT_REMEDY}",
+        ),
+        _warning(
+            not coverage.is_low,
             "coverage",
-            {"unknown": round(drift_report.coverage.unknown, 4), "text": str(drift_report.coverage)},
-            warn_only=True,
+            {"unknown": round(coverage.unknown, 4), "text": str(coverage)},
+            f"the tokenizer cannot spell {coverage}; tokenizer_type bpe of trained_tokenizer spells all of it",
         ),
     ]
 
@@ -134,14 +142,14 @@ def check_checkpoint(run: RunRecord, metrics: list[dict[str, Any]], vocab_size: 
     shown = {"last_loss": losses[-1], "validation_loss": held_out[-1], "skipped_steps": run.skipped_steps}
     expected, first = math.log(vocab_size), losses[0]
     if run.parent_run_id is not None:
-        began = _result(True, "first_loss", {"not_applicable": "the run started from the weights of another run"}, warn_only=True)
+        began = _warning(True, "first_loss", {"not_applicable": "the run started from the weights of another run"}, "")
     else:
         near = first is not None and abs(first - expected) <= FIRST_LOSS_TOLERANCE
-        began = _result(
+        began = _warning(
             near,
             "first_loss",
             {"first_loss": rounded(first), "ln_vocabulary": rounded(expected)},
-            warn_only=True,
+            f"the first loss is {rounded(first)}, not near ln(vocabulary) {rounded(expected)}, where an untrained model starts",
         )
     return [_result(finite, "losses_are_finite", shown), began]
 
@@ -153,8 +161,18 @@ def check_evaluation(result: Evaluation, released: float | None, max_regression:
     worse = value - released if released is not None else 0.0
     return [
         _result(math.isfinite(loss) and math.isfinite(value), "figures_are_finite", {"loss": loss} | shown),
-        _result(value < unigram, "beats_unigram", shown | {"unigram_bits_per_byte": round(unigram, 4)}, warn_only=True),
-        _result(worse <= max_regression, "no_regression", shown | {"worse_by": round(worse, 4)}, warn_only=True),
+        _warning(
+            value < unigram,
+            "beats_unigram",
+            shown | {"unigram_bits_per_byte": round(unigram, 4)},
+            f"{value:.4f} bits per byte are no better than {unigram:.4f} of token frequencies alone; train for more steps",
+        ),
+        _warning(
+            worse <= max_regression,
+            "no_regression",
+            shown | {"worse_by": round(worse, 4)},
+            f"{value:.4f} bits per byte are {worse:.4f} worse than the released model; max_regression is {max_regression:g}",
+        ),
     ]
 
 
@@ -163,6 +181,24 @@ def may_continue(results: Checks) -> bool:
     return all(result.passed or result.severity == dg.AssetCheckSeverity.WARN for result in results)
 
 
-def _result(passed: bool, name: str, metadata: dict[str, Any], warn_only: bool = False) -> dg.AssetCheckResult:
-    severity = dg.AssetCheckSeverity.WARN if warn_only else dg.AssetCheckSeverity.ERROR
-    return dg.AssetCheckResult(passed=bool(passed), check_name=name, severity=severity, metadata=metadata)
+def warned(log: logging.Logger, results: Checks) -> Checks:
+    """The results, after a line in the log for each failed check that does not end the run: Dagster logs only its name."""
+    for result in results:
+        if not result.passed and result.severity == dg.AssetCheckSeverity.WARN:
+            log.warning(f"{result.check_name}: {result.description}")
+    return results
+
+
+def _result(passed: bool, name: str, metadata: dict[str, Any]) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(passed=bool(passed), check_name=name, metadata=metadata)
+
+
+def _warning(passed: bool, name: str, metadata: dict[str, Any], reason: str) -> dg.AssetCheckResult:
+    """A check that does not end the run. reason: why it fails."""
+    return dg.AssetCheckResult(
+        passed=bool(passed),
+        check_name=name,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata=metadata,
+        description=None if passed else reason,
+    )

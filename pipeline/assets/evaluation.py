@@ -15,7 +15,7 @@ from pipeline.artifacts.release import Comparison, compare_with_released
 from pipeline.artifacts.step import Step
 from pipeline.artifacts.upstream import Upstream
 from pipeline.assets.checkpoint import checkpoint
-from pipeline.assets.checks import EVALUATION_CHECKS, check_evaluation
+from pipeline.assets.checks import EVALUATION_CHECKS, check_evaluation, warned
 from pipeline.assets.common import HOOKS, MODEL, OWNERS
 from pipeline.assets.plots import picture, plot_bits_per_byte
 from pipeline.assets.tokenized_shards import tokenized_shards
@@ -73,7 +73,7 @@ def evaluation(
     samples = "\n\n".join(f"sample {number}:\n\n{literal(text)}" for number, text in enumerate(texts, start=1))
     return dg.MaterializeResult(
         data_version=dg.DataVersion(result["evaluation_id"]),
-        check_results=check_evaluation(result, compared.get("released model"), config.max_regression),
+        check_results=warned(context.log, check_evaluation(result, compared.get("released model"), config.max_regression)),
         metadata={
             "evaluation_id": result["evaluation_id"],
             "comparison": picture(

@@ -15,6 +15,7 @@ from pipeline.artifacts.step import Step
 from pipeline.artifacts.upstream import Upstream
 from pipeline.assets.common import HOOKS, MODEL, OWNERS
 from pipeline.assets.evaluation import evaluation
+from pipeline.assets.left_out import NOTHING
 from pipeline.failures import one_line_errors
 from pipeline.presentation import locations, report_table, rounded
 from pipeline.resources import CatalogResource, Storage
@@ -37,7 +38,8 @@ def released_model(
     The directory loads with `transformers`: `AutoModelForCausalLM.from_pretrained(directory)`.
     """
     step = Step(context, storage, catalog)
-    path = up_to_date(step, Upstream(step).evaluation())
+    upstream = Upstream(step)
+    path = up_to_date(step, upstream.evaluation())
     result = read_evaluation(path)
     record = CheckpointRecord.of(step.home.run(result["run_id"]).checkpoint(result["step"]))
     verdict = release_if_better(step, record, path, config.stage(ReleaseConfig))
@@ -45,7 +47,9 @@ def released_model(
     if released is None:
         raise dg.Failure(f"nothing is released: {verdict.reason}", allow_retries=False)
     remember_decision(storage, result["snapshot_id"])
-    print(_overview(step, record, result, verdict, released), flush=True)
+    print(_overview(step, record, result, verdict, released, _not_read(upstream)), flush=True)
+    for check, reason in upstream.warnings().items():
+        print(f"warning: {printable(f'{check}: {reason}')}", flush=True)
     directory = step.home.model(released.model_id).root
     return dg.MaterializeResult(
         data_version=dg.DataVersion(released.model_id),
@@ -61,11 +65,25 @@ def released_model(
     )
 
 
-def _overview(step: Step, record: CheckpointRecord, result: Evaluation, verdict: Verdict, released: ModelRecord) -> str:
+def _not_read(upstream: Upstream) -> dict[str, object]:
+    """A row with what this run has left out of the raw text folder; none if it has read all of it, or not looked."""
+    line = (upstream.made("raw_text") or {}).get("not_read", NOTHING)
+    return {} if line == NOTHING else {"not read": printable(line)}
+
+
+def _overview(
+    step: Step,
+    record: CheckpointRecord,
+    result: Evaluation,
+    verdict: Verdict,
+    released: ModelRecord,
+    not_read: dict[str, object],
+) -> str:
     """The table that a run of the lineage ends with on the terminal."""
     run, manifest = RunRecord.read(record.path.parent), load_manifest(step.data_dir, result["dataset_id"])
     sample = result["samples"][0]
     rows: dict[str, object] = {
+        **not_read,
         "documents": sum(split.documents for split in manifest.splits.values()),
         "tokens to train on": manifest.splits["train"].tokens,
         "tokens trained on": record.tokens_seen,

@@ -9,7 +9,7 @@ from llm_core.system import preparing
 from llm_core.tokenizer import prepare_tokenizer
 from pipeline.artifacts.step import Step
 from pipeline.artifacts.upstream import Upstream
-from pipeline.assets.checks import TRAINED_TOKENIZER_CHECKS, check_trained_tokenizer, drift_of
+from pipeline.assets.checks import TRAINED_TOKENIZER_CHECKS, check_trained_tokenizer, drift_of, warned
 from pipeline.assets.common import DATA, HOOKS, OWNERS
 from pipeline.assets.raw_text import raw_text
 from pipeline.failures import one_line_errors
@@ -43,7 +43,7 @@ def trained_tokenizer(
         context.log.warning(f"tokenizer: {drift_of(artifact)}")
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.tokenizer_id),
-        check_results=check_trained_tokenizer(artifact, config.retrain_on_drift),
+        check_results=warned(context.log, check_trained_tokenizer(artifact, config.retrain_on_drift)),
         metadata={
             "tokenizer_id": artifact.tokenizer_id,
             "tokenizer_type": report["tokenizer_type"],

@@ -1,8 +1,10 @@
 """Asset checks: each passes on an intact lineage and fails on the defect it detects."""
 
 import dataclasses
+import re
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from llm_core.checkpoint import RunRecord
@@ -15,7 +17,9 @@ from llm_core.tokenizer.drift import DriftReport
 from llm_core.training import read_metrics
 from pipeline.artifacts.pointers import get_current
 from pipeline.assets import checks
+from pipeline.assets.evaluation import evaluation
 from pipeline.assets.raw_text import raw_text
+from pipeline.assets.released_model import released_model
 from pipeline.assets.trained_tokenizer import trained_tokenizer
 from tests.pipeline.conftest import Home
 
@@ -23,6 +27,15 @@ SPECS = [
     *(*checks.RAW_TEXT_CHECKS, *checks.TRAINED_TOKENIZER_CHECKS, *checks.TOKENIZED_SHARDS_CHECKS),
     *(*checks.CHECKPOINT_CHECKS, *checks.EVALUATION_CHECKS),
 ]
+
+
+# Only what the checks read.
+EVALUATION: Any = {
+    "metrics": [
+        {"metric": name, "split": "val", "source": "all", "value": value}
+        for name, value in {"loss": 2.0, "bits_per_byte": 3.0, "unigram_bits_per_byte": 2.0}.items()
+    ]
+}
 
 
 def failed(results: checks.Checks) -> set[str]:
@@ -81,7 +94,30 @@ def test_much_dropped_text_is_detected_and_explained(trained_home: tuple[Home, A
     assert failed(results(kept // 10)) == {"text_is_kept"}
     assert checks.may_continue(results(kept // 10)), "a warning"
     (shown,) = [result.metadata for result in results(kept // 10) if result.check_name == "text_is_kept"]
-    assert "9.1% not_utf8 (--invalid_utf8 replace keeps it)" in str(shown["dropped"])
+    assert "9.1% not_utf8 (invalid_utf8 replace keeps it)" in str(shown["dropped"])
+
+
+def test_a_failed_check_that_does_not_end_the_run_gives_its_reason_in_the_log(
+    trained_home: tuple[Home, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    home, result = trained_home
+    reason = "bits per byte are no better than 6.0 of token frequencies alone; train for more steps"
+    assert [re.sub(r"\d\.\d+", "6.0", line) for line in home.messages(result) if line.startswith("beats_unigram")] == [
+        f"beats_unigram: 6.0 {reason}"
+    ], "once"
+    capfd.readouterr()
+    home.materialize(evaluation, released_model)
+    below_the_table = capfd.readouterr().out.rpartition("-----\n")[2]
+    assert re.fullmatch(rf"warning: evaluation.beats_unigram: \d\.\d+ {reason.replace('6.0', r'[0-9.]+')}\n", below_the_table)
+
+
+def test_every_check_that_does_not_end_the_run_has_a_reason() -> None:
+    failing = [*checks.check_evaluation(EVALUATION, 1.0, 0.1)]
+    warnings = [result for result in failing if not result.passed and result.severity == dg.AssetCheckSeverity.WARN]
+    assert {result.check_name: result.description for result in warnings} == {
+        "beats_unigram": "3.0000 bits per byte are no better than 2.0000 of token frequencies alone; train for more steps",
+        "no_regression": "3.0000 bits per byte are 2.0000 worse than the released model; max_regression is 0.1",
+    }
 
 
 def test_a_dataset_without_one_of_its_documents_is_detected(trained_home: tuple[Home, Any]) -> None:
