@@ -1,6 +1,6 @@
 """Time to quality: `python -m benchmarks.quality` trains each contender for the same time on the same text.
 
-The training command with the README's recipe for CPUs is compared with the Trainer of Hugging Face transformers and the same
+The training command with AdamW set by hand is compared with the Trainer of Hugging Face transformers and the same
 model (LlamaForCausalLM): once with the Trainer's default settings, once with textmill's batch size, learning rate and schedule.
 All read the same windows, are validated on the same windows and take as many steps as fit into the time, so that every schedule
 reaches its end. They take turns of a few seconds, one running and the others stopped, so that a slow machine slows all of them.

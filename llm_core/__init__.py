@@ -4,6 +4,7 @@ Packages, from the bottom up. An import leads downwards only; each `__init__.py`
 
     errors        exceptions, by who can fix the problem, with exit codes
     interrupts    Ctrl-C: one line and an exit code
+    recipe        the value of each training option that is not given
     config        every option of every stage, with its bounds and units
     layout        every path on disk
     cli           a configuration class as a command line

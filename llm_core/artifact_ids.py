@@ -6,7 +6,7 @@ Ids of snapshots, tokenizers, shards and datasets are computed where these are m
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from llm_core.config import EvaluateConfig, TasksConfig, TrainConfig
+from llm_core.config import EvaluateConfig, ResolvedTrainConfig, TasksConfig
 from llm_core.dataset import DatasetManifest
 from llm_core.system import content_id, sha256_file
 
@@ -17,7 +17,7 @@ TASKS_VERSION = 2
 EXPORT_VERSION = 2
 
 
-def run_id(manifest: DatasetManifest, config: TrainConfig, parent_checkpoint_id: str | None = None) -> str:
+def run_id(manifest: DatasetManifest, config: ResolvedTrainConfig, parent_checkpoint_id: str | None = None) -> str:
     """The training run of a resolved configuration on a dataset, from scratch or from a parent's weights."""
     # The sources of documents are not part of the dataset: the same documents can move to another folder.
     sources = manifest.snapshot_id if config.source_weights else None

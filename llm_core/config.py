@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from llm_core.errors import UserError
+from llm_core.recipe import choose_optimizer, recipe_defaults
 from llm_core.system import is_unicode
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -17,9 +18,13 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Marks a field that affects how a result is computed, not the result: it is not part of an artifact's id.
 EXECUTION = "execution"
 
+# Marks a field that the first versions did not have: it is part of an id only where it has a value.
+ADDED = "added"
+
 END_OF_TEXT = "<|endoftext|>"
 MIN_DOCUMENT_BYTES = 256
 MIN_VOCAB_SIZE = 258  # 256 bytes, one special token and one merge
+AUTO = "auto"
 MODEL_NAMES = Literal["tiny", "small", "medium", "large", "xl"]
 
 # hidden_size, num_layers, num_heads, num_kv_heads.
@@ -53,8 +58,9 @@ class StageConfig(BaseModel):
     def identity(self) -> dict[str, Any]:
         """The fields that determine the result, for `content_id`. A field stays marked in subclasses that override it."""
         stages = [stage for stage in type(self).__mro__ if issubclass(stage, StageConfig)]
-        execution = {name for stage in stages for name, field in stage.model_fields.items() if EXECUTION in field.metadata}
-        return self.model_dump(mode="json", exclude=execution)
+        marks = [(name, field.metadata) for stage in stages for name, field in stage.model_fields.items()]
+        excluded = {name for name, mark in marks if EXECUTION in mark or (ADDED in mark and getattr(self, name) is None)}
+        return self.model_dump(mode="json", exclude=excluded)
 
     def stage(self, stage: type[Stage]) -> Stage:
         """The fields of one stage, from a subclass such as a tool's options or a Dagster launchpad."""
@@ -228,30 +234,50 @@ class TrainConfig(StageConfig):
     )
 
     # Optimization.
-    batch_size: int = Field(8, gt=0, le=1 << 24, description="Windows per optimizer step, over all ranks.")
+    batch_size: Annotated[int, Field(gt=0, le=1 << 24)] | None = Field(
+        None, description="Windows per optimizer step, over all ranks; default: by the recipe."
+    )
     micro_batch_size: Annotated[PositiveInt | None, EXECUTION] = Field(
         None, description="Windows per rank and forward pass; default: all of the rank. Gradient accumulation follows from it."
     )
     max_steps: PositiveInt = Field(1000, description="Optimizer steps of the whole run.")
-    learning_rate: float = Field(3e-4, gt=0, lt=1, description="Peak learning rate.")
+    optimizer: Literal["auto", "adamw", "muon"] = Field(
+        "auto",
+        description="muon: Muon for the matrices in the blocks and AdamW for everything else; auto: muon, but adamw if only "
+        "learning_rate is given.",
+    )
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Peak learning rate; with muon, of the matrices in the blocks; default: by the recipe."
+    )
+    embedding_lr: Annotated[Annotated[float, Field(gt=0, lt=100)] | None, ADDED] = Field(
+        None, description="Peak learning rate of the embedding; default: by the recipe."
+    )
+    head_lr: Annotated[Annotated[float, Field(gt=0, lt=100)] | None, ADDED] = Field(
+        None, description="Peak learning rate of the head; default: by the recipe."
+    )
     min_lr: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="Learning rate of the last step; default: a tenth of the peak."
+        None, description="Learning rate of the last step; default: by the recipe."
     )
-    lr_schedule: Literal["cosine", "linear", "wsd"] = Field(
-        "cosine", description="Decay after warm-up: cosine, linear, or wsd (constant, then linear: warm-up-stable-decay)."
+    lr_schedule: Literal["auto", "cosine", "linear", "wsd"] = Field(
+        "auto",
+        description="Decay after warm-up: cosine, linear, or wsd (constant, then linear: warm-up-stable-decay); auto: by the "
+        "recipe.",
     )
-    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Steps of linear warm-up; default: 5 % of max_steps, at most 2000."
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="Steps of linear warm-up; default: by the recipe.")
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Share of the steps in the final decay of lr_schedule wsd; default: by the recipe."
     )
-    decay_fraction: float = Field(0.2, gt=0, le=1, description="Share of the steps in the final decay of lr_schedule wsd.")
-    weight_decay: float = Field(0.1, ge=0, le=1, description="Decoupled weight decay of matrices; norms are never decayed.")
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: Muon for the matrices in the blocks and AdamW for everything else."
+    weight_decay: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Decoupled weight decay of matrices; norms are never decayed; default: by the recipe."
     )
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon: momentum.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the first moment.")
-    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW: decay of the second moment.")
-    adam_eps: float = Field(1e-8, gt=0, lt=1e-2, description="AdamW: epsilon.")
+    beta1: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="AdamW: decay of the first moment; default: by the recipe."
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="AdamW: decay of the second moment; default: by the recipe."
+    )
+    adam_eps: Annotated[float, Field(gt=0, lt=1e-2)] | None = Field(None, description="AdamW: epsilon; default: by the recipe.")
     grad_clip: float = Field(1.0, ge=0, description="Maximum global gradient norm; 0 disables clipping.")
     max_skipped_steps: Annotated[PositiveInt, EXECUTION] = Field(
         10, description="Stop the run after this many consecutive steps with gradients that are not finite."
@@ -318,7 +344,7 @@ class TrainConfig(StageConfig):
             raise ValueError(f"num_kv_heads {num_kv_heads} must divide num_heads {num_heads}")
         if self.max_length is not None and self.stride is not None and self.stride >= self.max_length:
             raise ValueError(f"stride {self.stride} must be smaller than max_length {self.max_length}")
-        if self.min_lr is not None and self.min_lr > self.learning_rate:
+        if self.min_lr is not None and self.learning_rate is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} must not exceed learning_rate {self.learning_rate}")
         if self.profile is not None and int(self.profile.split(":")[0]) >= int(self.profile.split(":")[1]):
             raise ValueError(f"profile {self.profile} must end after it starts")
@@ -345,38 +371,76 @@ class TrainConfig(StageConfig):
             self.num_kv_heads or num_kv_heads,
         )
 
-    def resolved(self, max_length: int, stride: int) -> Self:
+    def resolved(self, max_length: int, stride: int) -> "ResolvedTrainConfig":
         """A copy with every derived default filled in. max_length, stride: those of the dataset.
 
         Raises:
-            UserError: the stride is not smaller than the window.
+            UserError: two values do not fit together, one of them derived.
         """
         hidden_size, num_layers, num_heads, num_kv_heads = self.shape()
+        length = self.max_length or max_length
         values: dict[str, Any] = {
             "hidden_size": hidden_size,
             "num_layers": num_layers,
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
-            "intermediate_size": self.intermediate_size or swiglu_width(hidden_size),
-            "max_length": self.max_length or max_length,
-            "stride": stride if self.stride is None else self.stride,
-            "min_lr": self.learning_rate / 10 if self.min_lr is None else self.min_lr,
-            "warmup_steps": min(2000, self.max_steps // 20) if self.warmup_steps is None else self.warmup_steps,
+            "intermediate_size": swiglu_width(hidden_size),
+            "max_length": length,
+            "stride": stride,
+            "optimizer": (optimizer := choose_optimizer(self.optimizer, self.learning_rate)),
         }
-        values["eval_tokens"] = self.eval_tokens or self._affordable_eval_tokens(values["max_length"])
-        if values["stride"] >= values["max_length"]:
-            raise UserError(f"--stride {values['stride']} must be smaller than --max_length {values['max_length']}")
-        return self.model_copy(update=values)
+        values |= recipe_defaults(
+            optimizer,
+            self.learning_rate,
+            hidden_size=hidden_size,
+            max_steps=self.max_steps,
+            max_length=length,
+            tied=self.tie_embeddings,
+            continued=self.init_from is not None,
+        )
+        given = self.model_dump(include=set(TrainConfig.model_fields), exclude_none=True)
+        values |= {name: value for name, value in given.items() if name not in values or value != AUTO}
+        if "eval_tokens" not in values:
+            values["eval_tokens"] = self._affordable_eval_tokens(length, values["batch_size"])
+        if values["stride"] >= length:
+            raise UserError(f"--stride {values['stride']} must be smaller than --max_length {length}")
+        if values["min_lr"] > values["learning_rate"]:
+            raise UserError(f"--min_lr {values['min_lr']} must not exceed the learning rate {values['learning_rate']:.2g}")
+        return ResolvedTrainConfig.model_validate(values)
 
-    def _affordable_eval_tokens(self, max_length: int) -> int:
+    def _affordable_eval_tokens(self, max_length: int, batch_size: int) -> int:
         """Whole windows for each validation, such that all of them take at most 5 % of the training time; at least one.
 
         A forward pass takes a third of the time of a forward and a backward pass. The number follows from the options alone, so
         that a resumed run validates on the same text.
         """
         validations = -(-self.max_steps // self.eval_interval) if self.eval_interval else 1
-        windows = 3 * self.max_steps * self.batch_size // (20 * validations)
+        windows = 3 * self.max_steps * batch_size // (20 * validations)
         return max(1, min(windows, (1 << 20) // max_length)) * max_length
+
+
+class ResolvedTrainConfig(TrainConfig):
+    """A training configuration without open defaults, from `TrainConfig.resolved`: it determines a run."""
+
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    intermediate_size: PositiveInt
+    max_length: int
+    stride: int
+    batch_size: int
+    optimizer: Literal["adamw", "muon"]
+    learning_rate: float
+    min_lr: float
+    lr_schedule: Literal["cosine", "linear", "wsd"]
+    warmup_steps: int
+    decay_fraction: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    adam_eps: float
+    eval_tokens: int
 
 
 class EvaluateConfig(StageConfig):
@@ -460,8 +524,8 @@ class ModelConfig(StageConfig):
     document_masking: bool
 
     @classmethod
-    def of(cls, config: TrainConfig, vocab_size: int) -> Self:
-        """The model that a resolved training configuration describes."""
+    def of(cls, config: ResolvedTrainConfig, vocab_size: int) -> Self:
+        """The model that a training configuration describes."""
         fields = set(cls.model_fields) - {"vocab_size"}
         return cls(vocab_size=vocab_size, **config.model_dump(include=fields))
 
@@ -497,15 +561,22 @@ def swiglu_width(hidden_size: int) -> int:
 IGNORE_INDEX = -100
 
 
-def decay_start(config: TrainConfig) -> int:
-    """The step at which the learning rate starts to fall; with wsd, the checkpoint after this many steps is kept."""
-    assert config.warmup_steps is not None, "decay_start needs a resolved configuration"
+def decay_start(config: ResolvedTrainConfig) -> int:
+    """The step at which the learning rate starts to fall."""
     if config.lr_schedule != "wsd":
         return config.warmup_steps
     return max(config.warmup_steps, config.max_steps - 1 - round(config.decay_fraction * config.max_steps))
 
 
-def micro_batch_size(config: TrainConfig, world_size: int) -> int:
+def step_before_decay(config: ResolvedTrainConfig) -> int | None:
+    """The step whose checkpoint is kept for continued training; None if that is the last one.
+
+    It is the start of the final decay of wsd, unless that is most of the run.
+    """
+    return decay_start(config) if config.lr_schedule == "wsd" and config.decay_fraction <= 0.5 else None
+
+
+def micro_batch_size(config: ResolvedTrainConfig, world_size: int) -> int:
     """Windows per rank and forward pass.
 
     Raises:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # An import leads from a higher number to a lower one, or stays inside a package.
 RANKS = {
     "llm_core": {
-        **dict.fromkeys(("errors", "interrupts", "config", "layout", "cli", "system"), 0),
+        **dict.fromkeys(("errors", "interrupts", "recipe", "config", "layout", "cli", "system"), 0),
         **dict.fromkeys(("corpus", "model"), 1),
         "tokenizer": 2,
         "dataset": 3,

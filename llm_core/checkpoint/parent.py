@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm_core.checkpoint.records import CheckpointRecord, RunRecord, named_checkpoint
-from llm_core.config import TrainConfig, decay_start
+from llm_core.config import ResolvedTrainConfig, step_before_decay
 from llm_core.errors import DataError
 from llm_core.layout import RunFolder
 from llm_core.system import atomic_writer, parquet_bytes, read_json, read_parquet, verify_file
@@ -91,9 +91,9 @@ def _inherited(run_dir: Path, run: RunRecord) -> pa.Array | None:
 
 def _before_decay(run_dir: Path) -> CheckpointRecord | None:
     try:
-        config = TrainConfig.model_validate(read_json(RunFolder(run_dir).config))
-        if config.lr_schedule != "wsd":
+        config = ResolvedTrainConfig.model_validate(read_json(RunFolder(run_dir).config))
+        if (step := step_before_decay(config)) is None:
             return None
-        return CheckpointRecord.of(RunFolder(run_dir).checkpoint(decay_start(config)))
+        return CheckpointRecord.of(RunFolder(run_dir).checkpoint(step))
     except (DataError, ValueError):
         return None

@@ -17,11 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from llm_core.distributed.ranks import Ranks
 from llm_core.errors import DataError
 from llm_core.model.transformer import Transformer
+from llm_core.recipe import InitialStd
 
 Sharding = Literal["ddp", "fsdp"]
 
 
-def parallelize(model: Transformer, ranks: Ranks, sharding: Sharding, seed: int) -> nn.Module:
+def parallelize(model: Transformer, ranks: Ranks, sharding: Sharding, seed: int, std: InitialStd) -> nn.Module:
     """Moves a model from the meta device to the ranks and initializes it. Returns the module to train; on one rank, `model`."""
     sharded = sharding == "fsdp" and ranks.world_size > 1
     if sharded:
@@ -32,10 +33,10 @@ def parallelize(model: Transformer, ranks: Ranks, sharding: Sharding, seed: int)
         fully_shard(model, mesh=mesh)
     model.materialize(ranks.device)
     if not sharded:
-        model.init_weights(seed)
+        model.init_weights(seed, std)
         return model if ranks.world_size == 1 else _replicated(model, ranks)
     parameters = model.state_dict()
-    for name, weight in model.initial_weights(seed):
+    for name, weight in model.initial_weights(seed, std):
         # Every rank draws the same full tensor and keeps its shard.
         parameter = cast(DTensor, parameters[name])
         shard = distribute_tensor(weight.to(ranks.device), parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -6,7 +6,6 @@ Pre-normalization (Xiong et al. 2020), RMSNorm (Zhang and Sennrich 2019), rotary
 Shapes in comments: B windows, T tokens, C hidden size, H query heads, K key-value heads, D head width, F MLP width, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from llm_core.config import ModelConfig
 from llm_core.model.attention import Backend, DocumentMask, causal_attention
 from llm_core.model.fused_ops import apply_rotary_emb, rms_norm, swiglu
 from llm_core.model.loss import nll_sum, token_nll
+from llm_core.recipe import InitialStd, initial_std
 
 
 class RMSNorm(nn.Module):
@@ -167,31 +167,26 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
         self.cos, self.sin = (table.to(device) for table in rotary_tables(self.config))
 
-    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Draws every weight from one seed, on the CPU; one at a time, since a sharded model may not fit into its memory.
+    def initial_weights(self, seed: int, std: InitialStd) -> Iterator[tuple[str, Tensor]]:
+        """Draws every matrix from a normal distribution and one seed, on the CPU; norms are one.
 
-        | weights                           | distribution                        |
-        |-----------------------------------|-------------------------------------|
-        | embedding, head, qkv, gate_up     | normal, std 0.02                    |
-        | attention out, mlp down           | normal, std 0.02 / sqrt(2 * layers) |
-        | norms                             | one                                 |
-
-        The residual stream is a sum of 2 * layers outputs: their smaller std keeps its variance independent of depth (GPT-2).
+        One at a time, since a sharded model may not fit into its memory.
         """
+        by_name = {"embedding": std.embedding, "head": std.head, "out": std.outputs, "down": std.outputs}
         generator = torch.Generator().manual_seed(seed)
-        residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 yield name, torch.ones(parameter.shape)
             else:
-                std = residual_std if name.endswith(("attention.out.weight", "mlp.down.weight")) else 0.02
-                yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+                module = name.split(".")[-2]
+                yield name, torch.empty(parameter.shape).normal_(0.0, by_name.get(module, std.inputs), generator=generator)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Sets all weights to `initial_weights`; the model must not be sharded."""
+    def init_weights(self, seed: int, std: InitialStd | None = None) -> None:
+        """Sets all weights to `initial_weights`; the model must not be sharded. std: default AdamW's."""
         parameters = dict(self.named_parameters())
-        for name, weight in self.initial_weights(seed):
+        std = std or initial_std("adamw", self.config.num_layers, self.config.tie_embeddings)
+        for name, weight in self.initial_weights(seed, std):
             parameters[name].copy_(weight)
 
     def hidden(self, inputs: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llm_core.config import ModelConfig, TrainConfig, micro_batch_size
+from llm_core.config import ModelConfig, ResolvedTrainConfig, decay_start, micro_batch_size
 from llm_core.distributed.ranks import Ranks
 from llm_core.errors import UserError
 from llm_core.model.loss import chunk_rows
@@ -24,7 +24,7 @@ _UTILIZATION = 0.5
 _WORKSPACE = 200_000_000
 
 
-def explain(config: TrainConfig, data: TrainingData, ranks: Ranks) -> dict[str, str]:
+def explain(config: ResolvedTrainConfig, data: TrainingData, ranks: Ranks) -> dict[str, str]:
     """Size, memory, tokens and time of a run, as text. config: resolved."""
     precision = resolve_precision(config, ranks.device)
     micro = micro_batch_size(config, ranks.world_size)
@@ -48,13 +48,22 @@ def explain(config: TrainConfig, data: TrainingData, ranks: Ranks) -> dict[str, 
         "training tokens": f"{tokens:,} in {config.max_steps:,} steps of {tokens_per_step:,}",
         "epochs": f"{config.max_steps * config.batch_size / len(data.train):.2f} of {len(data.train):,} windows",
         **_mixture(config, data),
+        "optimizer": describe_rates(config),
+        "schedule": f"{config.warmup_steps:,} steps of warm-up, {config.lr_schedule} decay from step {decay_start(config):,} "
+        f"to {config.min_lr / config.learning_rate:.0%}",
         "tokens per parameter": f"{tokens / parameters:.1f} (about 20 is compute-optimal, Hoffmann et al. 2022)",
         "ranks": f"{ranks.world_size} on {ranks.device.type}, {precision}, micro batch {micro} x {accumulation}",
         "expected time": f"{duration(seconds)} at {_UTILIZATION:.0%} of the {peak / 1e9:,.0f} GFLOP/s just measured",
     }
 
 
-def _mixture(config: TrainConfig, data: TrainingData) -> dict[str, str]:
+def describe_rates(config: ResolvedTrainConfig) -> str:
+    """The optimizer and its peak rates."""
+    rates = {"learning rate": config.learning_rate, "embedding": config.embedding_lr, "head": config.head_lr}
+    return ", ".join([config.optimizer, *(f"{name} {rate:.2g}" for name, rate in rates.items() if rate is not None)])
+
+
+def _mixture(config: ResolvedTrainConfig, data: TrainingData) -> dict[str, str]:
     if data.groups is None:
         return {}
     usages = data.mixture(config)
@@ -86,7 +95,7 @@ class Memory:
 
 
 def estimate_memory(
-    config: TrainConfig,
+    config: ResolvedTrainConfig,
     vocab_size: int,
     micro_batch_size: int,
     precision: Precision,
@@ -138,7 +147,7 @@ def _activation_bytes(model_config: ModelConfig, micro_batch_size: int, precisio
         return saved_bytes(checkpointing) + one_block
 
 
-def _optimizer_elements(config: TrainConfig, model: Transformer) -> int:
+def _optimizer_elements(config: ResolvedTrainConfig, model: Transformer) -> int:
     """Elements of the optimizer's state: two for each parameter, with Muon one for each matrix in a block."""
     elements = 2 * model.config.num_parameters
     if config.optimizer == "muon":
@@ -146,7 +155,7 @@ def _optimizer_elements(config: TrainConfig, model: Transformer) -> int:
     return elements
 
 
-def require_memory(config: TrainConfig, model: ModelConfig, micro_batch_size: int, ranks: Ranks) -> None:
+def require_memory(config: ResolvedTrainConfig, model: ModelConfig, micro_batch_size: int, ranks: Ranks) -> None:
     """Refuses a run that cannot fit into the memory of this machine.
 
     The lower bound counts weights, gradients, optimizer state and one half-precision activation per token and block; `--explain`

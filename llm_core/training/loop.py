@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llm_core.checkpoint import CheckpointRecord, prune_checkpoints
 from llm_core.checkpoint.async_writer import CheckpointWriter
-from llm_core.config import decay_start
+from llm_core.config import step_before_decay
 from llm_core.evaluation.held_out import HeldOut, evaluate
 from llm_core.model.precision import DTYPES
 from llm_core.training.performance import PhaseClock, Throughput, duration, measure_peak_flops, step_profiler
@@ -61,7 +61,7 @@ class TrainingLoop:
                     self.validate()
                     trainer.phases.lap("validation")
                     clock.resume()
-                decays = config.lr_schedule == "wsd" and trainer.step == decay_start(config)
+                decays = trainer.step == step_before_decay(config)
                 if finished or result.stop or decays or _is_due(trainer.step, config.save_interval):
                     self.save(wait=finished or result.stop or not config.background_save)
                     trainer.phases.lap("save")
@@ -130,8 +130,7 @@ class TrainingLoop:
         if record is None or self.run_log is None:
             return
         self.run_log.record_checkpoint(record)
-        before_decay = decay_start(self.config) if self.config.lr_schedule == "wsd" else None
-        prune_checkpoints(self.run_dir, self.config.keep_checkpoints, before_decay)
+        prune_checkpoints(self.run_dir, self.config.keep_checkpoints, step_before_decay(self.config))
         self.run_log.update(
             steps_done=record.step,
             tokens_seen=record.tokens_seen,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from llm_core.config import TrainConfig
+from llm_core.config import ResolvedTrainConfig
 from llm_core.corpus import load_snapshot
 from llm_core.dataset import ALL, SHARE_UNITS, DatasetManifest, DocumentGroups, groups_by_source, known_first
 from llm_core.errors import UserError
@@ -24,7 +24,9 @@ class Mixture:
     shares: list[float]  # their sum is 1
 
 
-def plan_mixture(config: TrainConfig, data_dir: Path, manifest: DatasetManifest, known: pa.Array | None) -> Mixture | None:
+def plan_mixture(
+    config: ResolvedTrainConfig, data_dir: Path, manifest: DatasetManifest, known: pa.Array | None
+) -> Mixture | None:
     """The mixture that the options request, None if they request none. known: ids of the documents that the parent has read.
 
     Raises:

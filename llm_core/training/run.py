@@ -11,13 +11,14 @@ import torch
 from llm_core.checkpoint import GroupUsage, RunRecord, starting_parent
 from llm_core.checkpoint.resume import find_resume_state, set_later_checkpoints_aside
 from llm_core.checkpoint.state import TrainingState, load_checkpoint
-from llm_core.config import TrainConfig
+from llm_core.config import ResolvedTrainConfig, TrainConfig
 from llm_core.dataset import DatasetManifest, load_manifest
 from llm_core.distributed.launch import StopRequest, join_ranks
 from llm_core.distributed.ranks import Ranks
 from llm_core.errors import Preempted
 from llm_core.layout import RunFolder
 from llm_core.system import code_version, git_commit, now, write_json
+from llm_core.training.cost import describe_rates
 from llm_core.training.loop import TrainingLoop
 from llm_core.training.run_data import TrainingData, validation_windows
 from llm_core.training.run_log import Callback, RunLog
@@ -25,7 +26,7 @@ from llm_core.training.trainer import Trainer
 
 
 def train(
-    config: TrainConfig,
+    options: TrainConfig,
     data_dir: Path,
     run_dir: Path,
     *,
@@ -44,7 +45,7 @@ def train(
         TextmillError: options, data or checkpoints do not fit; the message names the remedy.
     """
     manifest = load_manifest(data_dir, dataset_id, snapshot_id)
-    config = config.resolved(manifest.max_length, manifest.stride)
+    config = options.resolved(manifest.max_length, manifest.stride)
     with join_ranks(config, run_dir) as ranks, StopRequest() as stop, _run_log(run_dir, ranks, callback) as run_log:
         _require_same_run(config, manifest, ranks)
         saved = ranks.broadcast_from_main(lambda: find_resume_state(run_dir, checkpoint, resume))
@@ -85,7 +86,7 @@ def _run_log(run_dir: Path, ranks: Ranks, callback: Callback | None) -> Iterator
         log.close()
 
 
-def _require_same_run(config: TrainConfig, manifest: DatasetManifest, ranks: Ranks) -> None:
+def _require_same_run(config: ResolvedTrainConfig, manifest: DatasetManifest, ranks: Ranks) -> None:
     """Raises UserError unless all ranks have the same options, data and code."""
     values = config.model_dump(exclude={"threads_per_process"}) | {"dataset_id": manifest.dataset_id}
     # Sources come from the snapshot: the same documents may be in other folders on another machine.
@@ -94,7 +95,7 @@ def _require_same_run(config: TrainConfig, manifest: DatasetManifest, ranks: Ran
 
 
 def _make_trainer(
-    config: TrainConfig,
+    config: ResolvedTrainConfig,
     data_dir: Path,
     manifest: DatasetManifest,
     saved: tuple[Path, TrainingState] | None,
@@ -179,7 +180,8 @@ def _log_overview(run_log: RunLog, trainer: Trainer, mixture: list[GroupUsage]) 
         f"run {trainer.run_id}: {trainer.model.config.num_parameters:,} parameters, {windows:,} windows of {config.max_length} "
         f"tokens, {config.max_steps} steps of {config.batch_size} windows ({epochs:.2f} epochs)\n"
         f"{ranks.world_size} rank(s) on {ranks.device.type} with {ranks.threads} thread(s), {trainer.precision}, "
-        f"attention {trainer.model.backend}, micro batch {trainer.micro_batch_size} x {trainer.accumulation_steps}"
+        f"attention {trainer.model.backend}, micro batch {trainer.micro_batch_size} x {trainer.accumulation_steps}\n"
+        f"{describe_rates(config)}"
     )
     if config.sharding == "fsdp" and ranks.world_size == 1:
         run_log.log("--sharding fsdp: has no effect with one rank")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm_core.artifact_ids import run_id
 from llm_core.checkpoint import GroupUsage, Parent, write_known_documents
-from llm_core.config import TrainConfig
+from llm_core.config import ResolvedTrainConfig
 from llm_core.dataset import DatasetManifest, DocumentGroups, Indices, TokenizerEntry, WindowSampler, kept_documents
 from llm_core.dataset.windows import Windows, require_text, token_bytes
 from llm_core.evaluation.excerpts import HeldOutText, choose_windows
@@ -36,7 +36,7 @@ class TrainingData:
         cls,
         data_dir: Path,
         manifest: DatasetManifest,
-        config: TrainConfig,
+        config: ResolvedTrainConfig,
         parent: Parent | None,
         validation: Indices | None = None,
     ) -> "TrainingData":
@@ -77,10 +77,10 @@ class TrainingData:
     def parent_checkpoint_id(self) -> str | None:
         return self.parent.checkpoint_id if self.parent is not None else None
 
-    def run_id(self, config: TrainConfig) -> str:
+    def run_id(self, config: ResolvedTrainConfig) -> str:
         return run_id(self.manifest, config, self.parent_checkpoint_id)
 
-    def mixture(self, config: TrainConfig) -> list[GroupUsage]:
+    def mixture(self, config: ResolvedTrainConfig) -> list[GroupUsage]:
         """How much the run reads of each group of documents."""
         read = self.order.windows_read(config.max_steps * config.batch_size)
         names = self.groups.names if self.groups is not None else ["all"]
@@ -89,7 +89,7 @@ class TrainingData:
             for name, size, count in zip(names, self.train.sizes, read, strict=True)
         ]
 
-    def write_usage(self, run_dir: Path, data_dir: Path, config: TrainConfig) -> dict[str, str | None]:
+    def write_usage(self, run_dir: Path, data_dir: Path, config: ResolvedTrainConfig) -> dict[str, str | None]:
         """Writes the step that first reads each document, and the documents that the parents have read, if that is known.
 
         Returns:
@@ -101,7 +101,7 @@ class TrainingData:
             known = write_known_documents(run_dir, self.parent.known)
         return {"document_steps_sha256": steps, "known_documents_sha256": known}
 
-    def _write_document_steps(self, path: Path, data_dir: Path, config: TrainConfig) -> str:
+    def _write_document_steps(self, path: Path, data_dir: Path, config: ResolvedTrainConfig) -> str:
         """Writes (document_id, first_step) for each training document that the run reads, and returns the file's SHA-256."""
         tables = []
         for group, (ids, counts) in enumerate(kept_documents(data_dir, self.manifest, "train", self.groups)):
@@ -115,7 +115,7 @@ class TrainingData:
             return file.sha256()
 
 
-def validation_windows(data_dir: Path, manifest: DatasetManifest, config: TrainConfig) -> Indices:
+def validation_windows(data_dir: Path, manifest: DatasetManifest, config: ResolvedTrainConfig) -> Indices:
     """The windows of held-out text that each validation of a run reads. config: resolved."""
     assert config.max_length is not None and config.eval_tokens is not None
     return choose_windows(data_dir, manifest, config.max_length, config.eval_tokens)
@@ -125,7 +125,7 @@ def validation_windows(data_dir: Path, manifest: DatasetManifest, config: TrainC
 NEVER = np.iinfo(np.int64).max
 
 
-def first_step_of_windows(order: WindowSampler, group: int, config: TrainConfig) -> Indices:
+def first_step_of_windows(order: WindowSampler, group: int, config: ResolvedTrainConfig) -> Indices:
     """(windows of the group,) the 0-based step that first reads each window, or NEVER."""
     steps = order.first_positions(group) // config.batch_size
     return np.where(steps < config.max_steps, steps, NEVER)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llm_core.checkpoint.state import RunIdentity, TrainingState, require_same
-from llm_core.config import ModelConfig, TrainConfig, micro_batch_size
+from llm_core.config import ModelConfig, ResolvedTrainConfig, micro_batch_size
 from llm_core.dataset import Indices, rank_micro_batches
 from llm_core.distributed.launch import StopRequest
 from llm_core.distributed.ranks import Ranks
@@ -27,8 +27,9 @@ from llm_core.errors import DataError, UserError
 from llm_core.model.attention import choose_backend
 from llm_core.model.precision import DTYPES, autocast, resolve_precision
 from llm_core.model.transformer import Transformer
+from llm_core.recipe import initial_std
 from llm_core.training.cost import require_memory
-from llm_core.training.optim import build_optimizers, learning_rate
+from llm_core.training.optim import build_optimizers, learning_rate, set_learning_rate
 from llm_core.training.performance import PhaseClock
 from llm_core.training.run_data import TrainingData
 
@@ -51,7 +52,7 @@ class Trainer:
     All ranks make the same decisions from the same numbers. config: resolved (`TrainConfig.resolved`).
     """
 
-    def __init__(self, config: TrainConfig, data: TrainingData, ranks: Ranks, stop: StopRequest) -> None:
+    def __init__(self, config: ResolvedTrainConfig, data: TrainingData, ranks: Ranks, stop: StopRequest) -> None:
         self.config, self.data, self.ranks, self.stop = config, data, ranks, stop
         self.save_failed = False  # set by rank 0 when its checkpoint writer failed; each step shares it with all ranks
         self.run_id = data.run_id(config)
@@ -68,8 +69,9 @@ class Trainer:
         if config.compile_model:
             ranks.raise_on_all_ranks(_compile_error(ranks.device))
             _compile_blocks(self.model, ranks.device)
-        self.module = parallelize(self.model, ranks, config.sharding, config.seed)
-        self.optimizers = build_optimizers(self.model, config)
+        std = initial_std(config.optimizer, config.num_layers, config.tie_embeddings)
+        self.module = parallelize(self.model, ranks, config.sharding, config.seed, std)
+        self.optimizers = build_optimizers(self.model, config, self.precision)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         self.phases = PhaseClock()
         self.step = 0  # optimizer steps done
@@ -92,8 +94,7 @@ class Trainer:
         rate = learning_rate(self.step, config)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        set_learning_rate(self.optimizers, rate)
         self.phases.lap("optimizer")
 
         nll = self._accumulate_gradients(windows, targets)

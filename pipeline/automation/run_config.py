@@ -202,10 +202,10 @@ def _combinations(configs: Mapping[str, BaseModel]) -> Iterator[tuple[str, Calla
     if isinstance(shards, TokenizedShardsConfig):
         yield "tokenized_shards", lambda: check_engine(shards.engine)
     if isinstance(training, CheckpointConfig):
-        yield "checkpoint", lambda: micro_batch_size(training, training.nproc_per_node)
         yield "checkpoint", lambda: _check_init_from(training)
         if isinstance(shards, TokenizedShardsConfig):
-            yield "checkpoint", lambda: training.resolved(shards.max_length, shards.stride)
+            resolve = functools.partial(training.stage(TrainConfig).resolved, shards.max_length, shards.stride)
+            yield "checkpoint", lambda: micro_batch_size(resolve(), training.nproc_per_node)
     if isinstance(evaluation := configs.get("evaluation"), EvaluationConfig) and evaluation.lm_eval_tasks:
         yield "evaluation", lambda: check_tasks(evaluation)
 

@@ -21,7 +21,7 @@ from dagster import (
 from dagster_pipes import PipesDefaultMessageWriter, PipesParams
 
 from llm_core.checkpoint import CheckpointRecord, RunRecord, newest_valid
-from llm_core.config import TrainConfig
+from llm_core.config import ResolvedTrainConfig
 from llm_core.dataset import DatasetManifest
 from llm_core.errors import TextmillError, UserError
 from llm_core.layout import RunFolder
@@ -48,7 +48,7 @@ def finished_checkpoint(run_dir: Path) -> CheckpointRecord | None:
 def run_training(
     context: AssetExecutionContext,
     torchrun: Torchrun,
-    config: TrainConfig,
+    config: ResolvedTrainConfig,
     nproc_per_node: int,
     data_dir: Path,
     manifest: DatasetManifest,

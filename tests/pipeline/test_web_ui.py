@@ -103,11 +103,11 @@ def test_the_launchpad_offers_every_option_with_type_default_and_explanation(pag
     page.goto(f"{LOCATION}/jobs/pretrain/playground")
     page.get_by_text("No errors").wait_for()
     options = page.locator(".CodeMirror-line")
-    for default in ("batch_size: 8", "learning_rate: 0.0003", "nproc_per_node: 1"):
+    for default in ("max_steps: 1000", "optimizer: auto", "nproc_per_node: 1"):
         options.filter(has_text=default).first.wait_for()
-    options.filter(has_text="learning_rate: 0.0003").click()
-    page.get_by_text("Peak learning rate.").first.wait_for()  # the help next to the editor follows the cursor
-    page.get_by_text("Literal['adamw', 'muon']").first.wait_for()
+    options.filter(has_text="optimizer: auto").click()
+    page.get_by_text("Muon for the matrices in the blocks").first.wait_for()  # the help next to the editor follows the cursor
+    page.get_by_text("Literal['auto', 'adamw', 'muon']").first.wait_for()
 
 
 def test_a_launched_run_reports_progress_while_it_trains_and_succeeds(run: WatchedRun) -> None:

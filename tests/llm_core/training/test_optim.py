@@ -1,34 +1,58 @@
 """The learning rate, parameter groups and optimizers."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from llm_core.config import TrainConfig
-from llm_core.training.optim import Muon, build_optimizers, learning_rate, newton_schulz, parameter_groups
+from llm_core.model.transformer import Transformer
+from llm_core.training.optim import build_optimizers, learning_rate, muon_groups, set_learning_rate
 from tests.llm_core.model.test_transformer import build
 
 
-@pytest.mark.parametrize("tie_embeddings", [False, True])
-def test_rule_5_only_matrices_decay_and_groups_cover_each_parameter_once(tie_embeddings: bool) -> None:
-    model = build(tie_embeddings=tie_embeddings)
-    decayed, plain = parameter_groups(model, 0.1)
+def names_of(model: Transformer, groups: list[dict[str, Any]]) -> list[list[str]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    grouped = [id(p) for p in itertools.chain(decayed["params"], plain["params"])]  # type: ignore[call-overload]
-    assert sorted(grouped) == sorted(names)
-    assert {names[id(p)] for p in plain["params"]} == {n for n in names.values() if "norm" in n or "embedding" in n}  # type: ignore[attr-defined]
-    assert decayed["weight_decay"] == 0.1
-    assert plain["weight_decay"] == 0.0
+    return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+@pytest.mark.parametrize("options", [{"learning_rate": 1e-3}, {"optimizer": "adamw"}, {"optimizer": "muon"}])
+def test_rule_5_only_matrices_decay_and_groups_cover_each_parameter_once(options: dict[str, Any], tie_embeddings: bool) -> None:
+    model = build(tie_embeddings=tie_embeddings)
+    config = TrainConfig(**options, tie_embeddings=tie_embeddings, weight_decay=0.1).resolved(64, 0)
+    groups = [group for optimizer in build_optimizers(model, config) for group in optimizer.param_groups]
+    grouped = names_of(model, groups)
+    assert sorted(itertools.chain.from_iterable(grouped)) == sorted(name for name, _ in model.named_parameters())
+    for group, names in zip(groups, grouped, strict=True):
+        plain = {name for name in names if "norm" in name or "embedding" in name}
+        assert group["weight_decay"] == (0.0 if plain else 0.1)
+        assert plain in (set(), set(names))
 
 
 def test_rule_6_adamw_settings_and_fp32_state() -> None:
     model = build()
-    (optimizer,) = build_optimizers(model, TrainConfig().resolved(64, 0))
+    (optimizer,) = build_optimizers(model, TrainConfig(learning_rate=1e-3).resolved(64, 0))
     assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 for group in optimizer.param_groups)
     model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)).backward()
     optimizer.step()
     assert all(state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32 for state in optimizer.state.values())
+
+
+def test_each_group_has_the_rate_of_its_option_at_every_step() -> None:
+    model = build()
+    options: dict[str, Any] = {"learning_rate": 0.01, "embedding_lr": 0.3, "head_lr": 0.02, "max_steps": 100}
+    for optimizer in ("adamw", "muon"):
+        config = TrainConfig(optimizer=optimizer, **options).resolved(64, 0)  # type: ignore[arg-type]
+        optimizers = build_optimizers(model, config)
+        set_learning_rate(optimizers, 0.005)  # half of the peak
+        groups = [group for each in optimizers for group in each.param_groups]
+        rates = {name: group["lr"] for group, names in zip(groups, names_of(model, groups), strict=True) for name in names}
+        assert rates["embedding.weight"] == pytest.approx(0.15)
+        assert rates["head.weight"] == pytest.approx(0.01)
+        assert rates["norm.weight"] == rates["blocks.0.attention.qkv.weight"] == pytest.approx(0.005)
+        assert rates["blocks.0.mlp.down.weight"] == pytest.approx(0.015 if optimizer == "muon" else 0.005)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
@@ -56,30 +80,19 @@ def test_wsd_is_flat_until_its_last_fifth() -> None:
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 def test_muon_trains_the_matrices_in_the_blocks_and_adamw_the_rest(tie_embeddings: bool) -> None:
     model = build(tie_embeddings=tie_embeddings)
-    muon, adamw = build_optimizers(model, TrainConfig(optimizer="muon").resolved(64, 0))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    trained = [[names[id(p)] for group in optimizer.param_groups for p in group["params"]] for optimizer in (muon, adamw)]
-    assert sorted(trained[0] + trained[1]) == sorted(names.values())
-    assert all(name.startswith("blocks.") and "norm" not in name for name in trained[0])
-    assert "embedding.weight" in trained[1]
-    assert adamw.param_groups[-1]["weight_decay"] == 0
+    config = TrainConfig(optimizer="muon", tie_embeddings=tie_embeddings).resolved(64, 0)
+    muon, adamw = (
+        [name for group in names_of(model, optimizer.param_groups) for name in group]
+        for optimizer in build_optimizers(model, config)
+    )
+    assert sorted(muon) == sorted(name for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2)
+    assert "embedding.weight" in adamw
 
 
-def test_muon_agrees_with_pytorchs_and_iterates_in_fp32_on_a_cpu() -> None:
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(24, 40, generator=generator)
-    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    mine = Muon([ours], lr=0.01, momentum=0.9, weight_decay=0.1)
-    pytorchs = torch.optim.Muon([theirs], lr=0.01, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
-        ours.grad = torch.randn(24, 40, generator=generator)
-        theirs.grad = ours.grad.clone()
-        mine.step()
-        pytorchs.step()
-    moved = (theirs - start).norm()
-    assert (ours - theirs).norm() < 0.02 * moved  # PyTorch's iterates in bf16
-    for shape in ((24, 40), (40, 24)):
-        orthogonal = newton_schulz(torch.randn(shape, generator=generator))
-        assert orthogonal.dtype == torch.float32
-        singular = torch.linalg.svdvals(orthogonal)
-        assert singular.min() > 0.6 and singular.max() < 1.3
+def test_muon_takes_query_key_value_gate_and_up_one_by_one() -> None:
+    model = build(num_kv_heads=2)
+    for group in muon_groups(model, TrainConfig(optimizer="muon").resolved(64, 0)):
+        for parameter in group["params"]:
+            assert sum(group.get("rows") or [len(parameter)]) == len(parameter)
+    rows = [group.get("rows") for group in muon_groups(model, TrainConfig(optimizer="muon").resolved(64, 0))]
+    assert rows[:2] == [[64, 32, 32], [192, 192]]

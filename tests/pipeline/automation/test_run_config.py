@@ -68,7 +68,7 @@ def test_all_mistakes_of_all_stages_are_reported_at_once() -> None:
         # Options that do not fit together.
         ("checkpoint: {config: {hidden_size: 64, num_heads: 5}}", "^checkpoint: num_heads 5 must divide hidden_size 64"),
         ("checkpoint: {config: {replay_share: 0.1}}", "^checkpoint: replay_share 0.1 needs init_from"),
-        ("checkpoint: {config: {nproc_per_node: 3}}", "^checkpoint: batch_size 8 does not divide among 3 ranks"),
+        ("checkpoint: {config: {nproc_per_node: 3}}", "^checkpoint: batch_size 16 does not divide among 3 ranks"),
         (
             "checkpoint: {config: {batch_size: 5, micro_batch_size: 2}}",
             "^checkpoint: batch_size 5 is not a multiple of micro_batch",
