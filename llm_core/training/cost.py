@@ -25,7 +25,7 @@ _WORKSPACE = 200_000_000
 
 
 def explain(config: ResolvedTrainConfig, data: TrainingData, ranks: Ranks) -> dict[str, str]:
-    """Size, memory, tokens and time of a run, as text. config: resolved."""
+    """Size, memory, tokens and time of a run, as text."""
     precision = resolve_precision(config, ranks.device)
     micro = micro_batch_size(config, ranks.world_size)
     with torch.device("meta"):

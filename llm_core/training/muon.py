@@ -54,13 +54,15 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "Muon does not support closures"
         work: list[tuple[nn.Parameter, dict[str, Any]]] = []
+        elements = 0
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     work.append((parameter, group))
-                    if sum(parameter.numel() for parameter, _ in work) >= _ELEMENTS_AT_ONCE:
+                    elements += parameter.numel()
+                    if elements >= _ELEMENTS_AT_ONCE:
                         self._move(work)
-                        work = []
+                        work, elements = [], 0
         self._move(work)
 
     def _move(self, work: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:

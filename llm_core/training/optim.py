@@ -19,7 +19,6 @@ def learning_rate(step: int, config: ResolvedTrainConfig) -> float:
     Linear warm-up from above 0, then the decay of the schedule. It reaches min_lr at the last step and stays there.
     """
     peak, lowest, warmup = config.learning_rate, config.min_lr, config.warmup_steps
-    assert peak is not None and lowest is not None and warmup is not None, "learning_rate needs a resolved configuration"
     last, start = config.max_steps - 1, decay_start(config)
     if step >= last:
         return lowest
@@ -68,6 +67,7 @@ def adamw_groups(model: Transformer, config: ResolvedTrainConfig) -> list[dict[s
     embedding = [model.embedding.weight]
     head = [model.head.weight] if not config.tie_embeddings else []
     if config.embedding_lr is None and config.head_lr is None:
+        # The state of an optimizer numbers the parameters by group: checkpoints of version 0.1 have these two.
         return [
             {"params": matrices + head, "weight_decay": config.weight_decay},
             {"params": embedding + norms, "weight_decay": 0.0},

@@ -40,13 +40,12 @@ class TrainingData:
         parent: Parent | None,
         validation: Indices | None = None,
     ) -> "TrainingData":
-        """Opens both splits. config: resolved. validation: from `validation_windows`, so that all ranks have the same.
+        """Opens both splits. validation: from `validation_windows`, so that all ranks have the same.
 
         Raises:
             UserError: the options do not fit this text or this parent.
             DataError: a shard or the tokenizer is missing or damaged.
         """
-        assert config.max_length is not None and config.stride is not None
         validation = validation_windows(data_dir, manifest, config) if validation is None else validation
         mixture = plan_mixture(config, data_dir, manifest, parent.known if parent is not None else None)
         groups = mixture.groups if mixture is not None else None
@@ -116,8 +115,7 @@ class TrainingData:
 
 
 def validation_windows(data_dir: Path, manifest: DatasetManifest, config: ResolvedTrainConfig) -> Indices:
-    """The windows of held-out text that each validation of a run reads. config: resolved."""
-    assert config.max_length is not None and config.eval_tokens is not None
+    """The windows of held-out text that each validation of a run reads."""
     return choose_windows(data_dir, manifest, config.max_length, config.eval_tokens)
 
 

@@ -49,7 +49,7 @@ class StepResult:
 class Trainer:
     """Trains one model on one dataset, as one of the ranks. It writes no files: `loop.TrainingLoop` does.
 
-    All ranks make the same decisions from the same numbers. config: resolved (`TrainConfig.resolved`).
+    All ranks make the same decisions from the same numbers.
     """
 
     def __init__(self, config: ResolvedTrainConfig, data: TrainingData, ranks: Ranks, stop: StopRequest) -> None:

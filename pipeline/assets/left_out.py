@@ -1,12 +1,11 @@
 """What the log and the page of `raw_text` say of files that are not in the snapshot, or only in part."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from llm_core.corpus import READABLE, Snapshot, skipped_entries
+from llm_core.corpus import LISTED_QUARANTINES, READABLE, QuarantineEntry, Snapshot, skipped_entries
 
 # More would push everything else off the screen.
 LOGGED = 20
-LISTED = 100
 _NAMED_EXTENSIONS = 5
 
 # In place of an empty line on the page.
@@ -32,9 +31,12 @@ def folder_warnings(snapshot: Snapshot) -> Iterator[str]:
         yield f"skipped: {'; '.join(skipped_entries(unexpected))}: put the text itself into the folder"
 
 
-def quarantine_lines(snapshot: Snapshot, known: bool) -> Iterator[str]:
-    """The totals, and a line for each of the largest losses. known: the last run has logged them: the totals are enough."""
-    reasons, losses = snapshot.summary["quarantined_by_reason"], snapshot.quarantined()
+def quarantine_lines(snapshot: Snapshot, losses: Sequence[QuarantineEntry], known: bool) -> Iterator[str]:
+    """The totals, and a line for each of the largest losses.
+
+    losses: all that is quarantined in the snapshot. known: the last run has logged them: the totals are enough.
+    """
+    reasons = snapshot.summary["quarantined_by_reason"]
     if not reasons:
         return
     totals = f"quarantined: {sum(reasons.values()):,} files, lines or rows ({_counts(reasons)})"
@@ -46,8 +48,8 @@ def quarantine_lines(snapshot: Snapshot, known: bool) -> Iterator[str]:
         yield f"quarantined {loss['path']}: {loss['reason']} ({loss['detail']})"
     if len(losses) > LOGGED:
         yield (
-            f"and {len(losses) - LOGGED:,} more; the page of raw_text lists up to {LISTED}, and the tables of the snapshot "
-            f"{snapshot.snapshot_id} in the prepared data have all"
+            f"and {len(losses) - LOGGED:,} more; the page of raw_text lists up to {LISTED_QUARANTINES}, and the tables of the "
+            f"snapshot {snapshot.snapshot_id} in the prepared data have all"
         )
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import dagster as dg
 
 from llm_core.config import CorpusConfig
-from llm_core.corpus import dropped_text, take_snapshot
+from llm_core.corpus import LISTED_QUARANTINES, dropped_text, take_snapshot
 from llm_core.layout import SAMPLE_CORPUS
 from llm_core.system import preparing
 from pipeline.artifacts.pointers import find_current, set_current
 from pipeline.artifacts.step import Step
 from pipeline.assets.checks import RAW_TEXT_CHECKS, check_raw_text, warned
 from pipeline.assets.common import DATA, HOOKS, OWNERS
-from pipeline.assets.left_out import LISTED, NOTHING, folder_warnings, not_read, quarantine_lines
+from pipeline.assets.left_out import NOTHING, folder_warnings, not_read, quarantine_lines
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.failures import one_line_errors
 from pipeline.presentation import table, tables
@@ -50,7 +50,8 @@ def raw_text(
         set_current(step.home.prepared.current_snapshot, step.home.prepared.snapshot(snapshot.snapshot_id))
     summary, dropped = snapshot.summary, dropped_text(snapshot.summary)
     known = previous is not None and previous.stem == snapshot.snapshot_id
-    for line in [*folder_warnings(snapshot), *quarantine_lines(snapshot, known)]:
+    losses = snapshot.quarantined()
+    for line in [*folder_warnings(snapshot), *quarantine_lines(snapshot, losses, known)]:
         context.log.warning(line)
     ignored = [{"extension": name, "files": count} for name, count in summary["ignored_by_extension"].items()]
     skipped = [{"reason": reason, "entries": count} for reason, count in summary["files_skipped"].items()]
@@ -78,7 +79,7 @@ def raw_text(
                 skipped_entries=table(skipped, reason="string", entries="int"),
             ),
             "quarantined": sum(summary["quarantined_by_reason"].values()),
-            **tables(quarantined_files=table(snapshot.quarantined()[:LISTED], path="string", reason="string", detail="string")),
+            **tables(quarantined_files=table(losses[:LISTED_QUARANTINES], path="string", reason="string", detail="string")),
             "folder": dg.MetadataValue.path(place),
         },
     )
