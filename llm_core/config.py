@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from llm_core.errors import UserError
-from llm_core.recipe import choose_optimizer, recipe_defaults
-from llm_core.system import is_unicode
+from llm_core.recipe import DEFAULT_STEPS, batch_windows, choose_optimizer, recipe_defaults
+from llm_core.system import has_fast_bf16, is_unicode
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -25,7 +25,13 @@ END_OF_TEXT = "<|endoftext|>"
 MIN_DOCUMENT_BYTES = 256
 MIN_VOCAB_SIZE = 258  # 256 bytes, one special token and one merge
 AUTO = "auto"
-MODEL_NAMES = Literal["tiny", "small", "medium", "large", "xl"]
+MODEL_NAMES = Literal["auto", "tiny", "small", "medium", "large", "xl"]
+
+# The options that say how long to train.
+BUDGETS = ("max_steps", "max_tokens", "max_epochs", "train_minutes")
+
+# The options that are the sizes of the model.
+SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
 
 # hidden_size, num_layers, num_heads, num_kv_heads.
 PRESETS: dict[str, tuple[int, int, int, int]] = {
@@ -191,7 +197,9 @@ class TrainConfig(StageConfig):
     # Shape.
     # `model` enters the run's id through its sizes, `init_from` through the checkpoint's id.
     model: Annotated[MODEL_NAMES, EXECUTION] = Field(
-        "tiny", description="Preset of the four sizes below; any of them overrides it."
+        "auto",
+        description="Preset of the four sizes below; any of them overrides it; auto: tiny, or with train_minutes what suits the "
+        "time.",
     )
     hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream; default: the preset's.")
     num_layers: PositiveInt | None = Field(None, description="Decoder blocks; default: the preset's.")
@@ -240,7 +248,20 @@ class TrainConfig(StageConfig):
     micro_batch_size: Annotated[PositiveInt | None, EXECUTION] = Field(
         None, description="Windows per rank and forward pass; default: all of the rank. Gradient accumulation follows from it."
     )
-    max_steps: PositiveInt = Field(1000, description="Optimizer steps of the whole run.")
+    max_steps: PositiveInt | None = Field(
+        None, description=f"Optimizer steps of the whole run; default: {DEFAULT_STEPS:,}, unless another budget is given."
+    )
+    max_tokens: Annotated[PositiveInt | None, ADDED] = Field(
+        None, description="Tokens to train on, rounded to whole steps, in place of max_steps."
+    )
+    max_epochs: Annotated[Annotated[float, Field(gt=0, le=1000)] | None, ADDED] = Field(
+        None, description="Passes over the training text, rounded to whole steps, in place of max_steps."
+    )
+    train_minutes: Annotated[Annotated[float, Field(gt=0, le=1_000_000)] | None, ADDED] = Field(
+        None,
+        description="Minutes for the whole training, in place of max_steps: measures this machine, then chooses the sizes of the "
+        "model that are not given, the batch and the steps; the text is read at most max_source_epochs times.",
+    )
     optimizer: Literal["auto", "adamw", "muon"] = Field(
         "auto",
         description="muon: Muon for the matrices in the blocks and AdamW for everything else; auto: muon, but adamw if only "
@@ -285,10 +306,10 @@ class TrainConfig(StageConfig):
 
     # Execution.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Dtype of the matrix products; auto: fp32, or with mixed_precision the device's best."
+        "auto", description="Dtype of the matrix products; auto: bf16 where the device has fast units for it, else fp32."
     )
     mixed_precision: bool = Field(
-        False, description="With precision auto: bf16 where the device has fast units for it, fp16 on older GPUs, else fp32."
+        False, description="With precision auto: fp16 rather than fp32 on GPUs without fast units for bf16."
     )
     attention: Annotated[Literal["auto", "flash", "sdpa"], EXECUTION] = Field(
         "auto", description="flash: the flash-attn package (CUDA, bf16 or fp16); sdpa: PyTorch's own; auto: flash where it runs."
@@ -348,20 +369,31 @@ class TrainConfig(StageConfig):
             raise ValueError(f"min_lr {self.min_lr} must not exceed learning_rate {self.learning_rate}")
         if self.profile is not None and int(self.profile.split(":")[0]) >= int(self.profile.split(":")[1]):
             raise ValueError(f"profile {self.profile} must end after it starts")
-        if self.profile is not None and int(self.profile.split(":")[1]) > self.max_steps:
-            raise ValueError(f"profile {self.profile} must end within the {self.max_steps} steps of the run")
         if self.replay_share is not None and self.init_from is None:
             raise ValueError(f"replay_share {self.replay_share} needs init_from: only a continued run has old text")
-        if self.warmup_steps is not None and self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must not exceed max_steps {self.max_steps}")
+        budgets = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
+        if len(budgets) > 1:
+            given = " and ".join(f"{name} {value:g}" for name, value in budgets.items())
+            raise ValueError(f"{given}: each says how long to train; give one of them")
+        steps = self.max_steps or (DEFAULT_STEPS if not budgets else None)
+        if steps is not None and (problem := self._past_the_end(steps)) is not None:
+            raise ValueError(problem)
         return self
+
+    def _past_the_end(self, steps: int) -> str | None:
+        """What is wrong with options that count steps, in a run of so many."""
+        if self.profile is not None and int(self.profile.split(":")[1]) > steps:
+            return f"profile {self.profile} must end within the {steps} steps of the run"
+        if self.warmup_steps is not None and self.warmup_steps > steps:
+            return f"warmup_steps {self.warmup_steps} must not exceed max_steps {steps}"
+        return None
 
     def shape(self) -> tuple[int, int, int, int]:
         """hidden_size, num_layers, num_heads, num_kv_heads, with the preset's value for each that is None.
 
         num_heads without num_kv_heads means multi-head attention.
         """
-        hidden_size, num_layers, num_heads, num_kv_heads = PRESETS[self.model]
+        hidden_size, num_layers, num_heads, num_kv_heads = PRESETS["tiny" if self.model == AUTO else self.model]
         if self.num_heads is not None:
             num_kv_heads = self.num_heads
         return (
@@ -371,14 +403,37 @@ class TrainConfig(StageConfig):
             self.num_kv_heads or num_kv_heads,
         )
 
-    def resolved(self, max_length: int, stride: int) -> "ResolvedTrainConfig":
-        """A copy with every derived default filled in. max_length, stride: those of the dataset.
+    @property
+    def has_shape(self) -> bool:
+        """Whether any size of the model is given."""
+        return self.model != AUTO or any(getattr(self, name) is not None for name in SHAPE)
+
+    def resolved(self, max_length: int, stride: int, train_tokens: int | None = None) -> "ResolvedTrainConfig":
+        """A copy with every derived default filled in, without `train_minutes`, which needs a plan.
+
+        max_length, stride, train_tokens: those of the dataset; only max_epochs needs the last one.
 
         Raises:
             UserError: two values do not fit together, one of them derived.
         """
-        hidden_size, num_layers, num_heads, num_kv_heads = self.shape()
+        assert self.train_minutes is None, "a plan replaces it"
         length = self.max_length or max_length
+        stride = self.stride if self.stride is not None else stride
+        if stride >= length:
+            raise UserError(f"--stride {stride} must be smaller than --max_length {length}")
+        optimizer = choose_optimizer(self.optimizer, self.learning_rate)
+        tokens = self.max_tokens
+        if self.max_epochs is not None:
+            assert train_tokens is not None, "epochs are passes over a dataset"
+            tokens = round(self.max_epochs * train_tokens * length / (length - stride))
+        steps = self.max_steps or (DEFAULT_STEPS if tokens is None else None)
+        batch_size = self.batch_size or batch_windows(optimizer, self.learning_rate, length, max_steps=steps, tokens=tokens)
+        if steps is None:
+            assert tokens is not None, "without steps there is another budget"
+            steps = max(1, round(tokens / (batch_size * length)))
+            if (problem := self._past_the_end(steps)) is not None:
+                raise UserError(f"--{problem}")
+        hidden_size, num_layers, num_heads, num_kv_heads = self.shape()
         values: dict[str, Any] = {
             "hidden_size": hidden_size,
             "num_layers": num_layers,
@@ -387,35 +442,36 @@ class TrainConfig(StageConfig):
             "intermediate_size": swiglu_width(hidden_size),
             "max_length": length,
             "stride": stride,
-            "optimizer": (optimizer := choose_optimizer(self.optimizer, self.learning_rate)),
+            "batch_size": batch_size,
+            "optimizer": optimizer,
+            "max_steps": steps,
         }
+        if not self.mixed_precision and has_fast_bf16(self.device):
+            values["precision"] = "bf16"
         values |= recipe_defaults(
             optimizer,
             self.learning_rate,
             hidden_size=hidden_size,
-            max_steps=self.max_steps,
-            max_length=length,
+            max_steps=steps,
             tied=self.tie_embeddings,
             continued=self.init_from is not None,
         )
-        given = self.model_dump(include=set(TrainConfig.model_fields), exclude_none=True)
+        given = self.model_dump(include=set(TrainConfig.model_fields), exclude=set(BUDGETS), exclude_none=True)
         values |= {name: value for name, value in given.items() if name not in values or value != AUTO}
         if "eval_tokens" not in values:
-            values["eval_tokens"] = self._affordable_eval_tokens(length, values["batch_size"])
-        if values["stride"] >= length:
-            raise UserError(f"--stride {values['stride']} must be smaller than --max_length {length}")
+            values["eval_tokens"] = self._affordable_eval_tokens(length, steps, batch_size)
         if values["min_lr"] > values["learning_rate"]:
             raise UserError(f"--min_lr {values['min_lr']} must not exceed the learning rate {values['learning_rate']:.2g}")
         return ResolvedTrainConfig.model_validate(values)
 
-    def _affordable_eval_tokens(self, max_length: int, batch_size: int) -> int:
+    def _affordable_eval_tokens(self, max_length: int, max_steps: int, batch_size: int) -> int:
         """Whole windows for each validation, such that all of them take at most 5 % of the training time; at least one.
 
         A forward pass takes a third of the time of a forward and a backward pass. The number follows from the options alone, so
         that a resumed run validates on the same text.
         """
-        validations = -(-self.max_steps // self.eval_interval) if self.eval_interval else 1
-        windows = 3 * self.max_steps * batch_size // (20 * validations)
+        validations = -(-max_steps // self.eval_interval) if self.eval_interval else 1
+        windows = 3 * max_steps * batch_size // (20 * validations)
         return max(1, min(windows, (1 << 20) // max_length)) * max_length
 
 
@@ -430,6 +486,7 @@ class ResolvedTrainConfig(TrainConfig):
     max_length: int
     stride: int
     batch_size: int
+    max_steps: PositiveInt
     optimizer: Literal["adamw", "muon"]
     learning_rate: float
     min_lr: float

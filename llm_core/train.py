@@ -25,11 +25,12 @@ from llm_core.checkpoint import starting_parent
 from llm_core.cli import error_message, parse_options
 from llm_core.config import TrainConfig
 from llm_core.dataset import load_manifest
-from llm_core.distributed.launch import run_rank
+from llm_core.distributed.launch import StopRequest, join_ranks, run_rank
 from llm_core.distributed.ranks import Ranks
 from llm_core.errors import Preempted, TextmillError
-from llm_core.training import Callback
+from llm_core.training import Callback, resolve
 from llm_core.training.cost import explain
+from llm_core.training.planner import planned
 from llm_core.training.run import train
 from llm_core.training.run_data import TrainingData
 
@@ -59,12 +60,16 @@ def print_explanation(options: TrainOptions) -> None:
     """Prints size, memory, tokens and time of the run, on rank 0."""
     data_dir = Path(options.data_dir)
     manifest = load_manifest(data_dir, options.dataset_id, options.snapshot_id)
-    config = options.stage(TrainConfig).resolved(manifest.max_length, manifest.stride)
+    given, plan = options.stage(TrainConfig), None
+    if given.train_minutes is not None:  # all ranks measure together
+        with join_ranks(given) as ranks, StopRequest() as stop:
+            given, plan = planned(given, data_dir, manifest, _save_dir(options), ranks, stop, restarts=True)
+    config = resolve(given, manifest)
     ranks = Ranks.alone(config.device, config.threads_per_process, int(os.environ.get("WORLD_SIZE", 1)))
     if int(os.environ.get("RANK", 0)) == 0:
         torch.set_num_threads(ranks.threads)
         data = TrainingData.open(data_dir, manifest, config, starting_parent(config.init_from, None))
-        for name, value in explain(config, data, ranks).items():
+        for name, value in ((plan.describe() if plan is not None else {}) | explain(config, data, ranks)).items():
             print(f"{name:<22} {value}")
 
 

@@ -1,5 +1,6 @@
 """Text and prepared data shared by many tests, which only read them."""
 
+import os
 import signal
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,9 @@ from llm_core.corpus import take_snapshot
 from llm_core.corpus.local_folder import OpenFolder
 from llm_core.dataset import build_dataset
 from llm_core.tokenizer import prepare_tokenizer
+
+# Everywhere the same results and ids: with bf16 units, `precision: auto` would give others.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 # Background jobs of a shell and workers of xdist ignore SIGINT, and programs started by tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

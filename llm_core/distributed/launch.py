@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore  # torch.distributed exports it without its type
 
-from llm_core.config import ResolvedTrainConfig
+from llm_core.config import TrainConfig
 from llm_core.distributed.ranks import Ranks, choose_device, cores_per_rank
 from llm_core.errors import UserError
 from llm_core.system import abandoned, delete_marks, die_with_parent, keep_freed_memory, mark_in_use
@@ -37,7 +37,7 @@ _SAME_INTERRUPT = 2.0
 
 
 @contextmanager
-def join_ranks(config: ResolvedTrainConfig, run_dir: Path) -> Iterator[Ranks]:
+def join_ranks(config: TrainConfig) -> Iterator[Ranks]:
     """Sets up device, threads and, under torchrun, the process group, which ends with the context."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))

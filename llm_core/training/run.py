@@ -1,7 +1,7 @@
 """One training run, from its options to its last checkpoint."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ import torch
 from llm_core.checkpoint import GroupUsage, RunRecord, starting_parent
 from llm_core.checkpoint.resume import find_resume_state, set_later_checkpoints_aside
 from llm_core.checkpoint.state import TrainingState, load_checkpoint
-from llm_core.config import ResolvedTrainConfig, TrainConfig
+from llm_core.config import AUTO, ResolvedTrainConfig, TrainConfig
 from llm_core.dataset import DatasetManifest, load_manifest
 from llm_core.distributed.launch import StopRequest, join_ranks
 from llm_core.distributed.ranks import Ranks
@@ -20,6 +20,8 @@ from llm_core.layout import RunFolder
 from llm_core.system import code_version, git_commit, now, write_json
 from llm_core.training.cost import describe_rates
 from llm_core.training.loop import TrainingLoop
+from llm_core.training.plan import Plan, resolve
+from llm_core.training.planner import planned
 from llm_core.training.run_data import TrainingData, validation_windows
 from llm_core.training.run_log import Callback, RunLog
 from llm_core.training.trainer import Trainer
@@ -45,10 +47,17 @@ def train(
         TextmillError: options, data or checkpoints do not fit; the message names the remedy.
     """
     manifest = load_manifest(data_dir, dataset_id, snapshot_id)
-    config = options.resolved(manifest.max_length, manifest.stride)
-    with join_ranks(config, run_dir) as ranks, StopRequest() as stop, _run_log(run_dir, ranks, callback) as run_log:
+    if options.train_minutes is None:
+        resolve(options, manifest)  # reports what does not fit before the ranks meet
+    with ExitStack() as stack:
+        ranks, stop = stack.enter_context(join_ranks(options)), stack.enter_context(StopRequest())
+        options, plan = planned(options, data_dir, manifest, run_dir, ranks, stop)
+        config = resolve(options, manifest)
+        run_log = stack.enter_context(_run_log(run_dir, ranks, callback))
         _require_same_run(config, manifest, ranks)
         saved = ranks.broadcast_from_main(lambda: find_resume_state(run_dir, checkpoint, resume))
+        if saved is not None and options.precision == AUTO:
+            config = config.model_copy(update={"precision": saved[1]["train_config"]["precision"]})
         trainer = _make_trainer(config, data_dir, manifest, saved, ranks, stop)
         resumed_from = (saved[0], saved[1]["precision"]) if saved is not None else None
         del saved  # as large as the model and its optimizer
@@ -59,7 +68,7 @@ def train(
         moved = ranks.broadcast_from_main(lambda: set_later_checkpoints_aside(run_dir, trainer.run_id, trainer.step))
         if run_log is not None:
             run = _begin(run_log, trainer, data_dir)
-            _log_overview(run_log, trainer, run.mixture)
+            _log_overview(run_log, trainer, run.mixture, plan)
             _log_resume(run_log, trainer, resumed_from, moved)
         finished = TrainingLoop(trainer, run_dir, run_log).run()
         if run_log is not None:
@@ -171,8 +180,10 @@ def _continues(earlier: RunRecord, trainer: Trainer) -> bool:
     return earlier.run_id == trainer.run_id and earlier.removed_at is None
 
 
-def _log_overview(run_log: RunLog, trainer: Trainer, mixture: list[GroupUsage]) -> None:
+def _log_overview(run_log: RunLog, trainer: Trainer, mixture: list[GroupUsage], plan: Plan | None) -> None:
     """Logs the size of the run, its ranks, and where its weights and windows come from."""
+    if plan is not None:
+        run_log.log("\n".join(f"{name}: {text}" for name, text in plan.describe().items()))
     config, ranks, data = trainer.config, trainer.ranks, trainer.data
     windows = len(data.train)
     epochs = config.max_steps * config.batch_size / windows

@@ -6,6 +6,8 @@ from llm_core.artifact_ids import run_id
 from llm_core.checkpoint import CheckpointRecord, starting_parent
 from llm_core.config import TrainConfig
 from llm_core.dataset import DatasetManifest
+from llm_core.training import resolve
+from pipeline.artifacts.plans import with_plan
 from pipeline.artifacts.step import Step
 from pipeline.processes.training import finished_checkpoint, run_training
 from pipeline.resources import Torchrun
@@ -25,8 +27,10 @@ def find_or_train(
         if folder.is_relative_to(step.home.checkpoints):  # no other is collected, and it may be read-only
             step.storage.use(folder)
     parent = starting_parent(config.init_from, resumed_from=None)
-    resolved = config.resolved(manifest.max_length, manifest.stride)
-    run = run_id(manifest, resolved, parent.checkpoint_id if parent is not None else None)
+    parent_checkpoint_id = parent.checkpoint_id if parent is not None else None
+    config = with_plan(step, torchrun, config, nproc_per_node, manifest, parent_checkpoint_id)
+    resolved = resolve(config, manifest)
+    run = run_id(manifest, resolved, parent_checkpoint_id)
     run_dir = step.home.run(run).root
     step.storage.use(run_dir)
     record = finished_checkpoint(run_dir)

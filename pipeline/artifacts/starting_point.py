@@ -7,6 +7,8 @@ from llm_core.checkpoint import CheckpointRecord, RunRecord
 from llm_core.config import TrainConfig
 from llm_core.dataset import DatasetManifest
 from llm_core.huggingface import ModelRecord
+from llm_core.training import resolve
+from pipeline.artifacts.plans import known_plan
 from pipeline.artifacts.release import released_checkpoint, released_model
 from pipeline.artifacts.step import Step
 
@@ -22,7 +24,7 @@ class StartingPoint:
     finished: CheckpointRecord | None = None  # the released model, if this training would only repeat its own
 
 
-def starting_point(step: Step, config: TrainConfig, manifest: DatasetManifest) -> StartingPoint:
+def starting_point(step: Step, config: TrainConfig, nproc_per_node: int, manifest: DatasetManifest) -> StartingPoint:
     """Resolves `init_from` of a training on a dataset."""
     if config.init_from != RELEASED:
         return StartingPoint(config, config.init_from or "nothing")
@@ -34,18 +36,23 @@ def starting_point(step: Step, config: TrainConfig, manifest: DatasetManifest) -
         (step.log.info if model is None else step.log.warning)(f"init_from {RELEASED}: training starts from {description}")
         # Without a parent there is nothing to replay.
         return StartingPoint(config.model_copy(update={"init_from": None, "replay_share": None}), description)
-    if _repeats(config, manifest, checkpoint):
+    if _repeats(step, config, nproc_per_node, manifest, checkpoint):
         step.log.info("the released model was trained with this configuration on this text: nothing to train")
         return StartingPoint(config, RELEASED, finished=checkpoint)
     return StartingPoint(config.model_copy(update={"init_from": str(checkpoint.path.parent)}), RELEASED)
 
 
-def _repeats(config: TrainConfig, manifest: DatasetManifest, released: CheckpointRecord) -> bool:
+def _repeats(step: Step, config: TrainConfig, nproc_per_node: int, manifest: DatasetManifest, released: CheckpointRecord) -> bool:
     """Whether the released model is the result of this configuration on this text, started where its own run started."""
     parent_checkpoint_id = RunRecord.read(released.path.parent).parent_checkpoint_id
     if parent_checkpoint_id is None:  # then nothing was replayed
         config = config.model_copy(update={"replay_share": None})
-    return released.run_id == run_id(manifest, config.resolved(manifest.max_length, manifest.stride), parent_checkpoint_id)
+    if config.train_minutes is not None:
+        plan = known_plan(step, config, nproc_per_node, manifest, parent_checkpoint_id)
+        if plan is None:
+            return False
+        config = plan.applied(config)
+    return released.run_id == run_id(manifest, resolve(config, manifest), parent_checkpoint_id)
 
 
 def _why_not_released(model: ModelRecord | None, manifest: DatasetManifest) -> str:

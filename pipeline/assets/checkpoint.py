@@ -52,7 +52,7 @@ def checkpoint(
     """
     step = Step(context, storage, catalog)
     manifest = Upstream(step).dataset()
-    start = starting_point(step, config.stage(TrainConfig), manifest)
+    start = starting_point(step, config.stage(TrainConfig), config.nproc_per_node, manifest)
     if start.finished is not None:
         return _result(step, start.finished, manifest, reused=True, start=start.description)
     record, reused = find_or_train(step, torchrun, start.config, config.nproc_per_node, manifest)

@@ -203,7 +203,7 @@ def _combinations(configs: Mapping[str, BaseModel]) -> Iterator[tuple[str, Calla
         yield "tokenized_shards", lambda: check_engine(shards.engine)
     if isinstance(training, CheckpointConfig):
         yield "checkpoint", lambda: _check_init_from(training)
-        if isinstance(shards, TokenizedShardsConfig):
+        if isinstance(shards, TokenizedShardsConfig) and training.train_minutes is None and training.max_epochs is None:
             resolve = functools.partial(training.stage(TrainConfig).resolved, shards.max_length, shards.stride)
             yield "checkpoint", lambda: micro_batch_size(resolve(), training.nproc_per_node)
     if isinstance(evaluation := configs.get("evaluation"), EvaluationConfig) and evaluation.lm_eval_tasks:

@@ -45,6 +45,8 @@ _ALLOWED_PREFIXES = (
     "TRITON_",
     "OMP_",
     "MKL_",
+    "ONEDNN_",
+    "DNNL_",
     "NVIDIA_",
 )
 # Names with an allowed prefix that are secrets, such as NVIDIA_API_KEY.

@@ -21,7 +21,7 @@ from dagster import (
 from dagster_pipes import PipesDefaultMessageWriter, PipesParams
 
 from llm_core.checkpoint import CheckpointRecord, RunRecord, newest_valid
-from llm_core.config import ResolvedTrainConfig
+from llm_core.config import ResolvedTrainConfig, TrainConfig
 from llm_core.dataset import DatasetManifest
 from llm_core.errors import TextmillError, UserError
 from llm_core.layout import RunFolder
@@ -93,6 +93,44 @@ def run_training(
     if last is None:
         raise _failure(run_dir, process, started=_stamp(RunFolder(run_dir).record) != before)
     return last
+
+
+def run_planning(
+    context: AssetExecutionContext,
+    torchrun: Torchrun,
+    config: TrainConfig,
+    nproc_per_node: int,
+    data_dir: Path,
+    manifest: DatasetManifest,
+    folder: Path,
+) -> None:
+    """Measures this machine for a run with `train_minutes`; the plan is in `folder` afterwards.
+
+    Raises:
+        dagster.Failure: the measurement ended early; the description gives the reason and the remedy.
+    """
+    data = {"data_dir": data_dir, "dataset_id": manifest.dataset_id, "snapshot_id": manifest.snapshot_id}
+    options = option_list(data | {"save_dir": folder, "explain": True} | config.model_dump(exclude_defaults=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    with temporary_folder() as temporary:
+        process = TorchrunProcess(
+            torchrun_arguments("llm_core.train", nproc_per_node, temporary, options),
+            training_environment({}),
+            log_path=RunFolder(folder).log,
+            grace_seconds=torchrun.stop_seconds,
+        )
+        with process:
+            context.log.info(f"measuring this machine for train_minutes {config.train_minutes:g}: {shlex.join(process.command)}")
+            for _ in process.wait(torchrun.report_seconds):
+                pass
+    if process.exit_code:
+        output = process.output()
+        reason = _reported_error(output)
+        raise dg.Failure(
+            description=reason or f"the measurement for train_minutes ended with code {process.exit_code}",
+            metadata=_last_output(process, output),
+            allow_retries=reason is None,
+        )
 
 
 def _wait_for_earlier_attempt(context: AssetExecutionContext, run_dir: Path, seconds: float) -> None:
@@ -184,17 +222,24 @@ def _failure(run_dir: Path, process: TorchrunProcess, started: bool) -> dg.Failu
     """
     status = RunRecord.read(run_dir).status if started else "not started"
     output = process.output()
-    error = next((match[1] for line in output if (match := _ERROR.match(line))), None)
+    error = _reported_error(output)
     reason = error or f"the training ended with code {process.exit_code} and status {status!r}"
     return dg.Failure(
         description=f"{reason}\nCheckpoints are in {run_dir}; running the job again resumes from the newest one.",
-        metadata={
-            "last_output": dg.MetadataValue.md(literal("\n".join(output[-40:]), width=160)),
-            "log": dg.MetadataValue.path(process.log_path),
-        },
+        metadata=_last_output(process, output),
         # An error that the training reports recurs, unless the training was asked to stop.
         allow_retries=error is None or status == "preempted",
     )
+
+
+def _reported_error(output: list[str]) -> str | None:
+    """The error message of the training tool."""
+    return next((match[1] for line in output if (match := _ERROR.match(line))), None)
+
+
+def _last_output(process: TorchrunProcess, output: list[str]) -> dict[str, dg.MetadataValue]:
+    last = dg.MetadataValue.md(literal("\n".join(output[-40:]), width=160))
+    return {"last_output": last, "log": dg.MetadataValue.path(process.log_path)}
 
 
 class MessageFile(PipesMessageReader):

@@ -169,7 +169,7 @@ def main() -> None:
         return refuse_on_rank_1(data_dir, run_dir)
     manifest = load_manifest(data_dir)
     config = TrainConfig(**(SMALL | {"threads_per_process": 1, "device": "cpu"} | options)).resolved(64, 0)
-    with join_ranks(config, run_dir) as ranks, StopRequest() as stop:
+    with join_ranks(config) as ranks, StopRequest() as stop:
         assert isinstance(ranks, Ranks)
         data = TrainingData.open(data_dir, manifest, config, None)
         if config.sharding == "fsdp":  # so that the modules it loads on first use are not measured

@@ -52,6 +52,8 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 def flags(options: Mapping[str, Any]) -> list[str]:
     arguments = []
     for name, value in options.items():
+        if value is None:
+            continue
         arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return arguments
 

@@ -254,9 +254,9 @@ def test_precision_auto_chooses_the_fastest_safe_dtype(monkeypatch: pytest.Monke
     cpu, mixed = torch.device("cpu"), TrainConfig(mixed_precision=True)
     assert resolve_precision(TrainConfig(), cpu) == "fp32"
     for fast, expected in ((False, "fp32"), (True, "bf16")):
-        monkeypatch.setattr("llm_core.model.precision._cpu_has_bf16", lambda fast=fast: fast)
+        monkeypatch.setattr("llm_core.model.precision.cpu_has_bf16", lambda fast=fast: fast)
         assert resolve_precision(mixed, cpu) == expected
-    monkeypatch.setattr("llm_core.model.precision._cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("llm_core.model.precision.cpu_has_bf16", lambda: False)
     with pytest.warns(UserWarning, match="--precision bf16 is emulated"):
         assert resolve_precision(TrainConfig(precision="bf16"), cpu) == "bf16"
     for capability, expected in (((9, 0), "bf16"), ((7, 5), "fp16")):

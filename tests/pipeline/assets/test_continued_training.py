@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from llm_core.checkpoint import RunRecord
 from llm_core.system import read_json, write_json
 from pipeline.assets.checkpoint import checkpoint
 from pipeline.cli import main as textmill
@@ -91,3 +92,26 @@ def test_sources_are_weighted_from_the_launchpad(trained_home: tuple[Home, Any],
     result = home.materialize(checkpoint, checkpoint=options)
     groups = [record.data for record in home.metadata(result, "checkpoint")["mixture"].records]
     assert [(group["group"], group["windows_read"]) for group in groups] == [(".", 12), ("more", 12)]
+
+
+def test_minutes_are_planned_once_for_each_text_and_parent(trained_home: tuple[Home, Any], clone: Any) -> None:
+    home, _ = clone(trained_home)
+    budget = {"train_minutes": 0.2, "max_steps": None, "batch_size": None, "learning_rate": None, "max_source_epochs": 50}
+    first = home.materialize(checkpoint, checkpoint=budget)
+    assert any("measuring this machine" in message for message in home.messages(first))
+    assert any(message.startswith("machine: ") and "expected quality" in message for message in home.messages(first))
+    planned = home.metadata(first, "checkpoint")
+
+    again = home.materialize(checkpoint, checkpoint=budget)
+    assert not any("measuring this machine" in message for message in home.messages(again))
+    assert home.metadata(again, "checkpoint")["run_id"] == planned["run_id"]
+    assert home.metadata(again, "checkpoint")["reused"]
+
+    # From a released model: its shape, and once trained there is nothing left to do.
+    open_shape = budget | CONTINUE | {"hidden_size": None, "num_layers": None, "num_heads": None}
+    write_news(home)
+    continued = home.materialize(checkpoint=open_shape, released_model={"min_improvement": -100})
+    config = RunRecord.read(home.folders.run(home.metadata(continued, "checkpoint")["run_id"]).root)
+    assert config.train_config(home.folders.run(config.run_id).root)["hidden_size"] == 32
+    repeated = home.metadata(home.materialize(checkpoint, checkpoint=open_shape), "checkpoint")
+    assert (repeated["reused"], repeated["run_id"]) == (True, config.run_id)
