@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
+from dagster._core.system_config.objects import ResolvedRunConfig
 
 from llm_core.interrupts import exit_interrupted
+from pipeline.automation.cpu_hours import warning_of_hours
 from pipeline.failures import print_at_exit
 
 
@@ -26,6 +28,8 @@ class CancelableExecutor(dg.Executor):
         return self._in_process.retries
 
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+        if (warning := warning_of_hours(_options_of_steps(plan_context, execution_plan))) is not None:
+            plan_context.log.warning(warning)
         events: Iterator[dg.DagsterEvent] = self._in_process.execute(plan_context, execution_plan)
         if plan_context.dagster_run.remote_job_origin is not None:  # launched by Dagster
             yield from map(_without_error, events)
@@ -44,6 +48,14 @@ class CancelableExecutor(dg.Executor):
             plan_context.instance.report_run_canceling(plan_context.dagster_run, "Stopped by Ctrl-C or SIGTERM.")
             if not failed:  # between two steps: without an exception, Dagster would take the job for complete
                 raise
+
+
+def _options_of_steps(plan_context: Any, execution_plan: Any) -> dict[str, Any]:
+    """The options of every asset of the job, if the run trains."""
+    if not any(step.node_handle.name == "checkpoint" for step in execution_plan.steps):
+        return {}
+    resolved = ResolvedRunConfig.build(plan_context.job.get_definition(), plan_context.dagster_run.run_config)
+    return {name: entry.config or {} for name, entry in resolved.ops.items()}
 
 
 def _without_error(event: dg.DagsterEvent) -> dg.DagsterEvent:
