@@ -1,79 +1,63 @@
-"""A corpus of English technical prose that comes with every Python: the language reference and docstrings."""
+"""A corpus of English fairy tales that comes with textmill, for a first run without a download.
 
-import ast
-import importlib.util
-import sysconfig
-from collections.abc import Iterator
+`fairy_tales.tar.xz` has one file per tale, in plain ASCII: Grimms' Fairy Tales, translated by Edgar Taylor and Marian Edwardes,
+and the Blue (1889), Red (1890), Green (1892), Yellow (1894), Violet (1901) and Crimson (1903) Fairy Books, edited by Andrew Lang.
+All are in the public domain. The text follows the transcriptions of Project Gutenberg, without prefaces, notes, attributions and
+headings within a tale, and with a few misprints corrected. Tales that insult peoples or use abusive words are left out.
+"""
+
+import hashlib
+import tarfile
+from importlib.resources import files
 from pathlib import Path
-from pydoc_data.topics import topics
 
 from llm_core.errors import DataError
-from llm_core.system import atomic_writer, is_unicode
+from llm_core.system import atomic_writer
 
-# Read in this order until there is enough text. textmill depends on these packages, so they are installed.
-_PACKAGES = ("torch", "numpy", "pyarrow", "dagster", "pydantic", "matplotlib", "tokenizers", "duckdb")
-_SHORTEST = 200  # characters
+_FOLDERS_OF_EARLIER_VERSIONS = ("reference", "library", "packages")
 
 
-def write_sample_corpus(directory: Path, at_least_bytes: int) -> tuple[int, int]:
-    """Writes one .txt file per page until there are `at_least_bytes`; does nothing if the folder has that much already.
+def write_sample_corpus(directory: Path, at_least_bytes: int | None = None) -> tuple[int, int]:
+    """Writes one .txt file per tale until there are `at_least_bytes`, by default all.
+
+    Does nothing if the folder has that much text already, or the text of an earlier version.
 
     Returns:
         Number of files and their bytes.
 
     Raises:
-        DataError: this Python installation has less text.
+        DataError: the tales have less text, or the disk is full.
     """
+    tales = _tales()
+    available = sum(len(content) for content in tales.values())
+    wanted = available if at_least_bytes is None else at_least_bytes
     present = [path.stat().st_size for path in directory.rglob("*.txt")]
-    if sum(present) >= at_least_bytes:
+    if sum(present) >= wanted or has_earlier_text(directory):
         return len(present), sum(present)
-    files = written = 0
-    for name, text in _pages():
-        if written >= at_least_bytes:
-            return files, written
-        content = text.encode()
-        with atomic_writer(directory.joinpath(f"{name}.txt")) as file:
+    if wanted > available:
+        raise DataError(f"at_least_bytes {wanted}: the fairy tales have {available} bytes; give {available} or less")
+    count = written = 0
+    for name, content in tales.items():
+        if written >= wanted:
+            break
+        with atomic_writer(directory / name) as file:
             file.write(content)
-        files, written = files + 1, written + len(content)
-    if written < at_least_bytes:
-        raise DataError(
-            f"at_least_bytes {at_least_bytes}: this Python has {written} bytes of documentation; give {written} or less"
-        )
-    return files, written
+        count, written = count + 1, written + len(content)
+    return count, written
 
 
-def _pages() -> Iterator[tuple[str, str]]:
-    for topic, text in sorted(topics.items()):
-        if len(text) >= _SHORTEST:
-            yield f"reference/{topic}", text
-    standard_library = Path(sysconfig.get_paths()["stdlib"])
-    yield from _docstring_pages(standard_library, "library")
-    for package in _PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.submodule_search_locations:
-            yield from _docstring_pages(Path(spec.submodule_search_locations[0]), f"packages/{package}")
+def has_earlier_text(directory: Path) -> bool:
+    """Whether the folder has the sample text of an earlier version: documentation of Python instead of fairy tales."""
+    return any((directory / name).is_dir() for name in _FOLDERS_OF_EARLIER_VERSIONS)
 
 
-def _docstring_pages(root: Path, prefix: str) -> Iterator[tuple[str, str]]:
-    """One page per documented module: its docstrings with the names they belong to."""
-    for path in sorted(root.rglob("*.py")):
-        module = path.relative_to(root).with_suffix("")
-        if "site-packages" in module.parts:
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue  # the standard library's tests include broken files
-        text = "\n\n".join(_docstrings(tree, ".".join(module.parts)))
-        if len(text) >= _SHORTEST and is_unicode(text):
-            yield f"{prefix}/{'.'.join(module.parts)}", text + "\n"
-
-
-def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        docstring = ast.get_docstring(node)
-        if docstring:
-            yield f"{name}\n\n{docstring}"
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _docstrings(child, f"{name}.{child.name}")
+def _tales() -> dict[str, bytes]:
+    """The content of each tale by its path, in the order in which they are written."""
+    tales = {}
+    with files("llm_core.corpus").joinpath("fairy_tales.tar.xz").open("rb") as packed, tarfile.open(fileobj=packed) as archive:
+        for member in archive:
+            content = archive.extractfile(member)
+            assert content is not None, "the archive has files only"
+            tales[member.name] = content.read()
+    # By a hash: the first few tales are from several books, with different styles, and always the same.
+    return dict(sorted(tales.items(), key=lambda tale: hashlib.sha256(tale[0].encode()).digest()))

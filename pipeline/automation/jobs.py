@@ -46,7 +46,7 @@ quickstart = dg.define_asset_job(
     selection=[sample_corpus, *LINEAGE],
     config=QUICKSTART_CONFIG,
     executor_def=EXECUTOR,
-    description="Trains a first model on the bundled sample corpus in a few minutes. Downloads nothing. Its text is in "
+    description="Trains a first model on bundled fairy tales in a few minutes. Downloads nothing. Its text is in "
     "quickstart/ in TEXTMILL_HOME and its models in the release line quickstart, apart from yours.",
 )
 pretrain = dg.define_asset_job(

@@ -1,5 +1,6 @@
 """The quickstart keeps to its own text, prepared data and release line: nothing of the user's depends on it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from llm_core.system import read_json
 from pipeline.artifacts.pointers import find_current
 from pipeline.artifacts.release import released_lines
 from pipeline.assets.raw_text import raw_text
+from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.automation.retraining import NewText
 from pipeline.automation.run_config import RunConfigError
 from pipeline.automation.run_history import last_failure
@@ -133,6 +135,26 @@ def test_the_sample_corpus_of_an_earlier_version_is_named_in_one_line(root: Path
         )
         (line,) = [entry.user_message for entry in instance.all_logs(result.run_id) if "earlier version" in entry.user_message]
     assert line.startswith(f"{sample}: this counts as your own text; ") and line.endswith("delete it")
+
+
+def test_the_quickstart_keeps_the_text_of_an_earlier_version_and_says_how_to_replace_it(tmp_path: Path) -> None:
+    sample = Home(tmp_path).of_quickstart.raw_text / "sample_corpus"
+    (sample / "reference").mkdir(parents=True)
+    (sample / "reference" / "lists.txt").write_text("a docstring")
+
+    def run() -> tuple[dict[str, Any], list[str]]:
+        with dg.DagsterInstance.ephemeral() as instance:
+            result = dg.materialize([sample_corpus], resources={"storage": Storage(home=str(tmp_path))}, instance=instance)
+            lines = [entry.user_message for entry in instance.all_logs(result.run_id) if "earlier version" in entry.user_message]
+            return metadata(result, "sample_corpus"), lines
+
+    kept, lines = run()
+    assert (kept["files"], kept["bytes"]) == (1, 11)
+    assert lines == [f"{sample}: this is the sample text of an earlier version; delete it to get the fairy tales"]
+    shutil.rmtree(sample)
+    new, lines = run()
+    assert new["bytes"] > 3_600_000, "the bound of at_least_bytes"
+    assert lines == []
 
 
 @pytest.mark.slow

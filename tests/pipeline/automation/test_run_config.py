@@ -123,6 +123,12 @@ def test_options_of_an_asset_that_the_job_does_not_contain_are_refused_in_one_li
     assert line == ("checkpoint: not in the job prepare_data; leave out its options, or launch an asset or job that uses them")
 
 
+def test_no_more_sample_text_can_be_asked_for_than_there_is() -> None:
+    (line,) = mistakes("ops: {sample_corpus: {config: {at_least_bytes: 3600001}}}", "quickstart")
+    assert line == "sample_corpus.at_least_bytes 3600001: Input should be less than or equal to 3600000"
+    assert mistakes("ops: {sample_corpus: {config: {at_least_bytes: null}}}", "quickstart") == []
+
+
 def test_an_environment_variable_stands_for_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     config = "ops: {checkpoint: {config: {max_steps: {env: STEPS}}}}\nresources: {storage: {config: {home: {env: PLACE}}}}"
     monkeypatch.setenv("PLACE", "/somewhere")
