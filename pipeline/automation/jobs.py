@@ -37,7 +37,13 @@ QUICKSTART_CONFIG = {
                 "save_interval": 120,
             }
         },
-        "evaluation": {"config": {"eval_batch_size": 16}},
+        "evaluation": {
+            "config": {
+                "eval_batch_size": 16,
+                "sample_prompts": ["Once upon a time", "The king said to his daughter, '"],
+                "sample_tokens": 120,
+            }
+        },
     }
 }
 
