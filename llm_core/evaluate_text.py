@@ -18,6 +18,7 @@ from llm_core.cli import parse_options, printable, run_tool
 from llm_core.config import EvaluateConfig
 from llm_core.evaluation import by_source
 from llm_core.evaluation.evaluator import evaluate_checkpoint
+from llm_core.system import leave_pandas_out
 
 PROG = "python -m llm_core.evaluate_text"
 
@@ -58,6 +59,7 @@ class Progress:
 
 
 def main() -> None:
+    leave_pandas_out()
     options = parse_options(EvaluateTextOptions, PROG)
     result = evaluate_checkpoint(
         named_checkpoint(options.checkpoint),

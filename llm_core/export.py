@@ -13,6 +13,7 @@ from llm_core.checkpoint import named_checkpoint
 from llm_core.cli import parse_options, run_tool
 from llm_core.config import StageConfig
 from llm_core.huggingface.directory import export_checkpoint
+from llm_core.system import leave_pandas_out
 
 PROG = "python -m llm_core.export"
 
@@ -28,6 +29,7 @@ class ExportOptions(StageConfig):
 
 
 def main() -> None:
+    leave_pandas_out()
     options = parse_options(ExportOptions, PROG)
     evaluation = None if options.evaluation is None else Path(options.evaluation)
     export_checkpoint(

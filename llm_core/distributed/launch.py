@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import FileStore  # torch.distributed exports it
 from llm_core.config import TrainConfig
 from llm_core.distributed.ranks import Ranks, choose_device, cores_per_rank
 from llm_core.errors import UserError
-from llm_core.system import abandoned, delete_marks, die_with_parent, keep_freed_memory, mark_in_use
+from llm_core.system import abandoned, delete_marks, die_with_parent, keep_freed_memory, leave_pandas_out, mark_in_use
 
 # Keeps process groups alive until `run_rank` ends the process: dropping the last reference to a group joins its threads. DDP's
 # reducer would do so while holding the GIL, and deadlock if one of the threads is waiting for it.
@@ -83,6 +83,7 @@ def run_rank(main: Callable[[], object]) -> None:
     Gloo's threads still hold tensors when `main` returns. A thread that frees one while Python shuts down needs the GIL, which no
     longer exists, and the process aborts. So the output is flushed and the process exits directly.
     """
+    leave_pandas_out()
     faulthandler.enable()  # a crash in native code prints where; torchrun's `record` does too, but leaves a file behind
     try:
         main()

@@ -4,20 +4,21 @@ Checkpoints are the same for both: `gather_full` collects the full tensors, `sca
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llm_core.distributed.ranks import Ranks
 from llm_core.errors import DataError
 from llm_core.model.transformer import Transformer
 from llm_core.recipe import InitialStd
+
+if TYPE_CHECKING:
+    # Loading it takes seconds: only a sharded model does.
+    from torch.distributed.tensor import DTensor
 
 Sharding = Literal["ddp", "fsdp"]
 
@@ -27,6 +28,9 @@ def parallelize(model: Transformer, ranks: Ranks, sharding: Sharding, seed: int,
     sharded = sharding == "fsdp" and ranks.world_size > 1
     if sharded:
         # Block by block: no device holds more than its shards and the full tensors of one block.
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
@@ -38,9 +42,7 @@ def parallelize(model: Transformer, ranks: Ranks, sharding: Sharding, seed: int,
     parameters = model.state_dict()
     for name, weight in model.initial_weights(seed, std):
         # Every rank draws the same full tensor and keeps its shard.
-        parameter = cast(DTensor, parameters[name])
-        shard = distribute_tensor(weight.to(ranks.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(shard)
+        parameters[name].copy_(own_shard(weight.to(ranks.device), parameters[name]))
     return model
 
 
@@ -63,6 +65,25 @@ def gradient_sync(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
     return module.no_sync()
 
 
+def is_sharded(value: object) -> "TypeGuard[DTensor]":
+    """Whether this rank holds a shard of a tensor."""
+    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded. All ranks call this together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def own_shard(full: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's shard of `full`, which every rank has; all of it unless the parameter is sharded."""
+    if not is_sharded(parameter):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 def gather_full_weights(model: Transformer, keep: bool) -> dict[str, Tensor]:
     """`gather_full` of a model's weights; a tied matrix stays one tensor."""
     state = model.state_dict()
@@ -77,7 +98,7 @@ def gather_full(value: Any, keep: bool) -> Any:
         return {name: gather_full(item, keep) for name, item in value.items()}
     if isinstance(value, list):
         return [gather_full(item, keep) for item in value]
-    if isinstance(value, DTensor):
+    if is_sharded(value):
         full = value.full_tensor()
         return full.cpu() if keep else full.new_empty(0)
     return value
@@ -95,7 +116,9 @@ def scatter_from_rank0(parameter: Tensor, full: Tensor, ranks: Ranks) -> Tensor:
     if full.shape != parameter.shape:
         dist.broadcast(full, src=0)
         return full.cpu()  # AdamW's step count
-    if isinstance(parameter, DTensor):
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(full, parameter.device_mesh, parameter.placements)
     dist.broadcast(full, src=0)
     return full

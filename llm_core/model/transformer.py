@@ -150,13 +150,15 @@ class Transformer(nn.Module):
         self.backend: Backend = "sdpa"
         self.gradient_checkpointing = False
         self.on_phase: Callable[[str], None] = lambda phase: None  # called at the end of each phase of a forward pass
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        # nn.Embedding(...) would draw weights, and on the meta device load PyTorch's compiler for it, which takes seconds.
+        rows = torch.empty(config.padded_vocab_size, config.hidden_size)
+        self.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        cos, sin = rotary_tables(config)
+        cos, sin = rotary_tables(config, torch.device("cpu"))
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

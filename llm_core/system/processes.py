@@ -7,6 +7,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+
+import pyarrow as pa
 
 _PARENT = os.getppid()
 
@@ -38,6 +41,23 @@ def infrequent_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+class _NoPandas(MetaPathFinder):
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        if fullname == "pandas":
+            raise ModuleNotFoundError(fullname)
+
+
+def leave_pandas_out() -> None:
+    """Keeps PyArrow from loading pandas, where it is installed: that takes a second.
+
+    PyArrow would do so for its first array, to recognize values of pandas, of which a process that calls this has none.
+    """
+    if "pandas" not in sys.modules:
+        sys.meta_path.insert(0, finder := _NoPandas())
+        pa.array([0])  # PyArrow tries once
+        sys.meta_path.remove(finder)
 
 
 def die_with_parent(sent: signal.Signals = signal.SIGTERM) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from llm_core.distributed.sharding import full_tensor, own_shard
+from llm_core.training.uncompiled import Uncompiled
 
 # a, b, c of each iteration x <- a x + b (x x^T) x + c (x x^T)^2 x: the composition that brings all singular values from
 # 0.001 to 1 closest to 1 (Amsel et al. 2025, section 3, with the same safety factor).
@@ -34,7 +36,7 @@ _ELEMENTS_AT_ONCE = 1 << 23
 _UPDATE_RMS = 0.2
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Uncompiled):
     """Nesterov momentum, orthogonalized; each row scaled to the same mean size, each matrix to AdamW's root mean square.
 
     Several matrices may be stacked in one parameter (query, key and value; gate and up): `rows` of a parameter group gives the
@@ -86,7 +88,7 @@ class Muon(torch.optim.Optimizer):
             state["row_squares"] = torch.zeros(len(parameter), 1, device=grad.device)
         mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
         update = grad.lerp(mean, momentum)
-        return update.full_tensor() if isinstance(update, DTensor) else update
+        return full_tensor(update)
 
     def _apply(self, parameter: nn.Parameter, update: Tensor, group: dict[str, Any]) -> None:
         """Scales an orthogonal update and moves the parameter by it."""
@@ -95,10 +97,8 @@ class Muon(torch.optim.Optimizer):
         update /= squares.sqrt().clamp(min=1e-10)
         for matrix in _matrices(update, group["rows"]):
             matrix *= _UPDATE_RMS / matrix.square().mean().sqrt().clamp(min=1e-10)
-        if isinstance(parameter, DTensor):
-            update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"])
+        parameter.add_(own_shard(update, parameter), alpha=-group["lr"])
 
 
 def _matrices(tensor: Tensor, rows: list[int] | None) -> tuple[Tensor, ...]:

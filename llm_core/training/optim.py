@@ -11,6 +11,7 @@ from llm_core.model.precision import Precision
 from llm_core.model.transformer import Block, Transformer
 from llm_core.recipe import OUTPUT_RATE
 from llm_core.training.muon import Muon
+from llm_core.training.uncompiled import AdamW
 
 
 def learning_rate(step: int, config: ResolvedTrainConfig) -> float:
@@ -51,7 +52,7 @@ def build_optimizers(
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         optimizers.append(Muon(groups, config.muon_momentum, config.weight_decay, dtype))
     groups = adamw_groups(model, config)
-    optimizers.append(torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True))
+    optimizers.append(AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True))
     set_learning_rate(optimizers, learning_rate(0, config))
     return optimizers
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llm_core.checkpoint.state import RunIdentity, TrainingState, require_same
 from llm_core.config import ModelConfig, ResolvedTrainConfig, micro_batch_size
@@ -16,6 +15,7 @@ from llm_core.dataset import Indices, rank_micro_batches
 from llm_core.distributed.launch import StopRequest
 from llm_core.distributed.ranks import Ranks
 from llm_core.distributed.sharding import (
+    full_tensor,
     gather_full,
     gather_full_weights,
     gradient_sync,
@@ -101,7 +101,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf, foreach=True)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = full_tensor(norm)
         flags = torch.tensor([self.stop.requested, self.save_failed], dtype=nll.dtype, device=ranks.device)
         nll_sum, stops, failures = ranks.sum(torch.cat((nll[None], flags))).tolist()
         loss, grad_norm = nll_sum / targets, norm.item()

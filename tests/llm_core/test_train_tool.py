@@ -42,10 +42,12 @@ def test_rule_3_every_precision_has_its_flag(precision: str, data_dir: Path, tmp
     assert json.loads((tmp_path / "run.json").read_text())["precision"] == precision
 
 
-def test_it_runs_as_a_plain_file(data_dir: Path, tmp_path: Path) -> None:
+def test_it_runs_as_a_plain_file_and_loads_neither_the_compiler_nor_pandas(data_dir: Path, tmp_path: Path) -> None:
     options = ["--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--max_steps", "1", "--batch_size", "2"]
     command = [
         sys.executable,
+        "-X",
+        "importtime",
         train_module.__file__,
         "--data_dir",
         str(data_dir),
@@ -56,6 +58,9 @@ def test_it_runs_as_a_plain_file(data_dir: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert newest_valid(tmp_path / "run")[0]
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "torch" in loaded
+    assert not loaded & {"torch._dynamo", "torch.distributed.tensor", "sympy", "pandas"}, "each takes a second or more"
 
 
 def test_help_explains_every_flag() -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 _CONTEXT = get_context("forkserver")
-# The optimizer loads the second, PyArrow the third if it is installed.
-_CONTEXT.set_forkserver_preload(["llm_core.train", "torch._dynamo", "pandas"])
+_CONTEXT.set_forkserver_preload(["llm_core.train"])
 
 
 def run_in_child(arguments: Sequence[str], environment: Mapping[str, str]) -> CompletedProcess[str]:
