@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from llm_core.system import leave_pandas_out, restrict_umask
+from llm_core.system import restrict_umask
 from pipeline.assets.sample_corpus import sample_corpus
 from pipeline.automation.jobs import EXECUTOR, LINEAGE, prepare_data, pretrain, quickstart
 from pipeline.automation.retraining import Retraining
@@ -11,7 +11,6 @@ from pipeline.automation.sensors import lost_retries, new_raw_text, nightly_retr
 from pipeline.resources import CatalogResource, Storage, Torchrun
 
 restrict_umask()  # inherited by the processes of each run
-leave_pandas_out()
 check_before_launch()
 
 defs = dg.Definitions(

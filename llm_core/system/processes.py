@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 
-import pyarrow as pa
-
 _PARENT = os.getppid()
 
 
@@ -54,6 +52,8 @@ def leave_pandas_out() -> None:
 
     PyArrow would do so for its first array, to recognize values of pandas, of which a process that calls this has none.
     """
+    import pyarrow as pa
+
     if "pandas" not in sys.modules:
         sys.meta_path.insert(0, finder := _NoPandas())
         pa.array([0])  # PyArrow tries once
