@@ -26,7 +26,8 @@ def main() -> None:
         for minutes in arguments.minutes:
             run_dir = Path(folder) / f"run_{minutes:g}"
             seconds = _train(data_dir, run_dir, minutes)
-            plan, reached = read_json(run_dir / "plan.json"), logged(run_dir)["eval"][-1]["val_bits_per_byte"]
+            (path,) = run_dir.glob("plan_*.json")
+            plan, reached = read_json(path), logged(run_dir)["eval"][-1]["val_bits_per_byte"]
             chosen = plan["options"]
             shape = f"{chosen['num_layers']} x {chosen['hidden_size']}, {chosen['max_steps']} x {chosen['batch_size']}"
             rows.append(

@@ -252,15 +252,15 @@ class TrainConfig(StageConfig):
         None, description=f"Optimizer steps of the whole run; default: {DEFAULT_STEPS:,}, unless another budget is given."
     )
     max_tokens: Annotated[PositiveInt | None, ADDED] = Field(
-        None, description="Tokens to train on, rounded to whole steps, in place of max_steps."
+        None, description="Tokens to train on, in whole steps, in place of max_steps."
     )
     max_epochs: Annotated[Annotated[float, Field(gt=0, le=1000)] | None, ADDED] = Field(
-        None, description="Passes over the training text, rounded to whole steps, in place of max_steps."
+        None, description="Passes over the training text, in whole steps, in place of max_steps."
     )
     train_minutes: Annotated[Annotated[float, Field(gt=0, le=1_000_000)] | None, ADDED] = Field(
         None,
-        description="Minutes for the whole training, in place of max_steps: measures this machine, then chooses the sizes of the "
-        "model that are not given, the batch and the steps; the text is read at most max_source_epochs times.",
+        description="Minutes for the whole training, in place of max_steps: measures this machine, then chooses the batch, the "
+        "steps and, if none of its sizes is given, the model; the text is read at most max_source_epochs times.",
     )
     optimizer: Literal["auto", "adamw", "muon"] = Field(
         "auto",
@@ -373,7 +373,7 @@ class TrainConfig(StageConfig):
             raise ValueError(f"replay_share {self.replay_share} needs init_from: only a continued run has old text")
         budgets = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
         if len(budgets) > 1:
-            given = " and ".join(f"{name} {value:g}" for name, value in budgets.items())
+            given = " and ".join(f"{name} {value}" for name, value in budgets.items())
             raise ValueError(f"{given}: each says how long to train; give one of them")
         steps = self.max_steps or (DEFAULT_STEPS if not budgets else None)
         if steps is not None and (problem := self._past_the_end(steps)) is not None:
@@ -385,7 +385,7 @@ class TrainConfig(StageConfig):
         if self.profile is not None and int(self.profile.split(":")[1]) > steps:
             return f"profile {self.profile} must end within the {steps} steps of the run"
         if self.warmup_steps is not None and self.warmup_steps > steps:
-            return f"warmup_steps {self.warmup_steps} must not exceed max_steps {steps}"
+            return f"warmup_steps {self.warmup_steps} must not exceed the {steps} steps of the run"
         return None
 
     def shape(self) -> tuple[int, int, int, int]:
@@ -430,9 +430,9 @@ class TrainConfig(StageConfig):
         batch_size = self.batch_size or batch_windows(optimizer, self.learning_rate, length, max_steps=steps, tokens=tokens)
         if steps is None:
             assert tokens is not None, "without steps there is another budget"
-            steps = max(1, round(tokens / (batch_size * length)))
-            if (problem := self._past_the_end(steps)) is not None:
-                raise UserError(f"--{problem}")
+            steps = max(1, int(tokens / (batch_size * length)))
+        if (problem := self._past_the_end(steps)) is not None:
+            raise UserError(f"--{problem}")
         hidden_size, num_layers, num_heads, num_kv_heads = self.shape()
         values: dict[str, Any] = {
             "hidden_size": hidden_size,
@@ -634,12 +634,16 @@ def step_before_decay(config: ResolvedTrainConfig) -> int | None:
 
 
 def micro_batch_size(config: ResolvedTrainConfig, world_size: int) -> int:
-    """Windows per rank and forward pass.
+    """Windows per rank and forward pass. Raises UserError: see `divide_batch`."""
+    return divide_batch(config.batch_size, config.micro_batch_size, world_size)
+
+
+def divide_batch(batch: int, micro: int | None, world_size: int) -> int:
+    """Windows per rank and forward pass. micro: as configured; None for all of the rank.
 
     Raises:
         UserError: the batch does not divide evenly.
     """
-    batch, micro = config.batch_size, config.micro_batch_size
     if micro is None:
         if batch % world_size:
             raise UserError(f"--batch_size {batch} does not divide among {world_size} ranks; use a multiple of {world_size}")

@@ -127,12 +127,15 @@ class RunFolder:
 
     record = _Fixed("run.json")
     config = _Fixed("config.json")
-    plan = _Fixed("plan.json")  # what train_minutes became
     metrics = _Fixed("metrics.jsonl")
     log = _Fixed("training.log")  # output of torchrun and its ranks under Dagster
     document_steps = _Fixed("document_steps.parquet")  # the step that first reads each document
     known_documents = _Fixed("known_documents.parquet")  # the documents that the parents of the run have read
     later_checkpoints = _Fixed("set_aside")  # folder of checkpoints newer than the one that the run was resumed from
+
+    def plan(self, request_id: str) -> Path:
+        """What train_minutes became."""
+        return inside(self.root, f"plan_{request_id}.json")
 
     def checkpoint(self, step: int) -> Path:
         return self.root / f"checkpoint_step_{step}.pt"

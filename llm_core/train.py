@@ -31,7 +31,7 @@ from llm_core.errors import Preempted, TextmillError
 from llm_core.training import Callback, resolve
 from llm_core.training.cost import explain
 from llm_core.training.planner import planned
-from llm_core.training.run import train
+from llm_core.training.run import require_same_options, train
 from llm_core.training.run_data import TrainingData
 
 PROG = "python -m llm_core.train"
@@ -63,7 +63,9 @@ def print_explanation(options: TrainOptions) -> None:
     given, plan = options.stage(TrainConfig), None
     if given.train_minutes is not None:  # all ranks measure together
         with join_ranks(given) as ranks, StopRequest() as stop:
-            given, plan = planned(given, data_dir, manifest, _save_dir(options), ranks, stop, restarts=True)
+            require_same_options(given, manifest, ranks)
+            folder = _save_dir(options)
+            given, plan = planned(given, data_dir, manifest, folder, ranks, stop, checkpoint=options.checkpoint, restarts=True)
     config = resolve(given, manifest)
     ranks = Ranks.alone(config.device, config.threads_per_process, int(os.environ.get("WORLD_SIZE", 1)))
     if int(os.environ.get("RANK", 0)) == 0:

@@ -35,7 +35,7 @@ def parallelize(model: Transformer, ranks: Ranks, sharding: Sharding, seed: int,
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    model.materialize(ranks.device)
+    model.materialize(ranks.device, sharded)
     if not sharded:
         model.init_weights(seed, std)
         return model if ranks.world_size == 1 else _replicated(model, ranks)

@@ -162,9 +162,15 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def materialize(self, device: torch.device) -> None:
+    def materialize(self, device: torch.device, sharded: bool = False) -> None:
         """Moves a model from the meta device to `device`; its weights are uninitialized."""
-        self.to_empty(device=device)
+        if sharded:
+            self.to_empty(device=device)
+        else:  # `to_empty` loads sympy, which takes a second
+            empty = {
+                name: torch.empty(weight.shape, dtype=weight.dtype, device=device) for name, weight in self.named_parameters()
+            }
+            self.load_state_dict(empty, strict=False, assign=True)
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.cos, self.sin = (table.to(device) for table in rotary_tables(self.config))

@@ -14,23 +14,23 @@ _WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_COR
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first CUDA device that this process may use."""
+    """The CUDA devices of this machine."""
 
-    name: str
-    capability: float  # CUDA compute capability, such as 8.0
+    name: str  # of the first
+    capability: float  # CUDA compute capability, such as 8.0; the lowest, since a process may be shown any of them
 
 
 @cache
 def gpu() -> Gpu | None:
-    """The first visible GPU, as nvidia-smi reports it; None if there is none or the installed PyTorch cannot use it."""
+    """What nvidia-smi reports; None if there is no GPU, it is hidden, or the installed PyTorch cannot use it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() in ("", "-1")
     if hidden or not _pytorch_has_cuda():
         return None
     command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        name, capability = done.stdout.splitlines()[0].rsplit(",", 1)
-        return Gpu(name.strip(), float(capability))
+        rows = [line.rsplit(",", 1) for line in done.stdout.splitlines()]
+        return Gpu(rows[0][0].strip(), min(float(capability) for _, capability in rows))
     except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
         return None
 

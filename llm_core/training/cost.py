@@ -20,6 +20,9 @@ from llm_core.training.run_data import TrainingData
 # Share of the measured peak FLOPs that the time estimate assumes; the run reports its actual share as MFU.
 _UTILIZATION = 0.5
 
+# Share of the memory that a run may be planned to need.
+_MEMORY_SHARE = 0.8
+
 # Bytes that the allocator and the matrix library take beside our tensors, measured on a CPU.
 _WORKSPACE = 200_000_000
 
@@ -155,6 +158,27 @@ def _optimizer_elements(config: ResolvedTrainConfig, model: Transformer) -> int:
     return elements
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes of the GPU, or of this machine, swap included."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total + psutil.swap_memory().total
+
+
+def largest_micro_batch(config: ResolvedTrainConfig, vocab_size: int, precision: Precision, ranks: Ranks) -> int | None:
+    """The most windows per rank and forward pass that divide its batch and fit into its memory by estimate; None if none does."""
+    processes = 1 if ranks.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    available = _MEMORY_SHARE * device_memory(ranks.device) / processes
+
+    def needed(windows: int) -> int:
+        return estimate_memory(config, vocab_size, windows, precision, ranks.world_size, ranks.device.type).total
+
+    one, two = needed(1), needed(2)
+    of_rank = config.batch_size // ranks.world_size
+    divisors = (windows for windows in range(of_rank, 0, -1) if of_rank % windows == 0)
+    return next((windows for windows in divisors if one + (windows - 1) * (two - one) <= available), None)
+
+
 def require_memory(config: ResolvedTrainConfig, model: ModelConfig, micro_batch_size: int, ranks: Ranks) -> None:
     """Refuses a run that cannot fit into the memory of this machine.
 
@@ -169,12 +193,10 @@ def require_memory(config: ResolvedTrainConfig, model: ModelConfig, micro_batch_
     tokens = micro_batch_size * model.max_length
     fixed = per_parameter * model.num_parameters // shards
     needed = fixed + 2 * tokens * model.hidden_size * model.num_layers
-    if ranks.device.type == "cuda":
-        available, where = torch.cuda.get_device_properties(ranks.device).total_memory, "the GPU has"
-    else:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        fixed, needed = fixed * processes, needed * processes
-        available, where = psutil.virtual_memory().total + psutil.swap_memory().total, "this machine has"
+    processes = 1 if ranks.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fixed, needed = fixed * processes, needed * processes
+    available = device_memory(ranks.device)
+    where = "the GPU has" if ranks.device.type == "cuda" else "this machine has"
     if needed > available:
         smaller = "a smaller model" if fixed > available else "a smaller model, --micro_batch_size or --max_length"
         raise UserError(

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from llm_core.checkpoint import RunRecord, find_parent
 from llm_core.config import SHAPE, ResolvedTrainConfig, TrainConfig
 from llm_core.dataset import DatasetManifest
+from llm_core.errors import UserError
 from llm_core.layout import RunFolder
 from llm_core.recipe import suitable_parameters
 from llm_core.system import available_cores, content_id, cpu_name, gpu, read_record
@@ -51,7 +52,7 @@ class Speed(BaseModel):
 
 
 class Plan(BaseModel):
-    """What `train_minutes` became, in plan.json of the run folder."""
+    """What `train_minutes` became, in plan_<request_id>.json of the run folder."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -98,7 +99,10 @@ def resolve(options: TrainConfig, manifest: DatasetManifest) -> ResolvedTrainCon
 def request_id(options: TrainConfig, manifest: DatasetManifest, parent_checkpoint_id: str | None) -> str:
     """What a plan answers: the options, the text and the parent, but not the machine."""
     speed = options.model_dump(mode="json", include={"model", *_SPEED})
-    return content_id("plan", PLAN_VERSION, manifest.dataset_id, parent_checkpoint_id, options.identity(), speed)
+    windows = (options.max_length or manifest.max_length, manifest.stride if options.stride is None else options.stride)
+    sources = manifest.snapshot_id if options.source_weights else None
+    ids = (manifest.dataset_id, parent_checkpoint_id, sources)
+    return content_id("plan", PLAN_VERSION, *ids, windows, options.identity(), speed)
 
 
 def machine(options: TrainConfig, world_size: int, local_world_size: int) -> str:
@@ -116,22 +120,34 @@ def find_plan(run_dir: Path, request: str, on_machine: str | None) -> Plan | Non
     Raises:
         DataError: it is damaged.
     """
-    path = RunFolder(run_dir).plan
+    path = RunFolder(run_dir).plan(request)
     if not path.exists():
         return None
     plan = read_record(path, Plan)
-    return plan if plan.request_id == request and on_machine in (None, plan.machine) else None
+    return plan if on_machine in (None, plan.machine) else None
 
 
 def shape_options(options: TrainConfig) -> dict[str, int] | None:
-    """The sizes of the model that are settled: those that are given, or those of the parent; None if they are open."""
+    """The sizes of the model that are settled: those that are given, or those of the parent; None if they are open.
+
+    Raises:
+        UserError: the parent's are unknown, or its model differs in another way.
+    """
     if options.has_shape:
         return dict(zip(SHAPE, options.shape(), strict=False))
     if options.init_from is None:
         return None
     path = find_parent(options.init_from).path
     assert path is not None, "only a resumed run has a parent without files"
-    config = RunRecord.read(path.parent).train_config(path.parent)
+    run = RunRecord.find(path.parent)
+    if run is None:
+        raise UserError(
+            f"--init_from {options.init_from}: no run.json beside it says its sizes; give --hidden_size and the others"
+        )
+    config = run.train_config(path.parent)
+    for name in ("tie_embeddings", "rope_theta", "norm_eps"):
+        if config[name] != getattr(options, name):
+            raise UserError(f"--{name} {getattr(options, name)}: the run of --init_from has {config[name]}; give that")
     return {name: config[name] for name in SHAPE}
 
 

@@ -3,13 +3,14 @@
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 
-from llm_core.checkpoint import Parent, starting_parent
-from llm_core.config import ModelConfig, ResolvedTrainConfig, TrainConfig
+from llm_core.checkpoint import Parent, named_checkpoint, starting_parent
+from llm_core.config import ModelConfig, ResolvedTrainConfig, TrainConfig, divide_batch
 from llm_core.dataset import DatasetManifest
 from llm_core.distributed.launch import StopRequest
 from llm_core.distributed.ranks import Ranks
@@ -19,10 +20,21 @@ from llm_core.model.precision import DTYPES, Precision, resolve_precision
 from llm_core.model.transformer import Transformer
 from llm_core.recipe import batch_windows, choose_optimizer, expected_bits_per_byte
 from llm_core.system import write_json
-from llm_core.training.cost import require_memory
+from llm_core.training.cost import largest_micro_batch, require_memory
 from llm_core.training.mixture import plan_mixture
 from llm_core.training.performance import measure_peak_flops
-from llm_core.training.plan import SHAPES, Plan, Shape, Speed, choose_shape, find_plan, machine, request_id, shape_options
+from llm_core.training.plan import (
+    SHAPES,
+    Plan,
+    Shape,
+    Speed,
+    choose_shape,
+    find_plan,
+    machine,
+    request_id,
+    resolve,
+    shape_options,
+)
 from llm_core.training.run_data import TrainingData
 from llm_core.training.trainer import Trainer
 
@@ -44,12 +56,13 @@ def planned(
     ranks: Ranks,
     stop: StopRequest,
     *,
+    checkpoint: str | None = None,
     restarts: bool = False,
 ) -> tuple[TrainConfig, Plan | None]:
-    """The options with a plan in place of `train_minutes`, and the plan. All ranks call this together.
+    """The options with a plan in place of `train_minutes`, and the plan. All ranks call this together, with the same options.
 
-    A plan is kept in the run folder: the same options, text and machine have the same one, a resumed run keeps its own on any
-    machine. restarts: another process will train, which has to start first.
+    A plan is kept in the run folder: the same options, text and machine have the same one, and a resumed run keeps its own on any
+    machine. checkpoint: that the run is resumed from. restarts: another process will train, which has to start first.
 
     Raises:
         Preempted: a rank was asked to stop.
@@ -58,22 +71,32 @@ def planned(
     if options.train_minutes is None:
         return options, None
     loading = time.time() - psutil.Process().create_time()
-    parent, plan = ranks.broadcast_from_main(lambda: _kept_plan(options, manifest, run_dir, ranks))
+    parent, plan = ranks.broadcast_from_main(lambda: _kept_plan(options, manifest, run_dir, checkpoint, ranks))
     if plan is None:
         planner = _Planner(options, data_dir, manifest, parent, ranks, stop)
         plan = planner.plan(spent_elsewhere=loading if restarts else 0.0)
-        if ranks.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(RunFolder(run_dir).plan, plan.model_dump(mode="json"))
+        resolve(plan.applied(options), manifest)  # what does not fit the steps that were chosen is not kept
+        ranks.broadcast_from_main(partial(_keep, plan, run_dir))
     return plan.applied(options), plan
 
 
-def _kept_plan(options: TrainConfig, manifest: DatasetManifest, run_dir: Path, ranks: Ranks) -> tuple[Parent | None, Plan | None]:
-    """The parent of the run, and the plan in its folder."""
-    checkpoints = RunFolder(run_dir).checkpoint_manifests()
-    parent = starting_parent(options.init_from, checkpoints[0].with_suffix("") if checkpoints else None)
+def _kept_plan(
+    options: TrainConfig, manifest: DatasetManifest, run_dir: Path, checkpoint: str | None, ranks: Ranks
+) -> tuple[Parent | None, Plan | None]:
+    """The parent of the run, and its plan if there is one. Without one, the run folder is made: it must be writable."""
+    resumed_from = named_checkpoint(checkpoint) if checkpoint is not None else None
+    if resumed_from is None and (manifests := RunFolder(run_dir).checkpoint_manifests()):
+        resumed_from = manifests[0].with_suffix("")
+    parent = starting_parent(options.init_from, resumed_from)
     request = request_id(options, manifest, parent.checkpoint_id if parent is not None else None)
-    return parent, find_plan(run_dir, request, None if checkpoints else _machine(options, ranks))
+    if resumed_from is not None:
+        return parent, find_plan(resumed_from.parent, request, None) or find_plan(run_dir, request, None)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return parent, find_plan(run_dir, request, _machine(options, ranks))
+
+
+def _keep(plan: Plan, run_dir: Path) -> None:
+    write_json(RunFolder(run_dir).plan(plan.request_id), plan.model_dump(mode="json"))
 
 
 def _machine(options: TrainConfig, ranks: Ranks) -> str:
@@ -98,9 +121,13 @@ class _Planner:
         self._settled = ranks.broadcast_from_main(lambda: shape_options(options))
         self._shapes = SHAPES if self._settled is None else [Shape(self._settled["hidden_size"], self._settled["num_layers"])]
         self._speeds: dict[Shape, float] = {}  # tokens per second
-        config = self._config(self._shapes[0], tokens=1)
+        self._compiling = 0.0  # seconds
+        if options.batch_size is not None:
+            divide_batch(options.batch_size, options.micro_batch_size, ranks.world_size)
+        config = self._trial(self._shapes[0], tokens=1)
         self._length = config.max_length
         self._precision: Precision = resolve_precision(config, ranks.device)
+        ranks.require_same({"precision": self._precision})
         self._peaks = ranks.broadcast_from_main(self._measure_peaks)
         self._data = TrainingData.open(data_dir, manifest, config, parent)
         mixture = plan_mixture(config, data_dir, manifest, parent.known if parent is not None else None)
@@ -109,28 +136,57 @@ class _Planner:
         self._most_tokens = int(options.max_source_epochs * self._windows) * self._length
 
     def plan(self, spent_elsewhere: float) -> Plan:
-        """The plan for the time that is left of this process. spent_elsewhere: seconds of other processes."""
-        shapes = [shape for shape in self._shapes if self._fits(shape)] or self._shapes[:1]
-        while (chosen := choose_shape(shapes, self._parameters, self._tokens)) not in self._speeds:
-            self._speeds[chosen] = self._measure(chosen)
+        """The plan for the time that is left of this process. spent_elsewhere: seconds of other processes.
+
+        Raises:
+            UserError: no model fits into memory.
+        """
+        shapes = list(self._shapes)
+        while True:
+            chosen = shapes[self._ranks.broadcast_from_main(partial(self._best, shapes))]
+            if chosen in self._speeds:
+                return self._ranks.broadcast_from_main(partial(self._plan, chosen, spent_elsewhere))
+            if (micro := self._micro_batch(chosen)) is None:
+                if len(shapes) == 1:
+                    require_memory(self._trial(chosen, self._tokens(chosen)), self._model(chosen), 1, self._ranks)
+                    raise UserError(f"--max_length {self._length}: not even one window fits into memory; use shorter windows")
+                shapes.remove(chosen)
+                continue
+            self._speeds[chosen] = self._measure(chosen, micro)
             if len(self._speeds) == _MEASUREMENTS:  # it may go back and forth between two sizes
                 shapes = list(self._speeds)
-        return self._ranks.broadcast_from_main(lambda: self._plan(chosen, spent_elsewhere))
+
+    def _best(self, shapes: list[Shape]) -> int:
+        return shapes.index(choose_shape(shapes, self._parameters, self._tokens))
+
+    def _micro_batch(self, shape: Shape) -> int | None:
+        """Windows per forward pass that fit into the memory of every rank; None if not one does."""
+        config, ranks = self._trial(shape, self._tokens(shape)), self._ranks
+        given = config.micro_batch_size
+        own = largest_micro_batch(config, self._data.tokenizer.vocab_size, self._precision, ranks) if given is None else given
+        of_all = torch.zeros(ranks.world_size, device=ranks.device)
+        of_all[ranks.rank] = own or 0
+        return int(ranks.sum(of_all).min().item()) or None
 
     def _plan(self, shape: Shape, spent_elsewhere: float) -> Plan:
-        spent = time.time() - psutil.Process().create_time() + spent_elsewhere
+        spent = time.time() - psutil.Process().create_time() + spent_elsewhere + self._compiling
         self._seconds = max(self._seconds / 2, self._seconds - spent)
-        config = self._config(shape, self._tokens(shape))
+        config = self._trial(shape, self._tokens(shape))
         validations = -(-config.max_steps // config.eval_interval) if config.eval_interval else 1
         # A forward pass takes a third of the time of a forward and a backward pass.
         with_validation = 1 + validations * config.eval_tokens / (3 * config.max_steps * config.batch_size * self._length)
         possible = self._speeds[shape] * self._seconds / with_validation
-        config = self._config(shape, min(possible, self._most_tokens))
+        config = self._trial(shape, min(possible, self._most_tokens))
+        chosen = {"batch_size": config.batch_size, "max_steps": config.max_steps}
+        if self._options.micro_batch_size is None:
+            micro = largest_micro_batch(config, self._data.tokenizer.vocab_size, self._precision, self._ranks)
+            if micro is not None and micro * self._ranks.world_size < config.batch_size:
+                chosen["micro_batch_size"] = micro
         tokens = config.max_steps * config.batch_size * self._length
         return Plan(
             request_id=request_id(self._options, self._manifest, self._parent.checkpoint_id if self._parent else None),
             machine=_machine(self._options, self._ranks),
-            options=self._sizes(shape) | {"batch_size": config.batch_size, "max_steps": config.max_steps},
+            options=self._sizes(shape) | chosen,
             speeds=[
                 Speed(hidden_size=width, num_layers=layers, tokens_per_second=round(speed, 1))
                 for (width, layers), speed in self._speeds.items()
@@ -146,32 +202,25 @@ class _Planner:
     def _sizes(self, shape: Shape) -> dict[str, int]:
         return self._settled or shape.options
 
-    def _config(self, shape: Shape, tokens: float) -> ResolvedTrainConfig:
-        """The run of a shape that reads about so many tokens."""
+    def _trial(self, shape: Shape, tokens: float) -> ResolvedTrainConfig:
+        """The run of a shape that reads at most so many tokens, if they are a step."""
         options = self._options
         length = options.max_length or self._manifest.max_length
         optimizer = choose_optimizer(options.optimizer, options.learning_rate)
         batch = options.batch_size or batch_windows(optimizer, options.learning_rate, length, tokens=max(1, int(tokens)))
         together = self._ranks.world_size * (options.micro_batch_size or 1)
         batch = batch if options.batch_size else -(-batch // together) * together
-        values = {"train_minutes": None, "batch_size": batch, "max_steps": max(1, round(tokens / (batch * length)))}
+        values = {"train_minutes": None, "batch_size": batch, "max_steps": max(1, int(tokens / (batch * length)))}
+        values |= {"warmup_steps": None, "profile": None}  # of the whole run
         planned = options.model_copy(update=self._sizes(shape) | values)
         return planned.resolved(self._manifest.max_length, self._manifest.stride)
 
     def _model(self, shape: Shape) -> ModelConfig:
-        return ModelConfig.of(self._config(shape, tokens=1), self._data.tokenizer.vocab_size)
+        return ModelConfig.of(self._trial(shape, tokens=1), self._data.tokenizer.vocab_size)
 
     def _parameters(self, shape: Shape) -> int:
         model = self._model(shape)
         return model.num_parameters - (0 if model.tie_embeddings else model.padded_vocab_size * model.hidden_size)
-
-    def _fits(self, shape: Shape) -> bool:
-        """Whether a micro-batch of one window fits into memory: the batch is not known yet."""
-        try:
-            require_memory(self._config(shape, tokens=1), self._model(shape), 1, self._ranks)
-        except UserError:
-            return False
-        return True
 
     def _tokens(self, shape: Shape) -> float:
         """Tokens that a shape reads in the time, by its own speed or that of the shape measured last."""
@@ -191,13 +240,21 @@ class _Planner:
         names: list[Precision] = ["fp32"] if self._precision == "fp32" else ["fp32", self._precision]
         return {name: measure_peak_flops(self._ranks.device, DTYPES[name]) for name in names}
 
-    def _measure(self, shape: Shape) -> float:
-        """Tokens per second of real steps of a new model."""
-        config = self._config(shape, self._tokens(shape))
+    def _measure(self, shape: Shape, micro: int) -> float:
+        """Tokens per second of real steps of a new model. micro: windows per rank and forward pass."""
+        config = self._trial(shape, self._tokens(shape))
+        together = micro * self._ranks.world_size
+        batch = max(1, config.batch_size // together) * together
+        config = config.model_copy(update={"batch_size": batch, "micro_batch_size": micro})
         trainer = Trainer(config, self._data, self._ranks, self._stop)
-        self._time(trainer, 3 if config.compile_model else 1)
-        steps = max(2, min(_STEPS, math.ceil(_SECONDS / self._time(trainer, 1))))
-        return steps * config.batch_size * self._length / self._time(trainer, steps)
+        warm_up = self._time(trainer, 3 if config.compile_model else 1)
+        step = self._time(trainer, 1)
+        steps = max(2, min(_STEPS, math.ceil(_SECONDS / step)))
+        speed = steps * config.batch_size * self._length / self._time(trainer, steps)
+        if config.compile_model:
+            self._compiling = max(0.0, warm_up - 3 * step)  # the run compiles again
+            torch._dynamo.reset()  # what was compiled for this shape must not affect the run
+        return speed
 
     def _time(self, trainer: Trainer, steps: int) -> float:
         """Seconds of some steps, the same number on every rank."""

@@ -15,9 +15,9 @@ from llm_core.config import AUTO, ResolvedTrainConfig, TrainConfig
 from llm_core.dataset import DatasetManifest, load_manifest
 from llm_core.distributed.launch import StopRequest, join_ranks
 from llm_core.distributed.ranks import Ranks
-from llm_core.errors import Preempted
+from llm_core.errors import Preempted, UserError
 from llm_core.layout import RunFolder
-from llm_core.system import code_version, git_commit, now, write_json
+from llm_core.system import code_version, cpu_has_bf16, git_commit, now, write_json
 from llm_core.training.cost import describe_rates
 from llm_core.training.loop import TrainingLoop
 from llm_core.training.plan import Plan, resolve
@@ -51,13 +51,13 @@ def train(
         resolve(options, manifest)  # reports what does not fit before the ranks meet
     with ExitStack() as stack:
         ranks, stop = stack.enter_context(join_ranks(options)), stack.enter_context(StopRequest())
-        options, plan = planned(options, data_dir, manifest, run_dir, ranks, stop)
+        require_same_options(options, manifest, ranks)
+        options, plan = planned(options, data_dir, manifest, run_dir, ranks, stop, checkpoint=checkpoint)
         config = resolve(options, manifest)
         run_log = stack.enter_context(_run_log(run_dir, ranks, callback))
-        _require_same_run(config, manifest, ranks)
         saved = ranks.broadcast_from_main(lambda: find_resume_state(run_dir, checkpoint, resume))
-        if saved is not None and options.precision == AUTO:
-            config = config.model_copy(update={"precision": saved[1]["train_config"]["precision"]})
+        if options.precision == AUTO:
+            config = _with_precision(config, saved[1]["train_config"]["precision"] if saved is not None else None, ranks)
         trainer = _make_trainer(config, data_dir, manifest, saved, ranks, stop)
         resumed_from = (saved[0], saved[1]["precision"]) if saved is not None else None
         del saved  # as large as the model and its optimizer
@@ -95,12 +95,29 @@ def _run_log(run_dir: Path, ranks: Ranks, callback: Callback | None) -> Iterator
         log.close()
 
 
-def _require_same_run(config: ResolvedTrainConfig, manifest: DatasetManifest, ranks: Ranks) -> None:
+def require_same_options(options: TrainConfig, manifest: DatasetManifest, ranks: Ranks) -> None:
     """Raises UserError unless all ranks have the same options, data and code."""
-    values = config.model_dump(exclude={"threads_per_process"}) | {"dataset_id": manifest.dataset_id}
+    values = options.model_dump(exclude={"threads_per_process"}) | {"dataset_id": manifest.dataset_id}
+    values |= {"dataset's max_length": manifest.max_length, "dataset's stride": manifest.stride}
     # Sources come from the snapshot: the same documents may be in other folders on another machine.
-    values |= {"snapshot_id": manifest.snapshot_id if config.source_weights else None, "code_version": code_version()}
+    values |= {"snapshot_id": manifest.snapshot_id if options.source_weights else None, "code_version": code_version()}
     ranks.require_same(values)
+
+
+def _with_precision(config: ResolvedTrainConfig, saved: str | None, ranks: Ranks) -> ResolvedTrainConfig:
+    """The precision that auto means: that of the checkpoint which the run is resumed from, or what suits the devices.
+
+    Raises:
+        UserError: the devices of the ranks differ, or the GPU cannot be used.
+    """
+    if saved is not None:
+        return config.model_copy(update={"precision": saved})
+    ranks.require_same({"precision": config.precision})
+    if config.precision == "bf16" and ranks.device.type == "cpu" and not cpu_has_bf16():
+        raise UserError(
+            "--precision auto: nvidia-smi reports a GPU, but PyTorch cannot use it; mend its driver, or train with --device cpu"
+        )
+    return config
 
 
 def _make_trainer(

@@ -2,8 +2,9 @@
 
 from llm_core.config import TrainConfig
 from llm_core.dataset import DatasetManifest
+from llm_core.errors import UserError
 from llm_core.layout import RunFolder
-from llm_core.system import content_id
+from llm_core.system import content_id, held
 from llm_core.training import Plan, find_plan, machine, request_id
 from pipeline.artifacts.step import Step
 from pipeline.processes.training import run_planning
@@ -31,16 +32,24 @@ def with_plan(
 
     Raises:
         dagster.Failure: the measurement failed; the description says why.
+        UserError: the plan is for another device than the one that this process sees.
     """
     if config.train_minutes is None:
         return config
-    plan = known_plan(step, config, nproc_per_node, manifest, parent_checkpoint_id)
-    if plan is None:
-        request = request_id(config, manifest, parent_checkpoint_id)
-        folder = _folder(step, config, nproc_per_node, request)
-        run_planning(step.context, torchrun, config, nproc_per_node, step.data_dir, manifest, folder.root)
+    folder = _folder(step, config, nproc_per_node, request_id(config, manifest, parent_checkpoint_id)).root
+    # Another run with the same options and text measures the same thing: this one waits for its plan.
+    with held(
+        folder, lambda pid: step.log.info(f"process {pid} is measuring this machine for the same training: waiting for it")
+    ):
         plan = known_plan(step, config, nproc_per_node, manifest, parent_checkpoint_id)
-        assert plan is not None, "the planning ended without an error"
+        if plan is None:
+            run_planning(step.context, torchrun, config, nproc_per_node, step.data_dir, manifest, folder)
+            plan = known_plan(step, config, nproc_per_node, manifest, parent_checkpoint_id)
+    if plan is None:
+        raise UserError(
+            f"train_minutes {config.train_minutes:g}: this process and the training see different devices ({folder}); "
+            "set device: cpu or cuda"
+        )
     described = "\n".join(f"{name}: {text}" for name, text in plan.describe().items())
     (step.log.info if plan.enough_text else step.log.warning)(described)
     return plan.applied(config)

@@ -24,15 +24,15 @@ def warning_of_hours(configs: Mapping[str, Any]) -> str | None:
 
     configs: the options of each step of the run.
     """
-    if "checkpoint" not in configs:
-        return None
+    if not {"checkpoint", "tokenized_shards", "trained_tokenizer"} <= configs.keys():
+        return None  # no training, or one on prepared data, whose windows and vocabulary are not known here
     training = CheckpointConfig(**configs["checkpoint"])
     if training.train_minutes is not None or training.max_epochs is not None:
         return None
     if training.device == "cuda" or (training.device == "auto" and gpu() is not None):
         return None
-    shards = TokenizedShardsConfig(**configs.get("tokenized_shards", {}))
-    vocab_size = TrainedTokenizerConfig(**configs.get("trained_tokenizer", {})).vocab_size
+    shards = TokenizedShardsConfig(**configs["tokenized_shards"])
+    vocab_size = TrainedTokenizerConfig(**configs["trained_tokenizer"]).vocab_size
     try:
         config = training.resolved(shards.max_length, shards.stride)
     except UserError:  # reported by the check of the configuration

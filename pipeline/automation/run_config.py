@@ -14,7 +14,7 @@ from dagster._core.system_config.objects import ResolvedRunConfig
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from llm_core.cli import printable
-from llm_core.config import TokenizerConfig, TrainConfig, micro_batch_size
+from llm_core.config import TokenizerConfig, TrainConfig, divide_batch, micro_batch_size
 from llm_core.corpus import is_url
 from llm_core.errors import UserError
 from llm_core.evaluation import check_tasks
@@ -206,6 +206,8 @@ def _combinations(configs: Mapping[str, BaseModel]) -> Iterator[tuple[str, Calla
         if isinstance(shards, TokenizedShardsConfig) and training.train_minutes is None and training.max_epochs is None:
             resolve = functools.partial(training.stage(TrainConfig).resolved, shards.max_length, shards.stride)
             yield "checkpoint", lambda: micro_batch_size(resolve(), training.nproc_per_node)
+        elif (batch := training.batch_size) is not None:
+            yield "checkpoint", lambda: divide_batch(batch, training.micro_batch_size, training.nproc_per_node)
     if isinstance(evaluation := configs.get("evaluation"), EvaluationConfig) and evaluation.lm_eval_tasks:
         yield "evaluation", lambda: check_tasks(evaluation)
 

@@ -129,7 +129,8 @@ def run_planning(
         raise dg.Failure(
             description=reason or f"the measurement for train_minutes ended with code {process.exit_code}",
             metadata=_last_output(process, output),
-            allow_retries=reason is None,
+            # An error that it reports recurs, unless it was asked to stop.
+            allow_retries=reason is None or "stopped on request" in reason,
         )
 
 
