@@ -53,7 +53,7 @@ def main() -> None:
             "two_preparations": lambda at: concurrency.two_preparations(folder / "corpus", at, many(10), options.seed),
             "file_that_grows": lambda at: concurrency.file_that_grows(folder / "corpus", at, many(10), options.seed),
             "two_dagster_runs": lambda at: concurrency.two_dagster_runs(folder / "corpus", at, many(4), options.seed),
-            "damage_files": lambda at: damage.damage_files(home, at, many(6), options.seed),
+            "damage_files": lambda at: damage.damage_files(home, at, 2 * many(6), options.seed),
             "fail_the_nth_call": lambda at: disk.fail_the_nth_call(folder / "corpus", at, every=every),
             "fail_the_catalog": lambda at: catalog_disk.fail_the_nth_call_of_the_catalog(home, at, every=every),
             "hostile_input": lambda at: hostile.feed(at, many(1 << 30), options.seed, many(500)),

@@ -115,7 +115,7 @@ def _write_and_die(catalog: Path) -> None:
 
 
 def damage_files(home: Path, folder: Path, trials_of_each: int, seed: int) -> Tally:
-    """Each kind of file, truncated and with a flipped bit, `trials_of_each` times each."""
+    """Each kind of file, truncated and with a flipped bit in turn, `trials_of_each` times."""
     tally = Tally("truncated file or flipped bit", seed)
     chosen = random.Random(seed)
     expected = (home / run_folder(home).checkpoint(12).name).read_bytes(), outcome_lines(home)
@@ -124,12 +124,12 @@ def damage_files(home: Path, folder: Path, trials_of_each: int, seed: int) -> Ta
         undamaged = _do(action, folder / "home", folder / "work", expected)
         assert undamaged[0] == 0, undamaged[1]
         for pattern in patterns:
-            for trial in range(2 * trials_of_each):
+            for _ in range(trials_of_each):
                 copy = folder / "home"
                 shutil.rmtree(copy, ignore_errors=True)
                 shutil.copytree(home, copy, copy_function=shutil.copy2)
                 victim = chosen.choice(sorted(copy.glob(pattern)))
-                how = _truncate(victim, chosen) if trial % 2 else _flip(victim, chosen)
+                how = _truncate(victim, chosen) if tally.injected % 2 else _flip(victim, chosen)
                 damaged = _do(action, copy, folder / "work", expected)
                 tally.count(_problem(damaged, undamaged, victim, f"{action}: {victim.relative_to(copy)} {how}"))
     return tally

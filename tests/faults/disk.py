@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,22 +80,27 @@ def fail_the_nth_call(corpus_dir: Path, folder: Path, every: int = 1) -> Tally:
     return tally
 
 
-def fill_the_disk(corpus_dir: Path, folder: Path) -> Tally:
-    """Each stage on a file system too small for it, and again after the file system has grown. Needs root to mount one."""
+def fill_the_disk(corpus_dir: Path, folder: Path, shares: Sequence[float] = (0.1, 0.5, 0.9)) -> Tally:
+    """Each stage on a file system too small for it, and again after the file system has grown. Needs root to mount one.
+
+    shares: of the space that the stage needs.
+    """
     tally = Tally("disk full", 0)
     reference = _home(corpus_dir, folder / "reference")
+    before = folder / "before"
+    shutil.copytree(reference, before)
     for stage, (work, result) in _stages(reference).items():
         used = _size(reference)
         ended = run_forked(work, folder / "log")
         assert ended.code == 0, ended.output
         growth = _size(reference) - used
-        for share in (0.1, 0.5, 0.9):
+        for share in shares:
             what = f"{stage} with {share:.0%} of the space it needs"
             with _small_disk(folder / "disk", 64 << 20) as disk:
-                before = disk / "home"
-                _replay(corpus_dir, before, stage, folder / "log")
+                home = disk / "home"
+                shutil.copytree(before, home, copy_function=shutil.copy2)
                 _resize(disk, _blocks(disk) + int(share * growth))
-                work_here, result_here = _stages(before)[stage]
+                work_here, result_here = _stages(home)[stage]
                 disturbed = run_forked(work_here, folder / "log")
                 _resize(disk, 64 << 20)
                 rerun = run_forked(work_here, folder / "log2")
@@ -105,6 +110,7 @@ def fill_the_disk(corpus_dir: Path, folder: Path) -> Tally:
                 elif rerun.code or result_here() != result():
                     problem = f"{what}: exit code {rerun.code} of the rerun: {rerun.output[-600:]}"
                 tally.count(problem)
+        shutil.copytree(reference, before, copy_function=shutil.copy2, dirs_exist_ok=True)
     return tally
 
 
@@ -119,16 +125,6 @@ def can_mount(folder: Path) -> bool:
 def _home(corpus_dir: Path, home: Path) -> Path:
     shutil.copytree(corpus_dir, Home(home).raw_text)
     return home
-
-
-def _replay(corpus_dir: Path, home: Path, until: str, log: Path) -> None:
-    """A home after all stages before `until`."""
-    _home(corpus_dir, home)
-    for stage, (work, _) in _stages(home).items():
-        if stage == until:
-            return
-        ended = run_forked(work, log)
-        assert ended.code == 0, ended.output
 
 
 def _with_failing_call(n: int, work: Callable[[], object]) -> None:

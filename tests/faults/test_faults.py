@@ -25,7 +25,7 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_bits(data_dir: P
 
 
 def test_killed_ranks_and_torchrun_leave_no_orphan_and_lose_nothing(data_dir: Path, tmp_path: Path) -> None:
-    assert_nothing_lost(kills.kill_two_ranks(data_dir, tmp_path, 2, SEED))
+    assert_nothing_lost(kills.kill_two_ranks(data_dir, tmp_path, 1, SEED))
 
 
 def test_a_damaged_file_gives_the_correct_result_or_an_error_that_names_it(corpus_dir: Path, tmp_path: Path) -> None:
@@ -38,13 +38,13 @@ def _damage_a_new_home(corpus_dir: Path, folder: Path) -> Tally:
 
 
 def test_a_failing_disk_keeps_the_previous_state_and_the_next_run_succeeds(corpus_dir: Path, tmp_path: Path) -> None:
-    assert_nothing_lost(in_new_process(disk.fail_the_nth_call, corpus_dir, tmp_path, 40))
+    assert_nothing_lost(in_new_process(disk.fail_the_nth_call, corpus_dir, tmp_path, 80))
 
 
 def test_a_full_disk_is_reported_and_the_next_run_succeeds(corpus_dir: Path, tmp_path: Path) -> None:
     if not disk.can_mount(tmp_path / "probe"):
         pytest.skip("needs root to mount a small file system")
-    assert_nothing_lost(in_new_process(disk.fill_the_disk, corpus_dir, tmp_path))
+    assert_nothing_lost(in_new_process(disk.fill_the_disk, corpus_dir, tmp_path, (0.5,)))
 
 
 def test_the_suite_detects_a_loss(data_dir: Path, tmp_path: Path) -> None:

@@ -51,4 +51,4 @@ def test_a_disk_that_fails_the_catalog_keeps_the_previous_state(corpus_dir: Path
         pytest.skip("needs the command strace")
     in_new_process(damage.prepare_home, corpus_dir, tmp_path / "home")
     (tmp_path / "trials").mkdir()
-    assert_nothing_lost(catalog_disk.fail_the_nth_call_of_the_catalog(tmp_path / "home", tmp_path / "trials", every=2))
+    assert_nothing_lost(catalog_disk.fail_the_nth_call_of_the_catalog(tmp_path / "home", tmp_path / "trials", every=3))
