@@ -58,7 +58,7 @@ def test_a_checkpoint_resumes_with_any_sharding(
 
 
 @pytest.mark.parametrize(
-    "options", [{"optimizer": "muon"}, {"tie_embeddings": True}, {"gradient_checkpointing": True}, {"precision": "bf16"}]
+    "options", [{"optimizer": "muon", "tie_embeddings": True, "gradient_checkpointing": True}, {"precision": "bf16"}]
 )
 def test_fsdp_works_with(options: dict[str, Any], data_dir: Path, tmp_path: Path) -> None:
     for sharding in ("ddp", "fsdp"):
