@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.support.dagster_dev import ROOT, DagsterDev, dagster_dev
 pytestmark = pytest.mark.slow
 
 STEPS = 1000
+PREPARATION = ["raw_text", "trained_tokenizer", "tokenized_shards"]
 # Interval of Dagster's run monitoring.
 POLL_SECONDS = 3
 
@@ -35,6 +37,8 @@ def server(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     shutil.copytree(corpus_dir, home / "raw_text_data")
     monitoring = {"poll_interval_seconds": POLL_SECONDS}
     with dagster_dev(home, tmp_path_factory.mktemp("dagster_home"), run_monitoring=monitoring) as server:
+        server.launch({"ops": {asset: config()["ops"][asset] for asset in PREPARATION}}, job="prepare_data")
+        assert server.wait_for_run(0, 120).status == dg.DagsterRunStatus.SUCCESS, server.log()
         yield server
 
 
@@ -45,8 +49,15 @@ def config(**checkpoint: Any) -> dict[str, Any]:
     return {"ops": ops}
 
 
-def begin(server: DagsterDev, seed: int) -> tuple[int, str, Path]:
+def launch_training(server: DagsterDev, **checkpoint: Any) -> str:
+    """Launches that part of the job alone, on the text that the server's home has prepared."""
+    return server.launch({"ops": {"checkpoint": config(**checkpoint)["ops"]["checkpoint"]}}, assets=["checkpoint"])
+
+
+def begin(server: DagsterDev, seed: int, whole: bool = False) -> tuple[int, str, Path]:
     """Launches a training and waits for its first checkpoint.
+
+    whole: the whole job, instead of its training alone.
 
     Returns:
         The number of the Dagster run, its id, and the run folder.
@@ -54,7 +65,7 @@ def begin(server: DagsterDev, seed: int) -> tuple[int, str, Path]:
     checkpoints = server.home / "checkpoints"
     known = set(checkpoints.glob("*/"))
     number = len(server.runs())
-    dagster_id = server.launch(config(seed=seed))
+    dagster_id = server.launch(config(seed=seed)) if whole else launch_training(server, seed=seed)
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         for run_dir in set(checkpoints.glob("*/")) - known:
@@ -88,7 +99,7 @@ def test_a_killed_rank_is_resumed_by_a_retry(server: DagsterDev) -> None:
 
 
 def test_a_killed_run_worker_is_resumed_by_a_retry(server: DagsterDev) -> None:
-    number, dagster_id, run_dir = begin(server, seed=2)
+    number, dagster_id, run_dir = begin(server, seed=2, whole=True)
     worker = server.worker(dagster_id)
     family = worker.children(recursive=True)
     worker.kill()
@@ -127,7 +138,7 @@ def test_a_failure_that_needs_a_fix_is_not_retried(server: DagsterDev) -> None:
     number = len(server.runs())
     invalid: list[dict[str, Any]] = [{"source_weights": {"nowhere": 1.0}}, {"source_weights": {"*": 0.0}}]
     for options in invalid:
-        server.launch(config(**options))
+        launch_training(server, **options)
     for offset in range(len(invalid)):
         assert server.wait_for_run(number + offset, 120).status == dg.DagsterRunStatus.FAILURE
     time.sleep(15)  # Dagster decides on retries every few seconds
@@ -156,33 +167,25 @@ def test_text_that_changed_after_its_snapshot_is_read_again_by_the_retry(server:
     assert retried.tags[PARENT_RUN_ID_TAG] == dagster_id
 
 
-def test_two_trainings_take_turns_on_one_device(server: DagsterDev) -> None:
-    number, *_ = begin(server, seed=3)
-    server.launch(config(seed=4, max_steps=6))
-    began = time.monotonic()
-    while server.runs()[number].status == dg.DagsterRunStatus.STARTED and time.monotonic() - began < 8:
-        assert server.runs()[number + 1].status in (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED)
-        time.sleep(0.5)
-    for run in (number, number + 1):
-        assert server.wait_for_run(run, 120).status == dg.DagsterRunStatus.SUCCESS
-    with dg.DagsterInstance.from_config(str(server.dagster_home)) as instance:
-        times = [instance.get_run_record_by_id(run.run_id) for run in server.runs()[number : number + 2]]
-    assert times[1].start_time >= times[0].end_time
-
-
-def test_an_evaluation_waits_for_the_device_and_a_run_that_has_it_does_not_wait_for_itself(server: DagsterDev) -> None:
-    number, *_ = begin(server, seed=8)
+def test_trainings_and_an_evaluation_take_turns_on_one_device_and_no_run_waits_for_itself(server: DagsterDev) -> None:
+    """The first run trains and evaluates."""
+    number, *_ = begin(server, seed=3, whole=True)
+    launch_training(server, seed=4, max_steps=6)
     alone = {"ops": {"evaluation": config()["ops"]["evaluation"]}}
     server.launch(alone, job="__ASSET_JOB", assets=["evaluation"])
     began = time.monotonic()
     while server.runs()[number].status == dg.DagsterRunStatus.STARTED and time.monotonic() - began < 8:
-        assert server.runs()[number + 1].status in (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED)
+        for run in server.runs()[number + 1 : number + 3]:
+            assert run.status in (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED)
         time.sleep(0.5)
-    for run in (number, number + 1):
-        assert server.wait_for_run(run, 120).status == dg.DagsterRunStatus.SUCCESS, server.log()
+    for waited in range(number, number + 3):
+        assert server.wait_for_run(waited, 120).status == dg.DagsterRunStatus.SUCCESS, server.log()
     with dg.DagsterInstance.from_config(str(server.dagster_home)) as instance:
-        times = [instance.get_run_record_by_id(run.run_id) for run in server.runs()[number : number + 2]]
-    assert times[1].start_time >= times[0].end_time
+        records = [instance.get_run_record_by_id(run.run_id) for run in server.runs()[number : number + 3]]
+    first, *others = sorted(records, key=lambda record: record.start_time)
+    assert first.dagster_run.run_id == server.runs()[number].run_id
+    for earlier, later in pairwise([first, *others]):
+        assert later.start_time >= earlier.end_time
 
 
 def test_after_a_power_failure_the_training_continues_automatically(server: DagsterDev) -> None:
