@@ -59,14 +59,36 @@ def survivors(processes: list[psutil.Process], within: float) -> list[psutil.Pro
     return psutil.wait_procs(processes, timeout=within)[1]
 
 
+def check_that_the_catalog_holds_the_metrics_so_far(home: Home, process: subprocess.Popen[bytes], run_dir: Path) -> None:
+    """While it trains."""
+
+    def recorded(at_least: int) -> int:
+        """Waits until the catalog has at least that many steps and returns the last one."""
+        question = (
+            "SELECT max(step) AS step, count(mfu) AS mfu FROM train_metrics JOIN training_runs USING (run_id) WHERE run_id = ?"
+        )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            (row,) = home.catalog.query(question + " AND status = 'running'", [run_dir.name])
+            if row["step"] is not None and row["step"] >= at_least:
+                assert row["mfu"] == row["step"], "each step has its device utilization"
+                return int(row["step"])
+            time.sleep(0.2)
+        raise AssertionError(f"step {at_least} was not recorded in the catalog during training")
+
+    recorded(recorded(1) + 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_ending_the_step_saves_leaves_no_process_and_loses_at_most_a_step(
+def test_ending_the_step_records_its_metrics_saves_leaves_no_process_and_loses_at_most_a_step(
     number: signal.Signals, trained_home: tuple[Home, Any], clone: Any
 ) -> None:
     home, _ = clone(trained_home)
     process, family, run_dir = start_step(home)
     assert len(family) >= 3, "torchrun and two ranks"
+    if number == signal.SIGTERM:
+        check_that_the_catalog_holds_the_metrics_so_far(home, process, run_dir)
     process.send_signal(number)
     process.wait(timeout=60)
     assert not survivors(family, within=30)
@@ -238,33 +260,6 @@ def test_messages_after_the_last_read_are_reported_too(trained_home: tuple[Home,
     result = home.materialize(checkpoint, checkpoint={"seed": 9})
     observed = [event.asset_observation_data.asset_observation for event in result.all_events if event.is_asset_observation]
     assert [seen.metadata["step"].value for seen in observed if "val_loss" in seen.metadata] == [3, 6]
-
-
-@pytest.mark.slow
-def test_the_catalog_holds_the_metrics_so_far_while_it_trains(trained_home: tuple[Home, Any], clone: Any) -> None:
-    home, _ = clone(trained_home)
-    process, family, run_dir = start_step(home)
-
-    def recorded(at_least: int) -> int:
-        """Waits until the catalog has at least that many steps and returns the last one."""
-        question = (
-            "SELECT max(step) AS step, count(mfu) AS mfu FROM train_metrics JOIN training_runs USING (run_id) WHERE run_id = ?"
-        )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            (row,) = home.catalog.query(question + " AND status = 'running'", [run_dir.name])
-            if row["step"] is not None and row["step"] >= at_least:
-                assert row["mfu"] == row["step"], "each step has its device utilization"
-                return int(row["step"])
-            time.sleep(0.2)
-        raise AssertionError(f"step {at_least} was not recorded in the catalog during training")
-
-    try:
-        recorded(recorded(1) + 1)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
-        assert not survivors(family, within=30)
 
 
 def test_a_catalog_that_fails_never_ends_a_training(capfd: pytest.CaptureFixture[str]) -> None:
