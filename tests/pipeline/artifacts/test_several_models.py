@@ -18,7 +18,7 @@ from pipeline.assets.evaluation import evaluation
 from pipeline.assets.released_model import released_model
 from pipeline.definitions import defs
 from pipeline.resources import Storage
-from tests.pipeline.assets.test_lineage import ids
+from tests.pipeline.assets.test_lineage import LINEAGE_TO_CHECKPOINT, ids
 from tests.pipeline.conftest import TINY, Home
 
 OTHER: dict[str, dict[str, Any]] = {
@@ -139,7 +139,7 @@ def test_a_retry_continues_from_the_artifacts_of_the_failed_run(
             broken.setattr("pipeline.assets.evaluation.check_evaluation", lambda *_: 1 / 0)
             failed = dg.execute_job(dg.reconstructable(pretrain), shared, run_config=config)
         assert not failed.success
-        home.materialize(checkpoint={"hidden_size": 48})
+        home.materialize(checkpoint, evaluation, checkpoint={"hidden_size": 48})
         options = dg.ReexecutionOptions.from_failure(failed.run_id, shared)
         retried = dg.execute_job(dg.reconstructable(pretrain), shared, run_config=config, reexecution_options=options)
         assert retried.success
@@ -157,7 +157,7 @@ def test_a_run_of_part_of_the_lineage_uses_its_own_artifacts(
 
     def overtaken(*arguments: Any) -> checks.Checks:
         monkeypatch.setattr(target, original)
-        home.materialize(**OTHER)
+        home.materialize(*LINEAGE_TO_CHECKPOINT, **OTHER)
         return original(*arguments)
 
     monkeypatch.setattr(target, overtaken)

@@ -13,6 +13,7 @@ from pipeline.assets.evaluation import evaluation
 from pipeline.assets.raw_text import raw_text
 from pipeline.assets.released_model import released_model
 from pipeline.assets.tokenized_shards import tokenized_shards
+from pipeline.assets.trained_tokenizer import trained_tokenizer
 from tests.pipeline.conftest import Home
 
 IDS = {
@@ -22,6 +23,7 @@ IDS = {
     "checkpoint": "checkpoint_id",
     "released_model": "model_id",
 }
+LINEAGE_TO_CHECKPOINT = [raw_text, trained_tokenizer, tokenized_shards, checkpoint]
 
 
 def ids(home: Home, result: Any) -> dict[str, str]:
@@ -78,19 +80,6 @@ def test_an_unchanged_rerun_reuses_everything_and_trains_nothing(trained_home: t
     assert len(home.catalog.query("SELECT * FROM training_runs")) == 1
 
 
-def test_a_changed_learning_rate_only_retrains(trained_home: tuple[Home, Any], clone: Any) -> None:
-    home, first = clone(trained_home)
-    home.materialize(raw_text)  # the copied files have new inodes: scan them once
-    before = files_of(home)
-    again = home.materialize(checkpoint={"learning_rate": 2e-2})
-    found, known = ids(home, again), ids(home, first)
-    for asset in ("raw_text", "trained_tokenizer", "tokenized_shards"):
-        assert found[asset] == known[asset]
-    assert found["checkpoint"] != known["checkpoint"]
-    touched = {path.split("/")[0] for path, identity in files_of(home).items() if before.get(path) != identity}
-    assert touched <= {"checkpoints", "models"}
-
-
 def test_one_added_file_is_the_only_one_opened_and_tokenized_and_trains_a_new_run(
     trained_home: tuple[Home, Any], clone: Any, opened: list[str]
 ) -> None:
@@ -100,8 +89,11 @@ def test_one_added_file_is_the_only_one_opened_and_tokenized_and_trains_a_new_ru
     text = "\n".join(f"A line about the number {number}, written for the first time in this file." for number in range(400))
     (home.storage.raw_text / "added.txt").write_text(text)
     known_shards = {row["shard_id"] for row in home.catalog.query("SELECT shard_id FROM shards")}
-    again = home.materialize()
-    found, known = ids(home, again), ids(home, first)
+    again = home.materialize(*LINEAGE_TO_CHECKPOINT)
+    found, known = (
+        {name: home.metadata(result, name)[IDS[name]] for name in ("trained_tokenizer", "tokenized_shards", "checkpoint")}
+        for result in (again, first)
+    )
     assert found["trained_tokenizer"] == known["trained_tokenizer"], "the tokenizer is frozen"
     assert found["tokenized_shards"] != known["tokenized_shards"]
     assert found["checkpoint"] != known["checkpoint"]
@@ -126,7 +118,8 @@ def test_a_run_of_part_of_the_lineage_starts_from_the_current_artifacts(trained_
 def test_the_lineage_names_the_files_that_the_run_has_read(trained_home: tuple[Home, Any], clone: Any) -> None:
     home, first = clone(trained_home)
     (home.storage.raw_text / "more").rename(home.storage.raw_text / "moved")
-    made = home.metadata(home.materialize(checkpoint={"source_weights": {".": 1.0, "moved": 1.0}}), "checkpoint")
+    weights = {"source_weights": {".": 1.0, "moved": 1.0}}
+    made = home.metadata(home.materialize(*LINEAGE_TO_CHECKPOINT, checkpoint=weights), "checkpoint")
     before = home.metadata(first, "checkpoint")
     assert made["dataset_id"] == before["dataset_id"], "the same documents"
     for run, folder in ((made, "moved"), (before, "more")):
@@ -146,9 +139,20 @@ def test_two_processes_train_the_same_model_as_one(trained_home: tuple[Home, Any
         torch.testing.assert_close(weight, after.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_worse_model_is_not_released_and_the_old_one_stays(trained_home: tuple[Home, Any], clone: Any) -> None:
+def test_a_changed_learning_rate_only_retrains_and_a_worse_model_does_not_replace_the_released_one(
+    trained_home: tuple[Home, Any], clone: Any
+) -> None:
     home, first = clone(trained_home)
+    home.materialize(raw_text)  # the copied files have new inodes: scan them once
+    files_before = files_of(home)
     again = home.materialize(checkpoint={"learning_rate": 1e-6})
+    found, known = ids(home, again), ids(home, first)
+    for asset in ("raw_text", "trained_tokenizer", "tokenized_shards"):
+        assert found[asset] == known[asset]
+    assert found["checkpoint"] != known["checkpoint"]
+    touched = {path.split("/")[0] for path, identity in files_of(home).items() if files_before.get(path) != identity}
+    assert touched <= {"checkpoints", "models"}
+
     verdict = home.metadata(again, "released_model")
     assert not verdict["promoted"]
     assert "worse, the old release stays" in verdict["reason"]
