@@ -40,7 +40,11 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 class Home:
-    """One textmill home and the jobs run in it."""
+    """One textmill home and the jobs run in it.
+
+    Most tests run them on an instance that keeps its records in memory: writing them to disk takes Dagster longer than the rest
+    of its work. Tests of runs in several processes, of the command and of the web UI have an instance on disk.
+    """
 
     def __init__(self, root: Path, instance: dg.DagsterInstance, release_line: str | None = None) -> None:
         self.storage = Storage(home=str(root), release_line=release_line)
@@ -95,7 +99,7 @@ def make_home(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     def make() -> Home:
         root = tmp_path_factory.mktemp("home")
         shutil.copytree(corpus_dir, root / "raw_text_data")
-        return Home(root, dg.DagsterInstance.local_temp(str(tmp_path_factory.mktemp("dagster"))))
+        return Home(root, dg.DagsterInstance.ephemeral())
 
     return make
 
@@ -115,6 +119,6 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[Home, Any
         home, result = source
         root = tmp_path_factory.mktemp("clone") / "home"
         shutil.copytree(home.folders.root, root, copy_function=shutil.copy2)
-        return Home(root, dg.DagsterInstance.local_temp(str(tmp_path_factory.mktemp("dagster")))), result
+        return Home(root, dg.DagsterInstance.ephemeral()), result
 
     return copy
