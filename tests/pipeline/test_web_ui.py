@@ -103,7 +103,7 @@ def test_the_launchpad_offers_every_option_with_type_default_and_explanation(pag
     page.goto(f"{LOCATION}/jobs/pretrain/playground")
     page.get_by_text("No errors").wait_for()
     options = page.locator(".CodeMirror-line")
-    for default in ("max_steps: 1000", "optimizer: auto", "nproc_per_node: 1"):
+    for default in ("model: auto", "optimizer: auto", "nproc_per_node: 1"):
         options.filter(has_text=default).first.wait_for()
     options.filter(has_text="optimizer: auto").click()
     page.get_by_text("Muon for the matrices in the blocks").first.wait_for()  # the help next to the editor follows the cursor

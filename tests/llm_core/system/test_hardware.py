@@ -59,14 +59,14 @@ def test_a_gpu_decides_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None
     assert not has_fast_bf16("cuda"), "there is none"
 
 
-def test_the_gpu_is_the_first_that_nvidia_smi_reports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_several_gpus_are_as_capable_as_the_least_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 141 GB, 9.0'\necho 'NVIDIA T4, 7.5'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(hardware, "_pytorch_has_cuda", lambda: True)
-    assert gpu() == Gpu("NVIDIA H200, 141 GB", 9.0)
+    assert gpu() == Gpu("NVIDIA H200, 141 GB", 7.5)
 
     for hidden in ("", "-1"):
         gpu.cache_clear()

@@ -54,7 +54,7 @@ def test_all_mistakes_of_all_stages_are_reported_at_once() -> None:
         ("checkpoint: {config: {dropout: much}}", "dropout much: Input should be a valid number$"),
         ("checkpoint: {config: {tie_embeddings: 1}}", "tie_embeddings 1: Input should be a valid boolean"),
         ("raw_text: {config: {text_field: 2024-01-01}}", "text_field 2024-01-01: .* valid string; put it in quotes"),
-        ("checkpoint: {config: {model: tinny}}", "model tinny: Input should be 'tiny', 'small'"),
+        ("checkpoint: {config: {model: tinny}}", "model tinny: Input should be 'auto', 'tiny', 'small'"),
         ("checkpoint: {config: {source_weights: {books: -1}}}", "source_weights.books -1: .* greater than or equal to 0"),
         ("evaluation: {config: {sample_prompts: [a, 5]}}", "sample_prompts 5: .* valid string; put it in quotes"),
         ("checkpoint: {config: {dropout: null}}", "dropout None: Input should be a valid number"),
