@@ -121,6 +121,7 @@ class _Planner:
         self._settled = ranks.broadcast_from_main(lambda: shape_options(options))
         self._shapes = SHAPES if self._settled is None else [Shape(self._settled["hidden_size"], self._settled["num_layers"])]
         self._speeds: dict[Shape, float] = {}  # tokens per second
+        self._batches: dict[Shape, int] = {}  # windows of the steps that were measured: larger batches are faster
         self._compiling = 0.0  # seconds
         if options.batch_size is not None:
             divide_batch(options.batch_size, options.micro_batch_size, ranks.world_size)
@@ -141,10 +142,11 @@ class _Planner:
         Raises:
             UserError: no model fits into memory.
         """
-        shapes = list(self._shapes)
+        shapes, measurements = list(self._shapes), 0
         while True:
             chosen = shapes[self._ranks.broadcast_from_main(partial(self._best, shapes))]
-            if chosen in self._speeds:
+            batch = self._trial(chosen, self._tokens(chosen)).batch_size
+            if self._batches.get(chosen) == batch or measurements == _MEASUREMENTS + 1:
                 return self._ranks.broadcast_from_main(partial(self._plan, chosen, spent_elsewhere))
             if (micro := self._micro_batch(chosen)) is None:
                 if len(shapes) == 1:
@@ -152,8 +154,9 @@ class _Planner:
                     raise UserError(f"--max_length {self._length}: not even one window fits into memory; use shorter windows")
                 shapes.remove(chosen)
                 continue
-            self._speeds[chosen] = self._measure(chosen, micro)
-            if len(self._speeds) == _MEASUREMENTS:  # it may go back and forth between two sizes
+            self._speeds[chosen], self._batches[chosen] = self._measure(chosen, micro), batch
+            measurements += 1
+            if measurements == _MEASUREMENTS:  # it may go back and forth between two sizes
                 shapes = list(self._speeds)
 
     def _best(self, shapes: list[Shape]) -> int:
