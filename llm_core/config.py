@@ -464,14 +464,17 @@ class TrainConfig(StageConfig):
             raise UserError(f"--min_lr {values['min_lr']} must not exceed the learning rate {values['learning_rate']:.2g}")
         return ResolvedTrainConfig.model_validate(values)
 
+    def validations(self, max_steps: int) -> int:
+        """How often a run of so many steps is validated."""
+        return -(-max_steps // self.eval_interval) if self.eval_interval else 1
+
     def _affordable_eval_tokens(self, max_length: int, max_steps: int, batch_size: int) -> int:
         """Whole windows for each validation, such that all of them take at most 5 % of the training time; at least one.
 
         A forward pass takes a third of the time of a forward and a backward pass. The number follows from the options alone, so
         that a resumed run validates on the same text.
         """
-        validations = -(-max_steps // self.eval_interval) if self.eval_interval else 1
-        windows = 3 * max_steps * batch_size // (20 * validations)
+        windows = 3 * max_steps * batch_size // (20 * self.validations(max_steps))
         return max(1, min(windows, (1 << 20) // max_length)) * max_length
 
 
@@ -598,6 +601,20 @@ class ModelConfig(StageConfig):
         block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         ends = self.padded_vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2) + self.hidden_size
         return ends + self.num_layers * block
+
+    @property
+    def computing_parameters(self) -> int:
+        """Parameters without the embedding, which is only looked up unless it is also the head."""
+        return self.num_parameters - (0 if self.tie_embeddings else self.padded_vocab_size * self.hidden_size)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token: 6 per matmul parameter (the head counts, the embedding lookup does not), plus attention.
+
+        The two products of attention take 12 * layers * hidden_size * length, forward and backward; causality halves that.
+        """
+        norms = (2 * self.num_layers + 1) * self.hidden_size
+        return 6 * (self.computing_parameters - norms) + 6 * self.num_layers * self.hidden_size * self.max_length
 
     @property
     def padded_vocab_size(self) -> int:

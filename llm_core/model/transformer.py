@@ -239,11 +239,4 @@ class Transformer(nn.Module):
         return loss
 
     def flops_per_token(self) -> int:
-        """Training FLOPs per token: 6 per matmul parameter (the head counts, the embedding lookup does not), plus attention.
-
-        The two products of attention take 12 * layers * hidden_size * length, forward and backward; causality halves that.
-        """
-        matmul = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith("embedding"))
-        if self.config.tie_embeddings:
-            matmul += self.embedding.weight.numel()
-        return 6 * matmul + 6 * self.config.num_layers * self.config.hidden_size * self.config.max_length
+        return self.config.flops_per_token

@@ -165,10 +165,14 @@ def device_memory(device: torch.device) -> int:
     return psutil.virtual_memory().total + psutil.swap_memory().total
 
 
+def _ranks_on(device: torch.device) -> int:
+    """How many ranks share the memory of a device."""
+    return 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def largest_micro_batch(config: ResolvedTrainConfig, vocab_size: int, precision: Precision, ranks: Ranks) -> int | None:
     """The most windows per rank and forward pass that divide its batch and fit into its memory by estimate; None if none does."""
-    processes = 1 if ranks.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    available = _MEMORY_SHARE * device_memory(ranks.device) / processes
+    available = _MEMORY_SHARE * device_memory(ranks.device) / _ranks_on(ranks.device)
 
     def needed(windows: int) -> int:
         return estimate_memory(config, vocab_size, windows, precision, ranks.world_size, ranks.device.type).total
@@ -193,7 +197,7 @@ def require_memory(config: ResolvedTrainConfig, model: ModelConfig, micro_batch_
     tokens = micro_batch_size * model.max_length
     fixed = per_parameter * model.num_parameters // shards
     needed = fixed + 2 * tokens * model.hidden_size * model.num_layers
-    processes = 1 if ranks.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = _ranks_on(ranks.device)
     fixed, needed = fixed * processes, needed * processes
     available = device_memory(ranks.device)
     where = "the GPU has" if ranks.device.type == "cuda" else "this machine has"

@@ -71,6 +71,9 @@ class Plan(BaseModel):
         """The options with what the plan chose in place of `train_minutes`."""
         return options.model_copy(update={**self.options, "train_minutes": None})
 
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {text}" for name, text in self.describe().items())
+
     def describe(self) -> dict[str, str]:
         """What was measured and chosen, as text."""
         speeds = [f"{speed.num_layers} x {speed.hidden_size}: {speed.tokens_per_second:,.0f} tokens/s" for speed in self.speeds]

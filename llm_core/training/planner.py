@@ -5,20 +5,20 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from llm_core.checkpoint import Parent, named_checkpoint, starting_parent
-from llm_core.config import ModelConfig, ResolvedTrainConfig, TrainConfig, divide_batch
+from llm_core.config import ModelConfig, ResolvedTrainConfig, TrainConfig, divide_batch, round_up
 from llm_core.dataset import DatasetManifest
 from llm_core.distributed.launch import StopRequest
 from llm_core.distributed.ranks import Ranks
 from llm_core.errors import Preempted, UserError
 from llm_core.layout import RunFolder
 from llm_core.model.precision import DTYPES, Precision, resolve_precision
-from llm_core.model.transformer import Transformer
-from llm_core.recipe import batch_windows, choose_optimizer, expected_bits_per_byte
+from llm_core.recipe import expected_bits_per_byte
 from llm_core.system import write_json
 from llm_core.training.cost import largest_micro_batch, require_memory
 from llm_core.training.mixture import plan_mixture
@@ -145,16 +145,16 @@ class _Planner:
         shapes, measurements = list(self._shapes), 0
         while True:
             chosen = shapes[self._ranks.broadcast_from_main(partial(self._best, shapes))]
-            batch = self._trial(chosen, self._tokens(chosen)).batch_size
-            if self._batches.get(chosen) == batch or measurements == _MEASUREMENTS + 1:
+            trial = self._trial(chosen, self._tokens(chosen))
+            if self._batches.get(chosen) == trial.batch_size or measurements == _MEASUREMENTS + 1:
                 return self._ranks.broadcast_from_main(partial(self._plan, chosen, spent_elsewhere))
-            if (micro := self._micro_batch(chosen)) is None:
+            if (micro := self._micro_batch(trial)) is None:
                 if len(shapes) == 1:
-                    require_memory(self._trial(chosen, self._tokens(chosen)), self._model(chosen), 1, self._ranks)
+                    require_memory(trial, self._model(chosen), 1, self._ranks)
                     raise UserError(f"--max_length {self._length}: not even one window fits into memory; use shorter windows")
                 shapes.remove(chosen)
                 continue
-            self._speeds[chosen], self._batches[chosen] = self._measure(chosen, micro), batch
+            self._speeds[chosen], self._batches[chosen] = self._measure(trial, micro), trial.batch_size
             measurements += 1
             if measurements == _MEASUREMENTS:  # it may go back and forth between two sizes
                 shapes = list(self._speeds)
@@ -162,11 +162,11 @@ class _Planner:
     def _best(self, shapes: list[Shape]) -> int:
         return shapes.index(choose_shape(shapes, self._parameters, self._tokens))
 
-    def _micro_batch(self, shape: Shape) -> int | None:
+    def _micro_batch(self, trial: ResolvedTrainConfig) -> int | None:
         """Windows per forward pass that fit into the memory of every rank; None if not one does."""
-        config, ranks = self._trial(shape, self._tokens(shape)), self._ranks
-        given = config.micro_batch_size
-        own = largest_micro_batch(config, self._data.tokenizer.vocab_size, self._precision, ranks) if given is None else given
+        ranks, own = self._ranks, trial.micro_batch_size
+        if own is None:
+            own = largest_micro_batch(trial, self._data.tokenizer.vocab_size, self._precision, ranks)
         of_all = torch.zeros(ranks.world_size, device=ranks.device)
         of_all[ranks.rank] = own or 0
         return int(ranks.sum(of_all).min().item()) or None
@@ -175,7 +175,7 @@ class _Planner:
         spent = time.time() - psutil.Process().create_time() + spent_elsewhere + self._compiling
         self._seconds = max(self._seconds / 2, self._seconds - spent)
         config = self._trial(shape, self._tokens(shape))
-        validations = -(-config.max_steps // config.eval_interval) if config.eval_interval else 1
+        validations = config.validations(config.max_steps)
         # A forward pass takes a third of the time of a forward and a backward pass.
         with_validation = 1 + validations * config.eval_tokens / (3 * config.max_steps * config.batch_size * self._length)
         possible = self._speeds[shape] * self._seconds / with_validation
@@ -207,23 +207,21 @@ class _Planner:
 
     def _trial(self, shape: Shape, tokens: float) -> ResolvedTrainConfig:
         """The run of a shape that reads at most so many tokens, if they are a step."""
-        options = self._options
-        length = options.max_length or self._manifest.max_length
-        optimizer = choose_optimizer(options.optimizer, options.learning_rate)
-        batch = options.batch_size or batch_windows(optimizer, options.learning_rate, length, tokens=max(1, int(tokens)))
-        together = self._ranks.world_size * (options.micro_batch_size or 1)
-        batch = batch if options.batch_size else -(-batch // together) * together
-        values = {"train_minutes": None, "batch_size": batch, "max_steps": max(1, int(tokens / (batch * length)))}
+        options, manifest = self._options, self._manifest
+        values: dict[str, Any] = self._sizes(shape) | {"train_minutes": None, "max_tokens": max(1, int(tokens))}
         values |= {"warmup_steps": None, "profile": None}  # of the whole run
-        planned = options.model_copy(update=self._sizes(shape) | values)
-        return planned.resolved(self._manifest.max_length, self._manifest.stride)
+        config = options.model_copy(update=values).resolved(manifest.max_length, manifest.stride)
+        together = self._ranks.world_size * (options.micro_batch_size or 1)
+        if options.batch_size is None and config.batch_size % together:
+            values["batch_size"] = round_up(config.batch_size, together)
+            config = options.model_copy(update=values).resolved(manifest.max_length, manifest.stride)
+        return config
 
     def _model(self, shape: Shape) -> ModelConfig:
         return ModelConfig.of(self._trial(shape, tokens=1), self._data.tokenizer.vocab_size)
 
     def _parameters(self, shape: Shape) -> int:
-        model = self._model(shape)
-        return model.num_parameters - (0 if model.tie_embeddings else model.padded_vocab_size * model.hidden_size)
+        return self._model(shape).computing_parameters
 
     def _tokens(self, shape: Shape) -> float:
         """Tokens that a shape reads in the time, by its own speed or that of the shape measured last."""
@@ -236,19 +234,17 @@ class _Planner:
         return min(speed * self._seconds, self._most_tokens)
 
     def _flops_per_token(self, shape: Shape) -> int:
-        with torch.device("meta"):
-            return Transformer(self._model(shape)).flops_per_token()
+        return self._model(shape).flops_per_token
 
     def _measure_peaks(self) -> dict[str, float]:
         names: list[Precision] = ["fp32"] if self._precision == "fp32" else ["fp32", self._precision]
         return {name: measure_peak_flops(self._ranks.device, DTYPES[name]) for name in names}
 
-    def _measure(self, shape: Shape, micro: int) -> float:
+    def _measure(self, trial: ResolvedTrainConfig, micro: int) -> float:
         """Tokens per second of real steps of a new model. micro: windows per rank and forward pass."""
-        config = self._trial(shape, self._tokens(shape))
         together = micro * self._ranks.world_size
-        batch = max(1, config.batch_size // together) * together
-        config = config.model_copy(update={"batch_size": batch, "micro_batch_size": micro})
+        batch = max(1, trial.batch_size // together) * together
+        config = trial.model_copy(update={"batch_size": batch, "micro_batch_size": micro})
         trainer = Trainer(config, self._data, self._ranks, self._stop)
         warm_up = self._time(trainer, 3 if config.compile_model else 1)
         step = self._time(trainer, 1)

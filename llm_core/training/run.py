@@ -200,7 +200,7 @@ def _continues(earlier: RunRecord, trainer: Trainer) -> bool:
 def _log_overview(run_log: RunLog, trainer: Trainer, mixture: list[GroupUsage], plan: Plan | None) -> None:
     """Logs the size of the run, its ranks, and where its weights and windows come from."""
     if plan is not None:
-        run_log.log("\n".join(f"{name}: {text}" for name, text in plan.describe().items()))
+        run_log.log(str(plan))
     config, ranks, data = trainer.config, trainer.ranks, trainer.data
     windows = len(data.train)
     epochs = config.max_steps * config.batch_size / windows

@@ -50,8 +50,7 @@ def with_plan(
             f"train_minutes {config.train_minutes:g}: this process and the training see different devices ({folder}); "
             "set device: cpu or cuda"
         )
-    described = "\n".join(f"{name}: {text}" for name, text in plan.describe().items())
-    (step.log.info if plan.enough_text else step.log.warning)(described)
+    (step.log.info if plan.enough_text else step.log.warning)(str(plan))
     return plan.applied(config)
 
 

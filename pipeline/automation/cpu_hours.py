@@ -38,10 +38,8 @@ def warning_of_hours(configs: Mapping[str, Any]) -> str | None:
     except UserError:  # reported by the check of the configuration
         return None
     model = ModelConfig.of(config, vocab_size)
-    lookup = 0 if model.tie_embeddings else model.padded_vocab_size * model.hidden_size
-    attention = model.num_layers * model.hidden_size * model.max_length
     tokens = config.max_steps * config.batch_size * config.max_length
-    hours = 6 * (model.num_parameters - lookup + attention) * tokens / (_peak_flops() * _UTILIZATION) / 3600
+    hours = model.flops_per_token * tokens / (_peak_flops() * _UTILIZATION) / 3600
     if hours < _HOURS:
         return None
     return (
@@ -51,7 +49,7 @@ def warning_of_hours(configs: Mapping[str, Any]) -> str | None:
 
 
 def _peak_flops(size: int = 1024, repetitions: int = 5) -> float:
-    """FLOPs per second of the fastest of a few fp32 matrix products, on all cores."""
+    """FLOPs per second of the fastest of a few fp32 matrix products, on all cores, without PyTorch, which this process lacks."""
     matrix = np.ones((size, size), np.float32)
     seconds = []
     for _ in range(repetitions):
